@@ -1,0 +1,173 @@
+//! The command line.
+//!
+//! Its flags are those of the REST contract's reference VMM. What they say of a VM is read by
+//! [`vmm_api::options`], from the same tables as the API's JSON; what they say of this process is read here.
+//! [`parse`] decides all that the arguments alone can decide and touches nothing outside.
+
+mod command;
+mod error;
+mod process;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::ArgMatches;
+use clap::error::ErrorKind;
+use vmm_api::config::{Fault, UnknownFields, Warning};
+use vmm_api::options::{Arity, FLAGS, VmFlags};
+use vmm_api::spec::{Checked, MachineSpec, fill_ids};
+
+use crate::logger::LogOptions;
+
+use command::Help;
+pub use error::UsageError;
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run a VM, or wait for commands, or both.
+    Run(Box<RunOptions>),
+    /// Check this machine.
+    Doctor {
+        /// Answer in JSON.
+        json: bool,
+    },
+    /// Print this text on standard output, and be done: help or version.
+    Print(String),
+}
+
+/// How to run.
+#[derive(Debug)]
+pub struct RunOptions {
+    /// The VM of the command line; `None` if it names none.
+    pub config: Option<Checked>,
+    /// Where commands are taken.
+    pub api_socket: Option<ApiSocketArg>,
+    /// What is logged, and where.
+    pub log: LogOptions,
+    /// What a system call outside the filters leads to.
+    pub seccomp: SeccompMode,
+    /// What happens to unknown fields in the bodies of requests.
+    pub unknown_fields: UnknownFields,
+    /// At every pause, all state is saved, reset, restored and compared.
+    pub verify_state: bool,
+}
+
+/// The API's socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ApiSocketArg {
+    /// A UNIX socket to be made at this path.
+    Path(PathBuf),
+    /// A listening UNIX socket that was inherited under this number, above standard error's.
+    Fd(i32),
+}
+
+/// What a system call outside the filters leads to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SeccompMode {
+    /// The end of the process, by SIGSYS.
+    #[default]
+    Enforce,
+    /// A line in the kernel's audit log.
+    Log,
+    /// Nothing: there are no filters.
+    Off,
+}
+
+/// Reads the arguments, the program's name first.
+///
+/// # Errors
+///
+/// All that is wrong with them, by flag and key. What clap cannot split into flags and values is reported alone.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let read = |help| command::command(help).try_get_matches_from(&args);
+    let matches = match read(Help::Brief) {
+        Ok(matches) => Ok(matches),
+        Err(error) if error.kind() == ErrorKind::DisplayHelp => read(Help::Full),
+        Err(error) => Err(error),
+    };
+    let matches = match matches {
+        Ok(matches) => matches,
+        Err(error) => return by_clap(&error),
+    };
+    if let Some((command::DOCTOR, doctor)) = matches.subcommand() {
+        return Ok(Invocation::Doctor { json: doctor.get_flag("json") });
+    }
+
+    let mut faults = process::later(&matches);
+    let api_socket = process::api_socket(&matches, &mut faults);
+    let seccomp = process::seccomp(&matches, &mut faults);
+    let unknown_fields = process::unknown_fields(&matches, &mut faults);
+    let log = process::log_options(&matches, &mut faults);
+    let flags = vm_flags(&matches);
+    if flags.is_empty() && api_socket.is_none() && faults.is_empty() {
+        return Err(UsageError::NothingToDo);
+    }
+    let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
+    if faults.is_empty() {
+        let verify_state = matches.get_flag("verify-state");
+        let options = RunOptions { config, api_socket, log, seccomp, unknown_fields, verify_state };
+        Ok(Invocation::Run(Box::new(options)))
+    } else {
+        Err(UsageError::Faults(faults))
+    }
+}
+
+/// Help and version are answers; the rest is an error.
+fn by_clap(error: &clap::Error) -> Result<Invocation, UsageError> {
+    let text = error.render().to_string();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Invocation::Print(text)),
+        _ => Err(UsageError::Arguments(text.trim_start_matches("error: ").trim_end().to_owned())),
+    }
+}
+
+/// The flags about the VM.
+fn vm_flags(matches: &ArgMatches) -> VmFlags {
+    let mut flags = VmFlags::new();
+    let mut add = |name: &str, value: &str| {
+        // The name is one of FLAGS.
+        let _ = flags.add(name, value);
+    };
+    for flag in FLAGS {
+        if flag.arity() == Arity::Switch {
+            if matches.get_flag(flag.name) {
+                add(flag.name, "");
+            }
+        } else {
+            for value in matches.get_many::<String>(flag.name).into_iter().flatten() {
+                add(flag.name, value);
+            }
+        }
+    }
+    flags
+}
+
+/// The VM that the flags describe; faults and warnings name flags and keys.
+fn checked(flags: &VmFlags, faults: &mut Vec<Fault>) -> Option<Checked> {
+    let parsed = match flags.parse() {
+        Ok(parsed) => parsed,
+        Err(found) => {
+            faults.extend(found);
+            return None;
+        }
+    };
+    let (mut config, mut warnings) = (parsed.config, parsed.warnings);
+    match MachineSpec::check(&config) {
+        Ok(mut spec) => {
+            fill_ids(&mut config);
+            let by_flag = |warning: Warning| Warning { path: flags.name(&warning.path), ..warning };
+            warnings.extend(spec.warnings.into_iter().map(by_flag));
+            spec.warnings = warnings;
+            Some(Checked { config, spec })
+        }
+        Err(found) => {
+            faults.extend(found.into_iter().map(|fault| Fault { path: flags.name(&fault.path), ..fault }));
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,197 @@
+//! The flags as clap knows them, and their help.
+
+use clap::builder::ValueParser;
+use clap::{Arg, ArgAction, Command};
+use vmm_api::options::{Arity, FLAGS, Flag, help_for};
+
+/// Name of the subcommand that checks the machine.
+pub(super) const DOCTOR: &str = "doctor";
+
+/// The VM flags that help shows, by heading, in the order that a newcomer needs them. The others are part of the
+/// contract but not of this build: they are refused by name.
+pub(super) const SHOWN: &[(&str, &[&str])] = &[
+    ("What the VM boots", &["kernel", "initramfs", "cmdline", "firmware"]),
+    ("CPUs and memory", &["cpus", "memory", "memory-zone"]),
+    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "platform"]),
+];
+const THIS_PROCESS: &str = "This process";
+
+/// A flag of the contract about the process, which this build does not serve.
+pub(super) struct LaterFlag {
+    pub(super) name: &'static str,
+    pub(super) doc: &'static str,
+    pub(super) has_value: bool,
+}
+
+macro_rules! later {
+    ($($name:literal $has_value:literal $doc:literal;)*) => {
+        /// The flags of the contract, of any release, that are about the process and that this build does not serve.
+        pub(super) const LATER: &[LaterFlag] =
+            &[$(LaterFlag { name: $name, doc: $doc, has_value: $has_value },)*];
+    };
+}
+
+later! {
+    "restore" true "restoring a snapshot";
+    "event-monitor" true "the event monitor";
+    "gdb" true "the GDB stub";
+    "no-shutdown" false "staying when the guest powers off";
+    "dbus-object-path" true "the D-Bus API";
+    "dbus-service-name" true "the D-Bus API";
+    "dbus-system-bus" false "the D-Bus API";
+    "pvmemcontrol" false "guest control of host memory";
+    "tdx" true "Intel TDX";
+    "sgx-epc" true "Intel SGX";
+}
+
+/// How much help [`command`] carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Help {
+    /// None of the texts that are made from tables: making them takes longer than all the rest, at each start.
+    Brief,
+    /// All that `--help` prints.
+    Full,
+}
+
+/// The command line.
+pub(super) fn command(help: Help) -> Command {
+    let doctor = Command::new(DOCTOR)
+        .about("Check whether and how well this machine runs VMs, and say what to do where it does not")
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
+    let command = Command::new("vmm")
+        .version(concat!("v", env!("CARGO_PKG_VERSION")))
+        .about("Runs a virtual machine on Linux KVM.")
+        .override_usage(
+            "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
+             vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
+             vmm doctor [--json]                  check this machine",
+        )
+        .max_term_width(110)
+        .args_conflicts_with_subcommands(true)
+        .disable_help_subcommand(true)
+        .subcommand(doctor)
+        .args(vm_flags(help))
+        .args(process_flags())
+        .args(LATER.iter().map(later_flag));
+    match help {
+        Help::Brief => command,
+        Help::Full => command
+            .after_help(format!("{EXAMPLES}\n`vmm --help` lists the keys of each flag."))
+            .after_long_help(format!("{SYNTAX}\n{}\n{EXAMPLES}", not_built())),
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A kernel and its first programs, at this terminal:
+    vmm --kernel vmlinuz --initramfs initrd.img --cmdline console=hvc0
+
+  Two CPUs, 2 GiB, and a root file system:
+    vmm --kernel vmlinuz --cpus boot=2 --memory size=2G \\
+        --disk path=root.raw,image_type=raw --cmdline \"console=hvc0 root=/dev/vda rw\"
+
+  The output of the serial port in a file; commands by HTTP:
+    vmm --kernel vmlinux --cmdline console=ttyS0 --serial file=guest.log --console off \\
+        --api-socket path=/tmp/vmm.sock
+    curl --unix-socket /tmp/vmm.sock http://localhost/api/v1/vm.info
+";
+
+const SYNTAX: &str = "\
+Option strings:
+  key=value,key=value. Sizes take a suffix K, M, G or T; switches are on or off; lists are [a,b], with ranges for
+  numbers ([0,2-4]); tuples are written as shown (1:2:1:1, 0@[1,2]); \"quotes\" protect commas inside a value.
+  Flags that may be repeated also take several values: --disk path=a.raw path=b.raw.
+";
+
+/// The flags about the VM: those that help shows first, in its order.
+fn vm_flags(help: Help) -> impl Iterator<Item = Arg> {
+    let shown = SHOWN.iter().flat_map(move |(heading, names)| {
+        names.iter().filter_map(move |name| Some(vm_flag(Flag::by_name(name)?, help).help_heading(*heading)))
+    });
+    let hidden = FLAGS.iter().filter(|flag| !is_shown(flag.name));
+    shown.chain(hidden.map(move |flag| vm_flag(flag, help).hide(true)))
+}
+
+fn is_shown(name: &str) -> bool {
+    SHOWN.iter().any(|(_, names)| names.contains(&name))
+}
+
+fn vm_flag(flag: &Flag, help: Help) -> Arg {
+    let arg = Arg::new(flag.name).long(flag.name).help(flag.doc().trim_end_matches('.'));
+    let arg = match (help == Help::Full).then(|| help_for(flag.name)).flatten() {
+        Some(keys) => arg.long_help(format!("{}\n\n{keys}", flag.doc())),
+        None => arg,
+    };
+    match flag.arity() {
+        Arity::Switch => arg.action(ArgAction::SetTrue),
+        // A second one is not overlooked but refused, together with all other faults.
+        Arity::Once => valued(arg, flag.value, ValueParser::string()).action(ArgAction::Append),
+        Arity::Many => valued(arg, flag.value, ValueParser::string()).action(ArgAction::Append).num_args(1..),
+    }
+}
+
+fn process_flags() -> [Arg; 7] {
+    let text = |name: &'static str, value, help: &'static str| {
+        let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
+        valued(arg, value, ValueParser::string())
+    };
+    let log_file = Arg::new("log-file").long("log-file").help_heading(THIS_PROCESS);
+    [
+        text(
+            "api-socket",
+            "path=PATH|fd=NUMBER|PATH",
+            "Take commands by HTTP on a UNIX socket: one that is made, or one that was inherited",
+        ),
+        Arg::new("verbose")
+            .short('v')
+            .action(ArgAction::Count)
+            .help_heading(THIS_PROCESS)
+            .help("Log more than warnings: -v information, -vv debugging, -vvv all"),
+        valued(log_file, "PATH", ValueParser::path_buf())
+            .help("Append the log to this file [default: standard error]"),
+        text("log-format", "text", "Form of the log [default: text]").hide_short_help(true),
+        text(
+            "seccomp",
+            "true|false|log",
+            "Filters of system calls; accepted, but this build has none yet [default: true]",
+        )
+        .hide_short_help(true),
+        text(
+            "unknown-fields",
+            "refuse|warn",
+            "What happens to unknown fields in a request of the API [default: refuse]",
+        )
+        .hide_short_help(true),
+        Arg::new("verify-state")
+            .long("verify-state")
+            .action(ArgAction::SetTrue)
+            .help_heading(THIS_PROCESS)
+            .help(
+                "At every pause save the state of devices and vCPUs, reset, restore and compare, for tests; \
+                 the guest must not notice",
+            )
+            .hide_short_help(true),
+    ]
+}
+
+fn later_flag(flag: &LaterFlag) -> Arg {
+    let arg = Arg::new(flag.name).long(flag.name).hide(true);
+    // No default value, so that its presence means that the user gave it.
+    if flag.has_value {
+        arg.num_args(1..).action(ArgAction::Append)
+    } else {
+        arg.num_args(0).action(ArgAction::Append)
+    }
+}
+
+fn valued(arg: Arg, value: &'static str, parser: ValueParser) -> Arg {
+    arg.value_name(value).value_parser(parser)
+}
+
+/// Names what the contract has and this build refuses.
+fn not_built() -> String {
+    let of_vm = FLAGS.iter().map(|flag| flag.name).filter(|name| !is_shown(name));
+    let names: Vec<String> =
+        of_vm.chain(LATER.iter().map(|flag| flag.name)).map(|name| format!("--{name}")).collect();
+    format!("Not in this build yet, refused by name:\n  {}\n", names.join(" "))
+}

@@ -1,0 +1,93 @@
+//! The flags about this process.
+
+use std::path::PathBuf;
+
+use clap::ArgMatches;
+use log::LevelFilter;
+use vmm_api::config::{Fault, FaultKind, UnknownFields};
+
+use super::command::LATER;
+use super::{ApiSocketArg, SeccompMode};
+use crate::logger::LogOptions;
+
+/// Refuses the flags of the contract that this build does not serve.
+pub(super) fn later(matches: &ArgMatches) -> Vec<Fault> {
+    let given = LATER.iter().filter(|flag| matches.contains_id(flag.name));
+    given.map(|flag| not_built(format!("--{}", flag.name), flag.doc)).collect()
+}
+
+/// `path=PATH`, `fd=NUMBER` or `PATH`.
+pub(super) fn api_socket(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Option<ApiSocketArg> {
+    let text = matches.get_one::<String>("api-socket")?;
+    let mut refuse = |key: &str, message: String| {
+        faults.push(Fault::new(format!("--api-socket{key}"), FaultKind::Invalid, message));
+        None
+    };
+    if let Some(number) = text.strip_prefix("fd=") {
+        match number.parse::<i32>() {
+            Ok(fd) if fd > libc::STDERR_FILENO => Some(ApiSocketArg::Fd(fd)),
+            Ok(fd) => {
+                refuse(" fd", format!("{fd} is not the number of an inherited socket: it must be above 2"))
+            }
+            Err(_) => refuse(" fd", format!("expected a file descriptor's number, found {number:?}")),
+        }
+    } else {
+        match text.strip_prefix("path=").unwrap_or(text) {
+            "" => refuse("", "expected path=<path>, fd=<number> or a path, found nothing".into()),
+            path => Some(ApiSocketArg::Path(PathBuf::from(path))),
+        }
+    }
+}
+
+/// `true`, `false` or `log`.
+pub(super) fn seccomp(matches: &ArgMatches, faults: &mut Vec<Fault>) -> SeccompMode {
+    match word(matches, "seccomp") {
+        None | Some("true") => SeccompMode::Enforce,
+        Some("log") => SeccompMode::Log,
+        Some("false") => SeccompMode::Off,
+        Some("errno") => {
+            faults.push(not_built("--seccomp".into(), "errno"));
+            SeccompMode::Enforce
+        }
+        Some(other) => unexpected("seccomp", "true, false or log", other, faults),
+    }
+}
+
+/// `refuse` or `warn`.
+pub(super) fn unknown_fields(matches: &ArgMatches, faults: &mut Vec<Fault>) -> UnknownFields {
+    match word(matches, "unknown-fields") {
+        None | Some("refuse") => UnknownFields::Refuse,
+        Some("warn") => UnknownFields::Warn,
+        Some(other) => unexpected("unknown-fields", "refuse or warn", other, faults),
+    }
+}
+
+/// `-v`, `--log-file` and `--log-format`.
+pub(super) fn log_options(matches: &ArgMatches, faults: &mut Vec<Fault>) -> LogOptions {
+    match word(matches, "log-format") {
+        None | Some("text") => {}
+        Some("json") => faults.push(not_built("--log-format".into(), "json")),
+        Some(other) => unexpected("log-format", "text", other, faults),
+    }
+    let level = match matches.get_count("verbose") {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        2 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    };
+    LogOptions { level, file: matches.get_one::<PathBuf>("log-file").cloned() }
+}
+
+fn word<'m>(matches: &'m ArgMatches, name: &str) -> Option<&'m str> {
+    matches.get_one::<String>(name).map(String::as_str)
+}
+
+fn unexpected<T: Default>(name: &str, expected: &str, found: &str, faults: &mut Vec<Fault>) -> T {
+    let message = format!("expected {expected}, found {found:?}");
+    faults.push(Fault::new(format!("--{name}"), FaultKind::Type, message));
+    T::default()
+}
+
+fn not_built(flag: String, what: &str) -> Fault {
+    Fault::new(flag, FaultKind::NotBuilt, format!("not supported by this build yet: {what}"))
+}

@@ -1,0 +1,14 @@
+//! The bundled VMM: the only place that names every crate.
+//!
+//! [`cli`] says what to do, [`run`] sets threads and sockets up, [`vmm`] is the state that the control thread
+//! owns, [`machine`] is where all parts of a guest's machine meet.
+
+pub mod cli;
+pub mod console;
+pub mod doctor;
+pub mod exit;
+pub mod logger;
+pub mod machine;
+pub mod run;
+pub mod signals;
+pub mod vmm;

@@ -1,0 +1,172 @@
+//! The hypervisor's side of the device world: what devices call, carried out by the hypervisor.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmm_cpu_manager::set::VcpuEvent;
+use vmm_device_manager::machine::{Attentions, Lines};
+use vmm_device_model::device::Attention;
+use vmm_device_model::doorbell::{DoorbellAddress, Doorbells};
+use vmm_device_model::interrupt::{InterruptLine, MsiMessage, MsiSource, MsiVectors};
+use vmm_epoll::Mailbox;
+use vmm_hypervisor::router::{InterruptRouter, MsiBlock};
+use vmm_hypervisor::{HypervisorError, IoEventAddress, Msi, Vm};
+use vmm_platform_devices::events::{SystemEvent, SystemEvents};
+use vmm_platform_devices::ioapic::{IoApic, IoApicTarget};
+use vmm_sys_util::eventfd::EventFd;
+
+/// What a machine's threads tell the control thread.
+#[derive(Debug)]
+pub enum MachineEvent {
+    /// A vCPU cannot go on.
+    Vcpu(VcpuEvent),
+    /// The guest asked for a reset or power-off.
+    System(SystemEvent),
+    /// A device wants to be serviced.
+    Attention {
+        /// The device.
+        device: String,
+        /// Cleared before the device is serviced, so that later requests are not lost.
+        pending: Arc<AtomicBool>,
+    },
+}
+
+/// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.
+#[derive(Debug)]
+pub struct MachineMessage {
+    /// Number of the machine.
+    pub machine: u64,
+    /// What happened.
+    pub event: MachineEvent,
+}
+
+/// Posts the events of one machine.
+#[derive(Debug, Clone)]
+pub struct EventPost {
+    /// Number of the machine.
+    pub machine: u64,
+    /// The control thread's.
+    pub mailbox: Mailbox<MachineMessage>,
+}
+
+impl EventPost {
+    /// Posts `event`. When the control thread is gone, so is the machine.
+    pub fn post(&self, event: MachineEvent) {
+        let _ = self.mailbox.send(MachineMessage { machine: self.machine, event });
+    }
+}
+
+impl SystemEvents for EventPost {
+    fn request(&self, event: SystemEvent) {
+        self.post(MachineEvent::System(event));
+    }
+}
+
+impl Attentions for EventPost {
+    fn of(&self, id: &str) -> Arc<dyn Attention> {
+        Arc::new(AttentionPost { post: self.clone(), device: id.to_owned(), pending: Arc::default() })
+    }
+}
+
+#[derive(Debug)]
+struct AttentionPost {
+    post: EventPost,
+    device: String,
+    pending: Arc<AtomicBool>,
+}
+
+impl Attention for AttentionPost {
+    fn request(&self) {
+        if !self.pending.swap(true, Ordering::SeqCst) {
+            let pending = Arc::clone(&self.pending);
+            self.post.post(MachineEvent::Attention { device: self.device.clone(), pending });
+        }
+    }
+}
+
+fn msi(message: MsiMessage) -> Msi {
+    Msi { address: message.address, data: message.data }
+}
+
+/// The routes and messages of the IOAPIC's pins.
+#[derive(Debug)]
+pub(super) struct PinRoutes(pub Arc<InterruptRouter>);
+
+impl IoApicTarget for PinRoutes {
+    fn set_routes(&self, routes: &[(u8, Option<MsiMessage>)]) -> io::Result<()> {
+        let routes: Vec<_> = routes.iter().map(|(pin, m)| (u32::from(*pin), m.map(msi))).collect();
+        self.0.set_pins(&routes)
+    }
+
+    fn deliver(&self, message: MsiMessage) -> io::Result<()> {
+        self.0.signal(msi(message))
+    }
+}
+
+/// The IOAPIC's pins.
+#[derive(Debug)]
+pub(super) struct IoApicLines(pub Arc<IoApic>);
+
+impl Lines for IoApicLines {
+    fn line(&self, gsi: u32) -> Option<Arc<dyn InterruptLine>> {
+        self.0.line(u8::try_from(gsi).ok()?)
+    }
+}
+
+/// Blocks of MSI vectors.
+#[derive(Debug)]
+pub(super) struct MsiBlocks(pub Arc<InterruptRouter>);
+
+impl MsiSource for MsiBlocks {
+    fn allocate(&self, count: u16) -> io::Result<Arc<dyn MsiVectors>> {
+        Ok(Arc::new(Vectors(self.0.allocate(count)?)))
+    }
+}
+
+#[derive(Debug)]
+struct Vectors(MsiBlock);
+
+impl MsiVectors for Vectors {
+    fn count(&self) -> u16 {
+        self.0.count()
+    }
+
+    fn set_routes(&self, routes: &[(u16, Option<MsiMessage>)]) -> io::Result<()> {
+        let routes: Vec<_> = routes.iter().map(|(index, m)| (*index, m.map(msi))).collect();
+        self.0.set_routes(&routes)
+    }
+
+    fn trigger(&self, index: u16) -> io::Result<()> {
+        self.0.trigger(index)
+    }
+
+    fn event(&self, index: u16) -> io::Result<EventFd> {
+        self.0.event(index)
+    }
+}
+
+/// Doorbells by ioeventfd.
+#[derive(Debug)]
+pub(super) struct IoEvents(pub Arc<dyn Vm>);
+
+fn io_event(address: DoorbellAddress) -> IoEventAddress {
+    match address {
+        DoorbellAddress::Pio(port) => IoEventAddress::Pio(port),
+        DoorbellAddress::Mmio(gpa) => IoEventAddress::Mmio(gpa),
+    }
+}
+
+fn io_error(error: HypervisorError) -> io::Error {
+    io::Error::other(error)
+}
+
+impl Doorbells for IoEvents {
+    fn attach(&self, address: DoorbellAddress, event: &EventFd) -> io::Result<()> {
+        self.0.attach_ioeventfd(io_event(address), event).map_err(io_error)
+    }
+
+    fn detach(&self, address: DoorbellAddress, event: &EventFd) -> io::Result<()> {
+        self.0.detach_ioeventfd(io_event(address), event).map_err(io_error)
+    }
+}

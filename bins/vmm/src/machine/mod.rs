@@ -1,0 +1,306 @@
+//! A machine that a guest runs in: the one place where all parts meet.
+
+mod adapters;
+mod kernel;
+mod recipes;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vmm_api::spec::{Backing, CpuSpec, Hugepages, MachineSpec, MemorySpec, ZoneSpec};
+use vmm_cpu_manager::affinity::CoreScheduling;
+use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
+use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::topology::Topology;
+use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
+use vmm_device_manager::node::DeviceNode;
+use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
+use vmm_device_model::bus::Bus;
+use vmm_device_model::recipe::BuildError;
+use vmm_hypervisor::router::InterruptRouter;
+use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
+use vmm_memory_manager::layout;
+use vmm_memory_manager::map::MemoryMap;
+use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
+use vmm_pci::host_bridge::HostBridge;
+use vmm_pci::windows::Windows;
+use vmm_platform_devices::ged::{Ged, GedEvent};
+use vmm_platform_devices::ioapic::{IoApic, PINS};
+use vmm_snapshot::SetError;
+use vmm_virtio_devices::rng::RngError;
+
+pub use adapters::{EventPost, MachineEvent, MachineMessage};
+pub use kernel::BootError;
+pub use recipes::{DiskError, Ports};
+
+use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+
+/// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
+const GSI_CAPACITY: u32 = 4096;
+/// How long devices may take to finish what is in flight when the guest is paused.
+const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A guest's machine. Dropped, everything of it is gone.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they must go: vCPUs use devices, devices use memory.
+    vcpus: VcpuSet,
+    devices: DeviceSet,
+    memory: MemoryMap,
+    ged: Ged,
+    number: u64,
+}
+
+/// The address spaces of a machine and who stands on them.
+struct Board {
+    pio: Arc<Bus>,
+    mmio: Arc<Bus>,
+    ioapic: Arc<IoApic>,
+    bridge: Arc<HostBridge>,
+    devices: DeviceSet,
+}
+
+impl Machine {
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet.
+    ///
+    /// # Errors
+    /// A part cannot be had; nothing is left behind.
+    pub fn build(
+        hypervisor: &dyn Hypervisor,
+        spec: &MachineSpec,
+        ports: &Ports,
+        post: &EventPost,
+    ) -> Result<Self, MachineError> {
+        let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
+        let vm = hypervisor.create_vm(&options)?;
+        let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus)?;
+        let memory = MemoryMap::create(Arc::clone(&vm), &zones(&spec.memory)?, vcpu_spec.cpuid.phys_bits())?;
+        let mut board = Board::new(&vm, &memory, post)?;
+        let ged = recipes::add_all(&mut board, spec, ports, post)?;
+        let entry = kernel::load(spec, &memory, &vcpu_spec.topology)?;
+        let (events, ioapic) = (post.clone(), board.ioapic);
+        let targets = ExitTargets {
+            pio: board.pio,
+            mmio: board.mmio,
+            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
+            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
+        };
+        let vcpus = VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets)?;
+        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
+    }
+
+    /// Number of the machine, as in its events.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Guest memory in bytes.
+    pub fn memory_size(&self) -> u64 {
+        self.memory.size()
+    }
+
+    /// The device tree.
+    pub fn nodes(&self) -> Vec<DeviceNode> {
+        self.devices.nodes()
+    }
+
+    /// Runs the guest for the first time.
+    pub fn start(&mut self) {
+        self.vcpus.run();
+    }
+
+    /// Stops the guest between two instructions, and devices with nothing in flight.
+    ///
+    /// # Errors
+    /// A vCPU or device does not come to rest; the guest runs on.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        self.vcpus.pause()?;
+        self.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT).map_err(|error| {
+            self.vcpus.run();
+            MachineError::Device(error)
+        })
+    }
+
+    /// Undoes [`pause`](Self::pause).
+    ///
+    /// # Errors
+    /// A device does not work any more; the guest stays paused.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        self.devices.resume()?;
+        self.vcpus.run();
+        Ok(())
+    }
+
+    /// Lets a device do what it asked for.
+    ///
+    /// # Errors
+    /// The device's; the guest sees it in the device's status.
+    pub fn service(&mut self, device: &str) -> Result<(), StepError> {
+        self.devices.service(device)
+    }
+
+    /// Presses the power button. Returns whether the guest can see it.
+    pub fn power_button(&self) -> bool {
+        self.ged.raise(GedEvent::PowerButton)
+    }
+
+    /// Saves the state of every device and vCPU, resets the devices, restores all of it and compares. The
+    /// guest is paused, and does not notice.
+    ///
+    /// # Errors
+    /// Something cannot be saved or restored, or comes back changed. The machine is of no use then.
+    pub fn save_reset_restore(&mut self) -> Result<(), MachineError> {
+        let devices = self.devices.save()?;
+        let vcpus = self.vcpus.save()?;
+        self.devices.reset()?;
+        self.devices.restore(devices.clone())?;
+        self.vcpus.restore(vcpus)?;
+        if self.devices.save()? != devices {
+            return Err(MachineError::Changed);
+        }
+        Ok(())
+    }
+}
+
+impl Board {
+    fn new(vm: &Arc<dyn Vm>, memory: &MemoryMap, post: &EventPost) -> Result<Self, MachineError> {
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let router = InterruptRouter::new(Arc::clone(vm), PINS.into(), GSI_CAPACITY);
+        let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
+        let windows = Windows {
+            mmio32: layout::MMIO32.start..layout::MMIO32.end(),
+            mmio64: memory.layout().mmio64.start..memory.layout().mmio64.end(),
+        };
+        let doorbells = Arc::new(IoEvents(Arc::clone(vm)));
+        let bridge = HostBridge::new(0, Arc::clone(&mmio), doorbells, windows.clone());
+        let parts = Parts {
+            pio: Arc::clone(&pio),
+            mmio: Arc::clone(&mmio),
+            memory: memory.dma(),
+            lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
+            msi: Arc::new(MsiBlocks(router)),
+            attentions: Box::new(post.clone()),
+            bridge: Arc::clone(&bridge),
+            windows,
+        };
+        let devices = DeviceSet::new(DeviceResources::new(parts)?);
+        Ok(Self { pio, mmio, ioapic, bridge, devices })
+    }
+}
+
+fn vcpu_spec(hypervisor: &dyn Hypervisor, cpus: &CpuSpec) -> Result<VcpuSpec, MachineError> {
+    if cpus.max > hypervisor.max_vcpus() {
+        return Err(MachineError::TooManyVcpus { wanted: cpus.max, most: hypervisor.max_vcpus() });
+    }
+    // At most 254 in all, says the spec.
+    let part = |n: u32| u8::try_from(n).unwrap_or(u8::MAX);
+    let topology = Topology {
+        threads_per_core: part(cpus.topology.threads_per_core),
+        cores_per_die: part(cpus.topology.cores_per_die),
+        dies_per_package: part(cpus.topology.dies_per_package),
+        packages: part(cpus.topology.packages),
+    };
+    let options = CpuidOptions { topology, max_phys_bits: Some(cpus.max_phys_bits), nested: cpus.nested };
+    let cpuid = Cpuid::new(&hypervisor.supported_cpuid()?, &options);
+    let affinity = cpus
+        .affinity
+        .iter()
+        .map(|(vcpu, host)| (*vcpu, host.iter().filter_map(|cpu| usize::try_from(*cpu).ok()).collect()))
+        .collect();
+    let core_scheduling = match cpus.core_scheduling {
+        vmm_api::spec::CoreScheduling::Off => CoreScheduling::Off,
+        vmm_api::spec::CoreScheduling::Vm => CoreScheduling::Vm,
+        vmm_api::spec::CoreScheduling::Vcpu => CoreScheduling::Vcpu,
+    };
+    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling })
+}
+
+fn zones(memory: &MemorySpec) -> Result<Vec<ZoneConfig>, MachineError> {
+    memory.zones.iter().map(|zone| zone_config(zone, memory.thp)).collect()
+}
+
+fn zone_config(zone: &ZoneSpec, thp: bool) -> Result<ZoneConfig, MachineError> {
+    let huge_page = match zone.hugepages {
+        Hugepages::Off => None,
+        Hugepages::HostDefault => Some(default_huge_page()?),
+        Hugepages::Of(size) => Some(size.get()),
+    };
+    let file = match &zone.backing {
+        Backing::File(path) => Some(path.clone()),
+        Backing::Anonymous | Backing::Memfd => None,
+    };
+    let options =
+        ZoneOptions { mergeable: zone.mergeable, prefault: zone.prefault, thp, reserve: zone.reserve };
+    let (id, size) = (zone.id.clone(), zone.size.get());
+    Ok(ZoneConfig { id, size, file, shared: zone.shared, huge_page, options })
+}
+
+/// The host's default huge page size in bytes (`Hugepagesize` in /proc/meminfo).
+fn default_huge_page() -> Result<u64, MachineError> {
+    let info = std::fs::read_to_string("/proc/meminfo").map_err(MachineError::HugePages)?;
+    let line = info.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")).and_then(|n| n.parse::<u64>().ok());
+    kib.map(|kib| kib << 10).ok_or_else(|| MachineError::HugePages(std::io::ErrorKind::Unsupported.into()))
+}
+
+/// A machine could not be built, or a step of its life failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MachineError {
+    /// The hypervisor refused.
+    #[error("the hypervisor refuses")]
+    Hypervisor(#[from] HypervisorError),
+    /// More vCPUs than this host can give.
+    #[error("{wanted} vCPUs are more than the {most} that this host can give")]
+    TooManyVcpus {
+        /// vCPUs asked for.
+        wanted: u32,
+        /// Most that can be.
+        most: u32,
+    },
+    /// Guest memory cannot be had.
+    #[error("cannot set guest memory up")]
+    Memory(#[from] ZoneError),
+    /// The host's default huge page size is not known.
+    #[error("cannot tell the host's huge page size")]
+    HugePages(#[source] std::io::Error),
+    /// The books of resources cannot be opened.
+    #[error("cannot set the devices' resources up")]
+    Resources(#[from] BuildError),
+    /// A device cannot be added.
+    #[error("cannot add a device")]
+    Add(#[from] AddError),
+    /// A disk cannot be used.
+    #[error("cannot use disk {id:?}")]
+    Disk {
+        /// Id of the disk.
+        id: String,
+        /// Why.
+        #[source]
+        source: DiskError,
+    },
+    /// The source of random bytes cannot be used.
+    #[error("cannot use the source of random bytes")]
+    Rng(#[from] RngError),
+    /// virtio-console cannot be had.
+    #[error("cannot set virtio-console up")]
+    Console(#[source] std::io::Error),
+    /// The kernel cannot be loaded.
+    #[error("cannot load what the guest boots")]
+    Boot(#[from] BootError),
+    /// The vCPUs cannot be had, or do not obey.
+    #[error("vCPUs")]
+    Vcpu(#[from] VcpuError),
+    /// A device failed.
+    #[error("devices")]
+    Device(#[from] StepError),
+    /// State cannot be collected.
+    #[error("cannot save the devices' state")]
+    Save(#[from] SetError),
+    /// State cannot be taken over.
+    #[error("cannot restore the devices' state")]
+    Restore(#[from] RestoreError),
+    /// State is not what it was after a restore.
+    #[error("the devices' state changed by a reset and restore")]
+    Changed,
+}

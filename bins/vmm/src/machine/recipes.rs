@@ -1,0 +1,197 @@
+//! From the checked configuration to devices: adding a device is a line here.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use vmm_api::spec::{DeviceIdentity, DiskFormat, DiskSpec, LockGranularity, MachineSpec, RngSpec};
+use vmm_device_manager::set::AnyRecipe;
+use vmm_device_model::device::VmDevice;
+use vmm_device_model::recipe::{BuildError, Recipe, Resources};
+use vmm_disk_image::{EngineKind, ImageType, LockMode, OpenOptions};
+use vmm_memory_manager::layout;
+use vmm_pci::host_bridge::{
+    CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_SIZE, HostBridge, HostBridgeDevice, REGION_ECAM, REGION_PORTS,
+};
+use vmm_platform_devices::acpi_pm::AcpiPm;
+use vmm_platform_devices::clock::{Monotonic, Utc};
+use vmm_platform_devices::cmos::{Cmos, RamSize};
+use vmm_platform_devices::debug_port::{DebugConsole, PostCode, PostCodes, PostPort};
+use vmm_platform_devices::ged::{Ged, GedRecipe};
+use vmm_platform_devices::i8042::I8042;
+use vmm_platform_devices::ioapic::IoApicRecipe;
+use vmm_platform_devices::output::ByteSink;
+use vmm_platform_devices::pm_timer::PmTimer;
+use vmm_platform_devices::serial::SerialRecipe;
+use vmm_virtio_devices::block::{BlockDevice, BlockError, BlockOptions};
+use vmm_virtio_devices::console::ConsoleDevice;
+use vmm_virtio_devices::device::VirtioDevice;
+use vmm_virtio_devices::rng::RngDevice;
+use vmm_virtio_devices::transport::VirtioPciRecipe;
+
+use super::{Board, EventPost, MachineError};
+use crate::console::End;
+
+/// The GED's event register.
+pub(super) const GED_ADDRESS: u64 = layout::PLATFORM.start;
+/// The GED's interrupt.
+pub(super) const GED_GSI: u32 = 5;
+
+/// Where the machine's consoles end outside of it.
+#[derive(Debug, Default)]
+pub struct Ports {
+    /// The serial port's.
+    pub serial: Option<Arc<End>>,
+    /// virtio-console's.
+    pub console: Option<Arc<End>>,
+    /// The debug console's.
+    pub debug: Option<Arc<End>>,
+}
+
+/// Adds every device of the machine.
+pub(super) fn add_all(
+    board: &mut Board,
+    spec: &MachineSpec,
+    ports: &Ports,
+    post: &EventPost,
+) -> Result<Ged, MachineError> {
+    let ged = GedRecipe::new("_ged", GED_ADDRESS, GED_GSI);
+    let raise = ged.ged();
+    let clock = || Arc::new(Monotonic::new());
+    let events = Arc::new(post.clone());
+    let ram = ram_size(spec.memory.total().get());
+    // First who delivers interrupts: it is restored before those that raise them.
+    let mut recipes: Vec<AnyRecipe> = vec![
+        Box::new(IoApicRecipe::new("_ioapic", layout::IOAPIC.start, Arc::clone(&board.ioapic))),
+        Box::new(HostBridgeRecipe(Arc::clone(&board.bridge))),
+        Box::new(I8042::recipe("_i8042", Arc::clone(&events) as _)),
+        Box::new(Cmos::recipe("_cmos", Arc::new(Utc), ram)),
+        Box::new(AcpiPm::recipe("_acpi", events)),
+        Box::new(PmTimer::recipe("_pm_timer", clock())),
+        Box::new(ged),
+        Box::new(PostPort::recipe("_post", clock(), Arc::new(LogPostCodes))),
+    ];
+    if let Some(end) = &ports.serial {
+        let recipe = SerialRecipe::com1("_serial", end.sink(), end.room());
+        let input = recipe.input();
+        end.connect(Box::new(move |bytes| input.enqueue(bytes)));
+        recipes.push(Box::new(recipe));
+    }
+    if let (Some(end), Some(console)) = (&ports.debug, &spec.debug_console) {
+        recipes.push(Box::new(DebugConsole::recipe("_debug_console", console.port, end.sink())));
+    }
+    for disk in &spec.disks {
+        let failed = |source| MachineError::Disk { id: disk.identity.id.clone(), source };
+        recipes.push(Box::new(disk_recipe(disk).map_err(failed)?));
+    }
+    recipes.push(Box::new(rng_recipe(&spec.rng)?));
+    if let (Some(end), Some(console)) = (&ports.console, &spec.console) {
+        recipes.push(Box::new(console_recipe(&console.identity, end)?));
+    }
+    for recipe in recipes {
+        board.devices.add(recipe)?;
+    }
+    Ok(raise)
+}
+
+fn disk_recipe(spec: &DiskSpec) -> Result<VirtioPciRecipe, DiskError> {
+    let DiskFormat::Raw = spec.image.format;
+    let lock = match spec.image.lock {
+        LockGranularity::ByteRange => LockMode::ByteRange,
+        LockGranularity::Full => LockMode::Full,
+    };
+    let disk = vmm_disk_image::open(&OpenOptions {
+        path: spec.image.path.clone(),
+        read_only: spec.image.readonly,
+        direct: spec.image.direct,
+        lock,
+        image_type: ImageType::Raw,
+    })?;
+    let device = BlockDevice::new(BlockOptions {
+        id: spec.identity.id.clone(),
+        disk,
+        queues: spec.queues,
+        queue_size: spec.queue_size,
+        engine: if spec.io_uring { EngineKind::Auto } else { EngineKind::Sync },
+        serial: spec.serial.clone(),
+        sparse: spec.image.sparse,
+    })?;
+    Ok(virtio(&spec.identity, Box::new(device)))
+}
+
+fn rng_recipe(spec: &RngSpec) -> Result<VirtioPciRecipe, MachineError> {
+    let device = RngDevice::new(spec.identity.id.clone(), &spec.source)?;
+    Ok(virtio(&spec.identity, Box::new(device)))
+}
+
+fn console_recipe(identity: &DeviceIdentity, end: &Arc<End>) -> Result<VirtioPciRecipe, MachineError> {
+    let output = Box::new(SinkWriter(end.sink()));
+    let device =
+        ConsoleDevice::new(identity.id.clone(), output, end.size()).map_err(MachineError::Console)?;
+    let (input, room) = (device.input(), end.room());
+    device.on_room(Box::new(move || room.notify()));
+    end.connect(Box::new(move |bytes| input.enqueue(bytes)));
+    Ok(virtio(identity, Box::new(device)))
+}
+
+/// Writes into a sink, which takes everything and never blocks.
+#[derive(Debug)]
+struct SinkWriter(Arc<dyn ByteSink>);
+
+impl Write for SinkWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.put(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn virtio(identity: &DeviceIdentity, device: Box<dyn VirtioDevice>) -> VirtioPciRecipe {
+    VirtioPciRecipe { id: identity.id.clone(), device, slot: identity.device_number }
+}
+
+/// A disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// The image cannot be opened.
+    #[error("cannot open the image")]
+    Open(#[from] vmm_disk_image::OpenError),
+    /// The image opens, but no device can be made of it.
+    #[error("cannot serve the image")]
+    Device(#[from] BlockError),
+}
+
+/// Puts the host bridge's two ways to configuration space on the buses.
+#[derive(Debug)]
+struct HostBridgeRecipe(Arc<HostBridge>);
+
+impl<R: Resources + ?Sized> Recipe<R> for HostBridgeRecipe {
+    fn id(&self) -> &str {
+        "_pci0"
+    }
+
+    fn build(self: Box<Self>, resources: &mut R) -> Result<Box<dyn VmDevice>, BuildError> {
+        let Self(bridge) = *self;
+        resources.map_mmio(layout::ECAM.start, ECAM_SIZE, Arc::clone(&bridge) as _, REGION_ECAM)?;
+        resources.map_pio(CONFIG_PORTS, CONFIG_PORTS_LEN, Arc::clone(&bridge) as _, REGION_PORTS)?;
+        Ok(Box::new(HostBridgeDevice(bridge)))
+    }
+}
+
+fn ram_size(total: u64) -> RamSize {
+    let below = total.min(layout::HOLE_START);
+    RamSize { below_4g: below, above_4g: total - below }
+}
+
+/// Says in the log how far a guest's boot has come.
+#[derive(Debug)]
+struct LogPostCodes;
+
+impl PostCodes for LogPostCodes {
+    fn post(&self, code: PostCode) {
+        log::debug!("POST code {:#04x} ({:?}) at {:?}", code.code, code.kind(), code.at);
+    }
+}

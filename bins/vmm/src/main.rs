@@ -1,0 +1,40 @@
+//! The `vmm` binary: see `vmm --help`.
+
+use std::io::{self, Write};
+
+use vmm::cli::{self, Invocation};
+use vmm::exit::{self, ExitCode};
+use vmm::{console, doctor, logger, run};
+
+fn main() -> std::process::ExitCode {
+    let code = match cli::parse(std::env::args_os()) {
+        Ok(Invocation::Run(options)) => start(*options),
+        Ok(Invocation::Doctor { json }) => doctor::run(json),
+        Ok(Invocation::Print(text)) => {
+            // Nobody may be listening any more; `print!` would panic.
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::Success
+        }
+        Err(error) => {
+            complain(&exit::report(&error));
+            ExitCode::Usage
+        }
+    };
+    code.into()
+}
+
+fn start(options: cli::RunOptions) -> ExitCode {
+    let result = logger::init(&options.log).map_err(|e| exit::report(&e)).and_then(|()| {
+        run::confine();
+        run::run(options).map_err(|e| exit::report(&e))
+    });
+    console::restore_terminal();
+    result.unwrap_or_else(|report| {
+        complain(&report);
+        ExitCode::VmmError
+    })
+}
+
+fn complain(report: &str) {
+    let _ = writeln!(io::stderr(), "{report}");
+}

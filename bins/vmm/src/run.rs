@@ -1,0 +1,136 @@
+//! One run of the VMM: threads, sockets and signals around the control loop.
+
+use std::sync::Arc;
+
+use vmm_api::command::ApiRequest;
+use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
+use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
+use vmm_hypervisor::kvm::{Kvm, OpenError};
+
+use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
+use crate::console::restore_terminal;
+use crate::exit::ExitCode;
+use crate::signals::{self, SignalError};
+use crate::vmm::{Policy, TABLE, Vmm, VmmError};
+
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
+/// panic restores the terminal and says where it happened.
+pub fn confine() {
+    signals::private_files();
+    signals::one_heap();
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore_terminal();
+        report(info);
+    }));
+}
+
+/// Runs until the guest, a client or a signal ends it.
+///
+/// # Errors
+/// The VMM cannot be set up, or the VM of the command line does not boot.
+pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
+    // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
+    let signals = signals::block()?;
+    if options.seccomp != SeccompMode::Off {
+        log::info!("filters of system calls are not built yet: none is in force");
+    }
+    let hypervisor = Arc::new(Kvm::open()?);
+    let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
+    let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
+    let server =
+        options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
+
+    let policy = Policy { serves_clients: server.is_some(), verify_state: options.verify_state };
+    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
+    control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
+    control_loop.control(|_, control| -> Result<(), LoopError> {
+        control.add_mailbox("machine", machines, |vmm, control, message| {
+            vmm.machine_says(message);
+            vmm.settle(control);
+            Ok(())
+        })?;
+        control.add_mailbox("api", inbox, |vmm, control, request: ApiRequest<Vmm>| {
+            request.dispatch(vmm);
+            vmm.settle(control);
+            Ok(())
+        })?;
+        control.add_fd("signals", signals, |vmm, control, signals, _| {
+            for signal in signals::take(signals)? {
+                log::info!("ended by signal {signal}");
+                vmm.end(ExitCode::Success);
+            }
+            vmm.settle(control);
+            Ok(())
+        })?;
+        Ok(())
+    })?;
+    if let Some(checked) = options.config {
+        control_loop.control(|vmm, control| {
+            vmm.create(checked.config, checked.spec);
+            let booted = vmm.boot();
+            vmm.settle(control);
+            booted
+        })?;
+    }
+    control_loop.run()?;
+    let code = control_loop.state().ending().unwrap_or(ExitCode::Success);
+    // First the loop, so that whoever waits is answered; then the server, which sends the answers.
+    drop(control_loop);
+    if let Some(server) = server {
+        server.stop();
+    }
+    Ok(code)
+}
+
+fn serve(
+    socket: ApiSocketArg,
+    requests: Mailbox<ApiRequest<Vmm>>,
+    unknown_fields: vmm_api::config::UnknownFields,
+) -> Result<ServerHandle, RunError> {
+    let socket = match socket {
+        ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
+        ApiSocketArg::Fd(fd) => {
+            let inherited = signals::inherited(fd);
+            ApiSocket::from_fd(inherited.map_err(|source| RunError::Descriptor { fd, source })?)?
+        }
+    };
+    let config = http::Config { unknown_fields, ..http::Config::default() };
+    Ok(Server::new(socket, &TABLE, requests, config)?.start(|| ())?)
+}
+
+/// The VMM cannot run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// Signals cannot be received.
+    #[error("cannot receive signals")]
+    Signals(#[from] SignalError),
+    /// KVM cannot be used.
+    #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
+    Kvm(#[from] OpenError),
+    /// A mailbox cannot be made.
+    #[error("cannot create a mailbox")]
+    Mailbox(#[source] std::io::Error),
+    /// The API socket's descriptor is not one that was passed.
+    #[error("cannot take descriptor {fd} as the API socket")]
+    Descriptor {
+        /// Its number.
+        fd: i32,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The API socket cannot be used.
+    #[error("API socket")]
+    Socket(#[from] SocketError),
+    /// The API server cannot be set up.
+    #[error("API server")]
+    Server(#[from] ServerError),
+    /// The control loop cannot be set up or failed.
+    #[error("control loop")]
+    Loop(#[from] LoopError),
+    /// The VM of the command line does not boot.
+    #[error("the VM does not boot")]
+    Boot(#[from] VmmError),
+}

@@ -1,0 +1,117 @@
+//! Signals as a descriptor, and descriptors that were inherited.
+#![expect(unsafe_code, reason = "signal masks and foreign descriptors are C's")]
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+/// What ends the VMM in an orderly way.
+const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+/// Signals cannot be received.
+#[derive(Debug, thiserror::Error)]
+#[error("{call} failed")]
+pub struct SignalError {
+    call: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+fn last(call: &'static str) -> SignalError {
+    SignalError { call, source: io::Error::last_os_error() }
+}
+
+/// Blocks the signals that end the VMM, for this thread and all that it will start, and gives the
+/// descriptor where they arrive (signalfd(2)).
+///
+/// # Errors
+/// A call failed.
+pub fn block() -> Result<File, SignalError> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: a valid place to write to.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    for signal in ENDING {
+        // SAFETY: the set was initialised above.
+        unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
+    }
+    // SAFETY: initialised above.
+    let set = unsafe { set.assume_init() };
+    // SAFETY: `set` is initialised; the old mask is not asked for.
+    if unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } != 0 {
+        return Err(last("pthread_sigmask"));
+    }
+    // SAFETY: `set` is initialised; a new descriptor is asked for.
+    let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if fd < 0 {
+        return Err(last("signalfd"));
+    }
+    // SAFETY: the call just returned the descriptor, and nobody else has it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Signals that have arrived.
+///
+/// # Errors
+/// The descriptor cannot be read.
+pub fn take(signals: &mut File) -> io::Result<Vec<u32>> {
+    // `struct signalfd_siginfo` has 128 bytes, of which the first four are the signal's number.
+    let mut info = [0_u8; 128];
+    let mut taken = Vec::new();
+    loop {
+        match signals.read(&mut info) {
+            Ok(read) if read == info.len() => {
+                let [a, b, c, d, ..] = info;
+                taken.push(u32::from_ne_bytes([a, b, c, d]));
+            }
+            Ok(_) => return Ok(taken),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(taken),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// All threads allocate from one heap. The C library would give each a heap of its own, which costs the start of
+/// every vCPU a few pages and system calls; no thread of a VMM allocates so much that they would be worth it.
+pub fn one_heap() {
+    // Where it is refused, or there is no such choice, only memory is lost.
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes two integers, before any other thread is there.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
+}
+
+/// Files and sockets that this process creates are for this user only (umask 0077), and no program that it
+/// could be made to start gains privileges.
+pub fn private_files() {
+    // SAFETY: the call has no preconditions and cannot fail.
+    unsafe { libc::umask(0o077) };
+    // SAFETY: these arguments are what the call asks for; it only takes rights away.
+    unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+}
+
+/// Takes over a descriptor that the parent process left open.
+///
+/// # Errors
+/// No such descriptor was left open, or it is one of the standard streams.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    if fd < 3 {
+        return refused("it is a standard stream");
+    }
+    // SAFETY: the call has no preconditions.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    // What this process opened itself is close-on-exec; what lived through exec is not.
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 {
+        return refused("no such descriptor was passed to this process");
+    }
+    // SAFETY: the call has no preconditions.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, not ours so far, named by the user for this purpose, and taken over
+    // once: it is close-on-exec from now on.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,389 @@
+//! All vCPUs of a VM and their threads.
+//!
+//! Owned by the thread that owns the VM. To pause, it sends every vCPU an order, kicks it, and then waits
+//! for all the answers at once, holding no lock that a vCPU could want.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmm_device_model::bus::Bus;
+use vmm_hypervisor::{Hypervisor, HypervisorError, Kick, Vm};
+
+use crate::affinity::{CoreScheduling, pin_current_thread, thread_id};
+use crate::cpuid::Cpuid;
+use crate::entry::{Entry, set_up};
+use crate::run::{Order, Runner};
+use crate::state::{StateError, VcpuV1};
+use crate::topology::Topology;
+
+/// How long vCPUs may take to obey. A vCPU leaves the guest within microseconds; only a device that
+/// blocks in an access, or a host without CPU time, could hold it longer.
+const OBEY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where a vCPU's exits go. Cheap to clone.
+#[derive(Clone)]
+pub struct ExitTargets {
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+    /// A vCPU ended the interrupt with this vector.
+    pub end_of_interrupt: Arc<dyn Fn(u8) + Send + Sync>,
+    /// Something ended the guest; called on the vCPU's thread, which then parks.
+    pub events: Arc<dyn Fn(VcpuEvent) + Send + Sync>,
+}
+
+impl fmt::Debug for ExitTargets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ExitTargets").finish_non_exhaustive()
+    }
+}
+
+/// A vCPU's thread reports that its guest cannot go on.
+#[derive(Debug)]
+pub struct VcpuEvent {
+    /// Which vCPU.
+    pub vcpu: u32,
+    /// Why.
+    pub kind: VcpuEventKind,
+}
+
+/// Why a guest cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VcpuEventKind {
+    /// The guest has lost control of itself; on hardware, a reset.
+    #[error("triple fault")]
+    TripleFault,
+    /// The hypervisor reports an event of the guest (KVM_SYSTEM_EVENT_*).
+    #[error("system event {0}")]
+    SystemEvent(u32),
+    /// The hypervisor cannot emulate what the guest does.
+    #[error("the hypervisor cannot emulate the guest's instruction (internal error {suberror})")]
+    InternalError {
+        /// KVM's suberror; 1 is a failed emulation.
+        suberror: u32,
+    },
+    /// The processor refused to enter the guest.
+    #[error("the processor refused to enter the guest (reason {reason:#x})")]
+    FailedEntry {
+        /// Hardware's reason.
+        reason: u64,
+    },
+    /// An exit that this VMM does not know.
+    #[error("unexpected exit {0}")]
+    UnexpectedExit(String),
+    /// The hypervisor failed.
+    #[error("the vCPU cannot run")]
+    Failed(#[from] HypervisorError),
+}
+
+/// What the vCPUs of a VM are made from.
+#[derive(Debug, Clone)]
+pub struct VcpuSpec {
+    /// vCPUs present at boot.
+    pub boot: u32,
+    /// Their arrangement, up to the most there can be.
+    pub topology: Topology,
+    /// What CPUID tells them.
+    pub cpuid: Cpuid,
+    /// Host CPUs per vCPU; one that is not named runs anywhere.
+    pub affinity: Vec<(u32, Vec<usize>)>,
+    /// Which of their threads may share a core.
+    pub core_scheduling: CoreScheduling,
+}
+
+/// The vCPUs of a VM. Dropped, it stops them.
+#[derive(Debug)]
+pub struct VcpuSet {
+    threads: Vec<VcpuThread>,
+    apic_ids: Vec<u32>,
+    running: bool,
+}
+
+#[derive(Debug)]
+struct VcpuThread {
+    orders: Sender<Order>,
+    kick: Arc<dyn Kick>,
+    handle: Option<JoinHandle<()>>,
+    thread: libc::pid_t,
+}
+
+impl VcpuThread {
+    fn order(&self, order: Order) {
+        // A thread that has ended shows as missing in what the caller collects.
+        let _ = self.orders.send(order);
+        self.kick.kick();
+    }
+}
+
+impl VcpuSet {
+    /// Creates the vCPUs, each on its own thread, parked. `entry` is where the boot processor starts;
+    /// `None` where a restore follows.
+    ///
+    /// # Errors
+    /// A vCPU or its thread could not be had; those that could are gone again.
+    pub fn create(
+        hypervisor: &dyn Hypervisor,
+        vm: &Arc<dyn Vm>,
+        spec: &VcpuSpec,
+        entry: Option<Entry>,
+        targets: &ExitTargets,
+    ) -> Result<Self, VcpuError> {
+        let msrs: Arc<[u32]> = hypervisor.msr_indices().map_err(VcpuError::Hypervisor)?.into();
+        let mut set = Self { threads: Vec::new(), apic_ids: Vec::new(), running: false };
+        for index in 0..spec.boot {
+            let entry = entry.filter(|_| index == 0);
+            let thread = spawn(
+                index,
+                &set.threads,
+                Arc::clone(vm),
+                spec,
+                entry,
+                (targets.clone(), Arc::clone(&msrs)),
+            )?;
+            set.threads.push(thread);
+            set.apic_ids.push(spec.topology.apic_id(index));
+        }
+        Ok(set)
+    }
+
+    /// How many vCPUs there are.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// Local APIC IDs, by vCPU.
+    pub fn apic_ids(&self) -> &[u32] {
+        &self.apic_ids
+    }
+
+    /// Runs the guest. No effect while it runs.
+    pub fn run(&mut self) {
+        self.running = true;
+        for thread in &self.threads {
+            // Not kicked: whoever parks waits for orders, and who runs already need not stop to be told so.
+            let _ = thread.orders.send(Order::Run);
+        }
+    }
+
+    /// Stops running the guest and returns when no vCPU runs any more.
+    ///
+    /// # Errors
+    /// A vCPU did not obey in time; those that did run again, if the guest ran.
+    pub fn pause(&mut self) -> Result<(), VcpuError> {
+        let (parked, answers) = channel();
+        for thread in &self.threads {
+            thread.order(Order::Park(parked.clone()));
+        }
+        drop(parked);
+        match collect(&answers, self.threads.len(), |index| *index) {
+            Ok(_) => {
+                self.running = false;
+                Ok(())
+            }
+            Err(missing) => {
+                if self.running {
+                    self.run();
+                }
+                Err(VcpuError::DoesNotObey { vcpu: missing })
+            }
+        }
+    }
+
+    /// The state of every vCPU, in order. The guest is paused.
+    ///
+    /// # Errors
+    /// A vCPU's state could not be had.
+    pub fn save(&self) -> Result<Vec<VcpuV1>, VcpuError> {
+        let (reply, answers) = channel();
+        for thread in &self.threads {
+            thread.order(Order::Save(reply.clone()));
+        }
+        drop(reply);
+        let mut states = collect(&answers, self.threads.len(), |answer| answer.0)
+            .map_err(|vcpu| VcpuError::DoesNotObey { vcpu })?;
+        states.sort_by_key(|(index, _)| *index);
+        states
+            .into_iter()
+            .map(|(vcpu, state)| state.map_err(|source| VcpuError::State { vcpu, source }))
+            .collect()
+    }
+
+    /// Gives every vCPU its state. The guest is paused, or has not run yet.
+    ///
+    /// # Errors
+    /// The number of states is not that of vCPUs, or one was refused; the VM is of no use then.
+    pub fn restore(&mut self, states: Vec<VcpuV1>) -> Result<(), VcpuError> {
+        if states.len() != self.threads.len() {
+            return Err(VcpuError::Count { states: states.len(), vcpus: self.threads.len() });
+        }
+        let (reply, answers) = channel();
+        for (thread, state) in self.threads.iter().zip(states) {
+            thread.order(Order::Restore(Box::new(state), reply.clone()));
+        }
+        drop(reply);
+        let results = collect(&answers, self.threads.len(), |answer| answer.0)
+            .map_err(|vcpu| VcpuError::DoesNotObey { vcpu })?;
+        results
+            .into_iter()
+            .try_for_each(|(vcpu, result)| result.map_err(|source| VcpuError::State { vcpu, source }))
+    }
+
+    /// Raises a non-maskable interrupt on every vCPU.
+    pub fn nmi(&self) {
+        for thread in &self.threads {
+            thread.order(Order::Nmi);
+        }
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        for thread in &self.threads {
+            thread.order(Order::Stop);
+        }
+        for thread in &mut self.threads {
+            if let Some(handle) = thread.handle.take() {
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+/// Waits for one answer of each vCPU; the error is the first that did not answer.
+fn collect<T>(answers: &Receiver<T>, count: usize, index: impl Fn(&T) -> u32) -> Result<Vec<T>, u32> {
+    let deadline = Instant::now() + OBEY_TIMEOUT;
+    let mut got = Vec::with_capacity(count);
+    while got.len() < count {
+        match answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(answer) => got.push(answer),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                let missing = (0..).find(|i| !got.iter().any(|g| index(g) == *i));
+                return Err(missing.unwrap_or(0));
+            }
+        }
+    }
+    Ok(got)
+}
+
+fn spawn(
+    index: u32,
+    before: &[VcpuThread],
+    vm: Arc<dyn Vm>,
+    spec: &VcpuSpec,
+    entry: Option<Entry>,
+    (targets, msrs): (ExitTargets, Arc<[u32]>),
+) -> Result<VcpuThread, VcpuError> {
+    let apic_id = spec.topology.apic_id(index);
+    let cpuid = spec.cpuid.of(index);
+    let cpus = spec.affinity.iter().find(|(vcpu, _)| *vcpu == index).map(|(_, cpus)| cpus.clone());
+    let (core_scheduling, first) = (spec.core_scheduling, before.first().map(|first| first.thread));
+    let (orders, inbox) = channel();
+    let (ready, started) = channel();
+    // The vCPU is created on its thread: KVM is fastest when the same thread makes all the calls.
+    let main = move || {
+        let create = || {
+            if let Some(cpus) = cpus {
+                pin_current_thread(&cpus).map_err(|source| VcpuError::Affinity { vcpu: index, source })?;
+            }
+            core_scheduling
+                .join(first)
+                .map_err(|source| VcpuError::CoreScheduling { vcpu: index, source })?;
+            let mut vcpu = vm.create_vcpu(apic_id)?;
+            vcpu.set_cpuid(&cpuid)?;
+            set_up(&mut *vcpu, entry.as_ref())?;
+            let kick = vcpu.bind()?;
+            Ok((vcpu, kick))
+        };
+        match create() {
+            Ok((vcpu, kick)) => {
+                let _ = ready.send(Ok((kick, thread_id())));
+                drop((ready, vm));
+                Runner { index, vcpu, targets, orders: inbox, msrs }.main();
+            }
+            Err(error) => {
+                let _ = ready.send(Err(error));
+            }
+        }
+    };
+    let handle = std::thread::Builder::new()
+        .name(format!("vcpu{index}"))
+        .spawn(main)
+        .map_err(|source| VcpuError::Thread { vcpu: index, source })?;
+    match started.recv() {
+        Ok(Ok((kick, thread))) => Ok(VcpuThread { orders, kick, handle: Some(handle), thread }),
+        Ok(Err(error)) => {
+            let _ = handle.join();
+            Err(error)
+        }
+        Err(_) => Err(VcpuError::DoesNotObey { vcpu: index }),
+    }
+}
+
+/// Something went wrong with the vCPUs.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VcpuError {
+    /// A call to the hypervisor failed.
+    #[error("cannot create a vCPU")]
+    Hypervisor(#[from] HypervisorError),
+    /// The thread could not be created.
+    #[error("cannot create the thread of vcpu{vcpu}")]
+    Thread {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The thread could not be restricted to its host CPUs.
+    #[error("cannot set the affinity of vcpu{vcpu}")]
+    Affinity {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The thread could not be kept from sharing its core.
+    #[error("cannot set core scheduling of vcpu{vcpu}")]
+    CoreScheduling {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A vCPU did not answer in time.
+    #[error("vcpu{vcpu} does not answer")]
+    DoesNotObey {
+        /// Which vCPU.
+        vcpu: u32,
+    },
+    /// A vCPU's state could not be captured or restored.
+    #[error("state of vcpu{vcpu}")]
+    State {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why.
+        #[source]
+        source: StateError,
+    },
+    /// Saved states of another number of vCPUs.
+    #[error("{states} saved vCPU states for {vcpus} vCPUs")]
+    Count {
+        /// Saved states.
+        states: usize,
+        /// vCPUs of this VM.
+        vcpus: usize,
+    },
+}

@@ -1,0 +1,516 @@
+//! A vCPU's saved state, and how it is captured and restored.
+//!
+//! What a host does not have is left out: a call that it does not know means "no such state". On restore
+//! a register that the host refuses is an error, unless it reads as the wanted value all the same.
+
+use minicbor::{Decode, Encode};
+use vmm_hypervisor::state::{
+    CpuidEntry, DebugRegs, DescriptorTable, LAPIC_SIZE, Lapic, MpState, MsrEntry, Regs, Segment, Smi, Sregs,
+    VcpuEvents, Xcr,
+};
+use vmm_hypervisor::{HypervisorError, Vcpu};
+
+/// Its deadline is armed by the write, so that it comes after the TSC and the local APIC.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// State of one vCPU, first version.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VcpuV1 {
+    /// What CPUID tells the guest, as it was given.
+    #[n(0)]
+    pub cpuid: Vec<CpuidV1>,
+    /// TSC rate in kHz, where the host tells.
+    #[n(1)]
+    pub tsc_khz: Option<u32>,
+    /// Whether it runs, halts or waits.
+    #[n(2)]
+    pub mp_state: MpStateV1,
+    /// General-purpose registers.
+    #[n(3)]
+    pub regs: RegsV1,
+    /// Segment and control registers.
+    #[n(4)]
+    pub sregs: SregsV1,
+    /// XSAVE area; its size is the host's.
+    #[cbor(n(5), with = "minicbor::bytes")]
+    pub xsave: Vec<u8>,
+    /// Extended control registers, where the host has them.
+    #[n(6)]
+    pub xcrs: Option<Vec<XcrV1>>,
+    /// Debug registers, where the host gives them.
+    #[n(7)]
+    pub debug_regs: Option<DebugRegsV1>,
+    /// The local APIC's register page.
+    #[cbor(n(8), with = "minicbor::bytes")]
+    pub lapic: Vec<u8>,
+    /// Model-specific registers, those that the host lists.
+    #[n(9)]
+    pub msrs: Vec<MsrV1>,
+    /// Pending exceptions, interrupts and NMIs, where the host gives them.
+    #[n(10)]
+    pub events: Option<EventsV1>,
+}
+
+vmm_snapshot::schema!(VcpuV1: "vcpu" v1);
+
+impl VcpuV1 {
+    /// Captures the state of a vCPU that does not run. `msrs` are the indices that the host lists.
+    ///
+    /// # Errors
+    /// A call failed that every host knows.
+    pub fn capture(vcpu: &dyn Vcpu, msrs: &[u32]) -> Result<Self, StateError> {
+        // First: reading it makes KVM act on a pending INIT or SIPI, which changes other registers.
+        let mp_state = vcpu.mp_state()?.into();
+        Ok(Self {
+            cpuid: vcpu.cpuid()?.iter().map(Into::into).collect(),
+            tsc_khz: optional(vcpu.tsc_khz())?,
+            mp_state,
+            regs: (&vcpu.regs()?).into(),
+            sregs: (&vcpu.sregs()?).into(),
+            xsave: vcpu.xsave()?,
+            xcrs: optional(vcpu.xcrs())?.map(|xcrs| xcrs.iter().map(Into::into).collect()),
+            debug_regs: optional(vcpu.debug_regs())?.map(|regs| (&regs).into()),
+            lapic: vcpu.lapic()?.0.to_vec(),
+            msrs: vcpu.msrs(msrs)?.iter().map(Into::into).collect(),
+            events: optional(vcpu.events())?.map(|events| (&events).into()),
+        })
+    }
+
+    /// Gives the state to a vCPU that has not run.
+    ///
+    /// # Errors
+    /// The state is impossible, or this host refuses a part of it. The vCPU is of no use then.
+    pub fn apply(&self, vcpu: &mut dyn Vcpu) -> Result<(), StateError> {
+        let Self { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } =
+            self;
+        let cpuid: Vec<_> = cpuid.iter().map(Into::into).collect();
+        if vcpu.cpuid()? != cpuid {
+            vcpu.set_cpuid(&cpuid)?;
+        }
+        if let Some(khz) = tsc_khz {
+            set_tsc_rate(vcpu, *khz)?;
+        }
+        vcpu.set_regs(&regs.into())?;
+        vcpu.set_sregs(&sregs.into())?;
+        vcpu.set_xsave(xsave)?;
+        if let Some(xcrs) = xcrs {
+            vcpu.set_xcrs(&xcrs.iter().map(Into::into).collect::<Vec<_>>())?;
+        }
+        if let Some(debug_regs) = debug_regs {
+            vcpu.set_debug_regs(&debug_regs.into())?;
+        }
+        vcpu.set_lapic(&lapic_page(lapic)?)?;
+        set_msrs(vcpu, msrs)?;
+        if let Some(events) = events {
+            vcpu.set_events(&events.into())?;
+        }
+        vcpu.set_mp_state((*mp_state).into())?;
+        Ok(())
+    }
+}
+
+/// A state call's answer; `None` where this host does not know the call.
+fn optional<T>(answer: Result<T, HypervisorError>) -> Result<Option<T>, HypervisorError> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_unsupported() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn set_tsc_rate(vcpu: &mut dyn Vcpu, khz: u32) -> Result<(), StateError> {
+    match optional(vcpu.tsc_khz())? {
+        Some(host) if host != khz => {
+            vcpu.set_tsc_khz(khz).map_err(|source| StateError::TscRate { saved: khz, host, source })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn lapic_page(bytes: &[u8]) -> Result<Lapic, StateError> {
+    let page: [u8; LAPIC_SIZE] =
+        bytes.try_into().map_err(|_| StateError::LapicSize { found: bytes.len() })?;
+    Ok(Lapic(Box::new(page)))
+}
+
+fn set_msrs(vcpu: &mut dyn Vcpu, saved: &[MsrV1]) -> Result<(), StateError> {
+    let (last, first): (Vec<MsrEntry>, Vec<MsrEntry>) =
+        saved.iter().map(MsrEntry::from).partition(|msr| msr.index == MSR_TSC_DEADLINE);
+    let entries: Vec<_> = first.into_iter().chain(last).collect();
+    for index in vcpu.set_msrs(&entries)? {
+        // Read-only ones are refused even with the value that they have.
+        let wanted = entries.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.value);
+        let found = vcpu.msrs(&[index])?.first().map(|msr| msr.value);
+        if found != Some(wanted) {
+            return Err(StateError::MsrRefused { index, wanted });
+        }
+    }
+    Ok(())
+}
+
+/// Why a vCPU's state could not be captured or restored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// A call failed.
+    #[error("the hypervisor refuses")]
+    Hypervisor(#[from] HypervisorError),
+    /// The host's TSC runs at another rate and cannot be scaled.
+    #[error("the guest's TSC runs at {saved} kHz, this host gives {host} kHz")]
+    TscRate {
+        /// Rate that the guest had.
+        saved: u32,
+        /// Rate of this host.
+        host: u32,
+        /// What the hypervisor said.
+        #[source]
+        source: HypervisorError,
+    },
+    /// Not the size of a local APIC's register page.
+    #[error("local APIC state has {found} bytes, expected {LAPIC_SIZE}")]
+    LapicSize {
+        /// Bytes found.
+        found: usize,
+    },
+    /// This host does not let the guest have the register's value.
+    #[error("this host refuses MSR {index:#x} = {wanted:#x}")]
+    MsrRefused {
+        /// Index of the register.
+        index: u32,
+        /// Saved value.
+        wanted: u64,
+    },
+}
+
+/// Whether a vCPU runs, halts or waits for start-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+#[expect(missing_docs, reason = "as MpState's")]
+pub enum MpStateV1 {
+    #[n(0)]
+    Runnable,
+    #[n(1)]
+    Uninitialized,
+    #[n(2)]
+    InitReceived,
+    #[n(3)]
+    Halted,
+    #[n(4)]
+    SipiReceived,
+}
+
+impl From<MpState> for MpStateV1 {
+    fn from(state: MpState) -> Self {
+        match state {
+            MpState::Runnable => Self::Runnable,
+            MpState::Uninitialized => Self::Uninitialized,
+            MpState::InitReceived => Self::InitReceived,
+            MpState::Halted => Self::Halted,
+            MpState::SipiReceived => Self::SipiReceived,
+        }
+    }
+}
+
+impl From<MpStateV1> for MpState {
+    fn from(state: MpStateV1) -> Self {
+        match state {
+            MpStateV1::Runnable => Self::Runnable,
+            MpStateV1::Uninitialized => Self::Uninitialized,
+            MpStateV1::InitReceived => Self::InitReceived,
+            MpStateV1::Halted => Self::Halted,
+            MpStateV1::SipiReceived => Self::SipiReceived,
+        }
+    }
+}
+
+/// A frozen copy of one of the hypervisor boundary's types, with numbered fields. Both ways are
+/// exhaustive, so that a new field there does not compile until somebody decides about it here.
+macro_rules! mirror {
+    (
+        $(#[$doc:meta])*
+        $name:ident of $source:ident { $($n:literal $field:ident: $type:ty,)* }
+    ) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+        #[expect(missing_docs, reason = "the fields are those of the type that is mirrored")]
+        pub struct $name {
+            $(#[n($n)] pub $field: $type,)*
+        }
+
+        impl From<&$source> for $name {
+            fn from(source: &$source) -> Self {
+                let $source { $($field),* } = source;
+                Self { $($field: $field.mirrored()),* }
+            }
+        }
+
+        impl From<&$name> for $source {
+            fn from(saved: &$name) -> Self {
+                let $name { $($field),* } = saved;
+                Self { $($field: $field.mirrored()),* }
+            }
+        }
+
+        impl Mirrored<$name> for $source {
+            fn mirrored(&self) -> $name {
+                self.into()
+            }
+        }
+
+        impl Mirrored<$source> for $name {
+            fn mirrored(&self) -> $source {
+                self.into()
+            }
+        }
+    };
+}
+
+/// A field of a mirror: itself, or a mirror again.
+trait Mirrored<T> {
+    fn mirrored(&self) -> T;
+}
+
+macro_rules! plain {
+    ($($type:ty),*) => {
+        $(impl Mirrored<$type> for $type {
+            fn mirrored(&self) -> $type {
+                *self
+            }
+        })*
+    };
+}
+
+plain!(bool, u8, u16, u32, u64, Option<u64>, [u64; 4]);
+
+mirror! {
+    /// General-purpose registers.
+    RegsV1 of Regs {
+        0 rax: u64,
+        1 rbx: u64,
+        2 rcx: u64,
+        3 rdx: u64,
+        4 rsi: u64,
+        5 rdi: u64,
+        6 rsp: u64,
+        7 rbp: u64,
+        8 r8: u64,
+        9 r9: u64,
+        10 r10: u64,
+        11 r11: u64,
+        12 r12: u64,
+        13 r13: u64,
+        14 r14: u64,
+        15 r15: u64,
+        16 rip: u64,
+        17 rflags: u64,
+    }
+}
+
+mirror! {
+    /// A segment register with its hidden part.
+    SegmentV1 of Segment {
+        0 base: u64,
+        1 limit: u32,
+        2 selector: u16,
+        3 type_: u8,
+        4 dpl: u8,
+        5 present: bool,
+        6 db: bool,
+        7 s: bool,
+        8 l: bool,
+        9 g: bool,
+        10 avl: bool,
+        11 unusable: bool,
+    }
+}
+
+mirror! {
+    /// GDTR or IDTR.
+    TableV1 of DescriptorTable {
+        0 base: u64,
+        1 limit: u16,
+    }
+}
+
+mirror! {
+    /// Segment and control registers.
+    SregsV1 of Sregs {
+        0 cs: SegmentV1,
+        1 ds: SegmentV1,
+        2 es: SegmentV1,
+        3 fs: SegmentV1,
+        4 gs: SegmentV1,
+        5 ss: SegmentV1,
+        6 tr: SegmentV1,
+        7 ldt: SegmentV1,
+        8 gdt: TableV1,
+        9 idt: TableV1,
+        10 cr0: u64,
+        11 cr2: u64,
+        12 cr3: u64,
+        13 cr4: u64,
+        14 cr8: u64,
+        15 efer: u64,
+        16 apic_base: u64,
+        17 interrupt_bitmap: [u64; 4],
+    }
+}
+
+mirror! {
+    /// System management mode.
+    SmiV1 of Smi {
+        0 smm: bool,
+        1 pending: bool,
+        2 smm_inside_nmi: bool,
+        3 latched_init: bool,
+    }
+}
+
+mirror! {
+    /// Pending exceptions, interrupts and NMIs.
+    EventsV1 of VcpuEvents {
+        0 exception_injected: bool,
+        1 exception_nr: u8,
+        2 exception_has_error_code: bool,
+        3 exception_pending: bool,
+        4 exception_error_code: u32,
+        5 exception_payload: Option<u64>,
+        6 interrupt_injected: bool,
+        7 interrupt_nr: u8,
+        8 interrupt_soft: bool,
+        9 interrupt_shadow: u8,
+        10 nmi_injected: bool,
+        11 nmi_pending: u8,
+        12 nmi_masked: bool,
+        13 sipi_vector: u32,
+        14 triple_fault_pending: bool,
+        15 smi: SmiV1,
+        16 flags: u32,
+    }
+}
+
+mirror! {
+    /// Debug registers.
+    DebugRegsV1 of DebugRegs {
+        0 db: [u64; 4],
+        1 dr6: u64,
+        2 dr7: u64,
+        3 flags: u64,
+    }
+}
+
+mirror! {
+    /// A model-specific register.
+    MsrV1 of MsrEntry {
+        0 index: u32,
+        1 value: u64,
+    }
+}
+
+mirror! {
+    /// An extended control register.
+    XcrV1 of Xcr {
+        0 index: u32,
+        1 value: u64,
+    }
+}
+
+mirror! {
+    /// One leaf of CPUID.
+    CpuidV1 of CpuidEntry {
+        0 function: u32,
+        1 index: u32,
+        2 index_significant: bool,
+        3 eax: u32,
+        4 ebx: u32,
+        5 ecx: u32,
+        6 edx: u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_hypervisor::fake::Fake;
+    use vmm_hypervisor::{Hypervisor, VmOptions};
+    use vmm_snapshot::Record;
+
+    use super::*;
+
+    fn vcpu(fake: &Fake) -> Box<dyn Vcpu> {
+        let mut vcpu =
+            fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap().create_vcpu(0).unwrap();
+        vcpu.set_cpuid(&fake.supported_cpuid().unwrap()).unwrap();
+        vcpu
+    }
+
+    #[test]
+    fn state_survives_record_and_restore() {
+        let fake = Fake::new();
+        let mut first = vcpu(&fake);
+        first.set_regs(&Regs { rip: 0x1234, r9: u64::MAX, ..Regs::default() }).unwrap();
+        first.set_msrs(&[MsrEntry { index: 0x10, value: 77 }]).unwrap();
+        let msrs = fake.msr_indices().unwrap();
+        let state = VcpuV1::capture(&*first, &msrs).unwrap();
+        let state: VcpuV1 = Record::of(&state).parse().unwrap();
+        let mut second = vcpu(&fake);
+        state.apply(&mut *second).unwrap();
+        assert_eq!(VcpuV1::capture(&*second, &msrs).unwrap(), state);
+        assert_eq!(second.regs().unwrap().rip, 0x1234);
+    }
+
+    #[test]
+    fn what_a_host_does_not_know_is_left_out() {
+        let fake = Fake::new();
+        let vcpu = vcpu(&fake);
+        fake.unsupported("KVM_GET_DEBUGREGS");
+        fake.unsupported("KVM_GET_XCRS");
+        let state = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        assert_eq!((state.debug_regs, state.xcrs.is_some()), (None, false));
+        fake.unsupported("KVM_GET_REGS");
+        VcpuV1::capture(&*vcpu, &[]).unwrap_err();
+    }
+
+    #[test]
+    fn impossible_state_is_refused() {
+        let fake = Fake::new();
+        let mut vcpu = vcpu(&fake);
+        let good = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        let short = VcpuV1 { lapic: vec![0; 3], ..good.clone() };
+        assert!(matches!(short.apply(&mut *vcpu), Err(StateError::LapicSize { found: 3 })));
+        let small = VcpuV1 { xsave: vec![0; 3], ..good.clone() };
+        small.apply(&mut *vcpu).unwrap_err();
+        fake.unsupported("KVM_SET_TSC_KHZ");
+        let fast = VcpuV1 { tsc_khz: Some(9), ..good };
+        assert!(matches!(fast.apply(&mut *vcpu), Err(StateError::TscRate { saved: 9, host: 2_000_000, .. })));
+    }
+
+    #[test]
+    fn the_deadline_is_written_last() {
+        let fake = Fake::new();
+        let mut vcpu = vcpu(&fake);
+        let msrs = [MsrV1 { index: MSR_TSC_DEADLINE, value: 5 }, MsrV1 { index: 0x10, value: 1 }];
+        set_msrs(&mut *vcpu, &msrs).unwrap();
+        assert_eq!(vcpu.msrs(&[0x10, MSR_TSC_DEADLINE]).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn every_call_that_fails_is_an_error_of_capture_or_of_restore() {
+        let fake = Fake::new();
+        let mut one = vcpu(&fake);
+        let before = fake.calls().len();
+        let state = VcpuV1::capture(&*one, &[0x10]).unwrap();
+        let captured = fake.calls().len();
+        state.apply(&mut *one).unwrap();
+        let applied = fake.calls().len();
+        for nth in 1..=captured - before {
+            fake.fail_nth(nth);
+            VcpuV1::capture(&*one, &[0x10]).unwrap_err();
+            fake.heal();
+        }
+        for nth in 1..=applied - captured {
+            fake.fail_nth(nth);
+            state.apply(&mut *one).unwrap_err();
+            fake.heal();
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! The set of vCPUs on the scripted hypervisor: exits reach their targets, pause and resume lose nothing,
+//! and any call that fails leaves nothing behind.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmm_cpu_manager::affinity::CoreScheduling;
+use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
+use vmm_cpu_manager::entry::{Control, Entry};
+use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::topology::Topology;
+use vmm_device_model::bus::{Bus, BusDevice, Mapping};
+use vmm_hypervisor::fake::{Exit, Fake, Live};
+use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
+use vmm_hypervisor::{Hypervisor, VmOptions};
+
+#[derive(Default)]
+struct Log(Vec<(u64, Vec<u8>)>);
+
+impl BusDevice for Log {
+    fn read(&mut self, _: u16, offset: u64, data: &mut [u8]) {
+        data.fill(self.0.len() as u8);
+        self.0.push((offset, Vec::new()));
+    }
+
+    fn write(&mut self, _: u16, offset: u64, data: &[u8]) {
+        self.0.push((offset, data.to_vec()));
+    }
+}
+
+struct World {
+    targets: ExitTargets,
+    log: Arc<Mutex<Log>>,
+    eois: Arc<Mutex<Vec<u8>>>,
+    events: Receiver<VcpuEvent>,
+}
+
+fn world() -> World {
+    let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+    let log = Arc::new(Mutex::new(Log::default()));
+    for bus in [&pio, &mmio] {
+        bus.update(|m| m.insert(Mapping { base: 0, len: 0x1000, target: log.clone(), region: 0 })).unwrap();
+    }
+    let eois = Arc::new(Mutex::new(Vec::new()));
+    let (sender, events) = channel();
+    let sender = Mutex::new(sender);
+    let seen = Arc::clone(&eois);
+    let targets = ExitTargets {
+        pio,
+        mmio,
+        end_of_interrupt: Arc::new(move |vector| seen.lock().unwrap().push(vector)),
+        events: Arc::new(move |event| sender.lock().unwrap().send(event).unwrap()),
+    };
+    World { targets, log, eois, events }
+}
+
+fn create(fake: &Fake, boot: u32, targets: &ExitTargets) -> Result<VcpuSet, VcpuError> {
+    let topology = Topology::flat(4);
+    let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
+    let cpuid = Cpuid::new(&fake.supported_cpuid()?, &options);
+    let spec =
+        VcpuSpec { boot, topology, cpuid, affinity: vec![(0, vec![0])], core_scheduling: CoreScheduling::Vm };
+    let vm = fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 })?;
+    let entry = Entry {
+        regs: Regs { rip: 0x1000, ..Regs::default() },
+        code: Segment { base: 1, ..Segment::default() },
+        data: Segment::default(),
+        task: Segment::default(),
+        gdt: DescriptorTable::default(),
+        idt: DescriptorTable::default(),
+        control: Control { cr0: 1, ..Control::default() },
+    };
+    VcpuSet::create(fake, &vm, &spec, Some(entry), targets)
+}
+
+fn wait_for(what: impl Fn() -> bool) {
+    for _ in 0..5000 {
+        if what() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(what(), "did not happen within 5 s");
+}
+
+#[test]
+fn exits_reach_their_targets_in_accesses_of_their_size() {
+    let (fake, world) = (Fake::new(), world());
+    fake.script(
+        0,
+        [
+            Exit::PioWrite { port: 0x80, data: vec![1] },
+            Exit::PioRead { port: 0x60, size: 2, count: 3 },
+            Exit::MmioWrite { address: 0x10, data: vec![2; 8] },
+            Exit::MmioRead { address: 0x2000, size: 4 },
+            Exit::IoapicEoi(0x31),
+        ],
+    );
+    let mut set = create(&fake, 1, &world.targets).unwrap();
+    assert!(fake.count("KVM_RUN") == 0, "vCPUs start parked");
+    set.run();
+    wait_for(|| world.eois.lock().unwrap().as_slice() == [0x31]);
+    let log = &world.log.lock().unwrap().0;
+    assert_eq!(log[0], (0x80, vec![1]));
+    assert_eq!(log[1..4].iter().map(|l| l.0).collect::<Vec<_>>(), [0x60; 3]);
+    assert_eq!(log[4], (0x10, vec![2; 8]));
+    let answers = fake.answers();
+    assert_eq!(answers[0].data, [1, 1, 2, 2, 3, 3], "three reads of two bytes");
+    assert_eq!(answers[1].data, [0xff; 4], "where nothing is");
+}
+
+#[test]
+fn what_ends_a_guest_is_told_and_the_vcpu_parks() {
+    for (exit, expected) in [
+        (Exit::Shutdown, "triple fault"),
+        (Exit::SystemEvent(2), "system event 2"),
+        (Exit::InternalError(1), "the hypervisor cannot emulate the guest's instruction (internal error 1)"),
+        (Exit::RunFails(libc::EIO), "the vCPU cannot run"),
+    ] {
+        let (fake, world) = (Fake::new(), world());
+        fake.script(0, [exit]);
+        let mut set = create(&fake, 1, &world.targets).unwrap();
+        set.run();
+        let event = world.events.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(event.kind.to_string(), expected);
+        set.pause().unwrap();
+        set.save().unwrap();
+    }
+}
+
+#[test]
+fn pause_and_resume_a_thousand_times_lose_no_exit() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 4, &world.targets).unwrap();
+    for round in 0..1000 {
+        for vcpu in 0..4 {
+            fake.script(vcpu, [Exit::PioWrite { port: 0x80, data: vec![round as u8] }]);
+        }
+        set.run();
+        set.pause().unwrap();
+    }
+    set.run();
+    wait_for(|| world.log.lock().unwrap().0.len() == 4000);
+    assert!(world.events.try_recv().is_err());
+}
+
+#[test]
+fn state_moves_to_another_set() {
+    let (fake, world) = (Fake::new(), world());
+    let first = create(&fake, 2, &world.targets).unwrap();
+    let states = first.save().unwrap();
+    assert_eq!(states[0].regs.rip, 0x1000);
+    drop(first);
+    let mut second = create(&fake, 2, &world.targets).unwrap();
+    second.restore(states.clone()).unwrap();
+    assert_eq!(second.save().unwrap(), states);
+    let error = second.restore(states[..1].to_vec()).unwrap_err();
+    assert!(matches!(error, VcpuError::Count { states: 1, vcpus: 2 }));
+}
+
+#[test]
+fn any_call_that_fails_leaves_nothing_behind() {
+    let (fake, world) = (Fake::new(), world());
+    drop(create(&fake, 2, &world.targets).unwrap());
+    let calls = fake.calls().len();
+    for nth in 1..=calls {
+        fake.fail_nth(nth);
+        assert!(create(&fake, 2, &world.targets).is_err(), "call {nth} of {calls}");
+        fake.heal();
+        assert_eq!(fake.live(), Live::default(), "after call {nth} of {calls} failed");
+    }
+}
+
+#[test]
+fn an_nmi_reaches_every_vcpu() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 3, &world.targets).unwrap();
+    set.run();
+    set.nmi();
+    wait_for(|| fake.count("KVM_NMI") == 3);
+    assert!(!matches!(world.events.try_recv(), Ok(VcpuEvent { kind: VcpuEventKind::Failed(_), .. })));
+}
+
+#[test]
+fn orders_whose_kicks_fall_together_are_all_obeyed() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    for round in 1..=200 {
+        set.run();
+        set.run();
+        set.nmi();
+        set.pause().unwrap();
+        assert_eq!(fake.count("KVM_NMI"), 2 * round);
+    }
+}

@@ -1,0 +1,231 @@
+//! Dirty guest pages: one collector, any number of named trackers.
+//!
+//! A source forgets what it reports (KVM's log, the bitmap of this process's own writes, a device's log),
+//! so there is one place that asks them, and every page that it learns of goes into the bitmap of every
+//! tracker at once. An error in the middle loses nothing: what was fetched is in the bitmaps already.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryBackend, GuestRegionMmap};
+use vmm_device_model::dirty::DirtySource;
+
+use crate::layout::{PAGE_SIZE, Range};
+use crate::map::MemoryMap;
+use crate::zone::ZoneError;
+
+/// The collector of one VM's dirty pages.
+#[derive(Default)]
+pub struct DirtyCollector {
+    trackers: BTreeMap<String, Tracker>,
+    sources: Vec<Arc<dyn DirtySource>>,
+}
+
+impl std::fmt::Debug for DirtyCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DirtyCollector").field("trackers", &self.trackers.keys()).finish_non_exhaustive()
+    }
+}
+
+/// One bit per page, one bitmap per slot.
+#[derive(Debug, Clone)]
+struct Tracker(Vec<Vec<u64>>);
+
+const BITS: u64 = u64::BITS as u64;
+
+impl DirtyCollector {
+    /// Nobody tracks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks `source`, too, from now on.
+    pub fn add_source(&mut self, source: Arc<dyn DirtySource>) {
+        self.sources.push(source);
+    }
+
+    /// Starts to track under `name`: pages written from now on. The first tracker turns logging on.
+    ///
+    /// # Errors
+    /// The name is taken, or the hypervisor refuses; nothing has changed then.
+    pub fn start(&mut self, map: &mut MemoryMap, name: &str) -> Result<(), DirtyError> {
+        if self.trackers.contains_key(name) {
+            return Err(DirtyError::Taken { name: name.to_owned() });
+        }
+        if self.trackers.is_empty() {
+            map.log_dirty(true)?;
+        }
+        // What was written before belongs to the trackers that are there.
+        if let Err(error) = self.collect(map) {
+            if self.trackers.is_empty() {
+                // The next start tries again; a log that nobody reads is slow, not wrong.
+                let _ = map.log_dirty(false);
+            }
+            return Err(error);
+        }
+        let empty = map.slots().iter().map(|slot| vec![0; words(slot.size)]).collect();
+        self.trackers.insert(name.to_owned(), Tracker(empty));
+        Ok(())
+    }
+
+    /// Ends tracking under `name`. The last tracker turns logging off.
+    ///
+    /// # Errors
+    /// No such tracker, or the hypervisor refuses; the tracker is gone all the same.
+    pub fn stop(&mut self, map: &mut MemoryMap, name: &str) -> Result<(), DirtyError> {
+        self.trackers.remove(name).ok_or_else(|| DirtyError::Unknown { name: name.to_owned() })?;
+        if self.trackers.is_empty() {
+            map.log_dirty(false)?;
+        }
+        Ok(())
+    }
+
+    /// The pages written since `name` started or took last, as ranges in order of address.
+    ///
+    /// # Errors
+    /// No such tracker, or a source could not be asked; no page is lost, the next call reports it.
+    pub fn take(&mut self, map: &MemoryMap, name: &str) -> Result<Vec<Range>, DirtyError> {
+        if !self.trackers.contains_key(name) {
+            return Err(DirtyError::Unknown { name: name.to_owned() });
+        }
+        self.collect(map)?;
+        let Some(Tracker(bitmaps)) = self.trackers.get_mut(name) else { return Ok(Vec::new()) };
+        let mut ranges = Vec::new();
+        for (slot, bitmap) in map.slots().iter().zip(bitmaps) {
+            append_ranges(slot.guest_address, bitmap, &mut ranges);
+            bitmap.fill(0);
+        }
+        Ok(ranges)
+    }
+
+    /// Fetches from every source into every tracker.
+    fn collect(&mut self, map: &MemoryMap) -> Result<(), DirtyError> {
+        for (index, (slot, region)) in map.slots().iter().zip(map.memory().iter()).enumerate() {
+            self.merge(index, &own_writes(region));
+            self.merge(index, &map.vm().dirty_log(slot).map_err(ZoneError::from)?);
+        }
+        let Self { trackers, sources } = self;
+        for source in sources {
+            let mut mark = |address, len| {
+                trackers.values_mut().for_each(|tracker| tracker.mark(map, address, len));
+            };
+            source.take(&mut mark).map_err(DirtyError::Source)?;
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, slot: usize, bitmap: &[u64]) {
+        for Tracker(bitmaps) in self.trackers.values_mut() {
+            if let Some(words) = bitmaps.get_mut(slot) {
+                words.iter_mut().zip(bitmap).for_each(|(to, from)| *to |= from);
+            }
+        }
+    }
+}
+
+impl Tracker {
+    /// Marks the pages of a range; what is outside RAM is nobody's.
+    fn mark(&mut self, map: &MemoryMap, address: u64, len: u64) {
+        let end = address.saturating_add(len);
+        for (slot, bitmap) in map.slots().iter().zip(&mut self.0) {
+            let start = address.max(slot.guest_address);
+            let end = end.min(slot.guest_address + slot.size);
+            if start >= end {
+                continue;
+            }
+            let first = (start - slot.guest_address) / PAGE_SIZE;
+            let last = (end - 1 - slot.guest_address) / PAGE_SIZE;
+            for page in first..=last {
+                if let Some(word) = usize::try_from(page / BITS).ok().and_then(|at| bitmap.get_mut(at)) {
+                    *word |= 1 << (page % BITS);
+                }
+            }
+        }
+    }
+}
+
+/// Fetches and forgets the pages that this process wrote.
+fn own_writes(region: &GuestRegionMmap<AtomicBitmap>) -> Vec<u64> {
+    region.bitmap().get_and_reset()
+}
+
+fn words(bytes: u64) -> usize {
+    usize::try_from(bytes.div_ceil(PAGE_SIZE * BITS)).unwrap_or(usize::MAX)
+}
+
+/// Appends the runs of ones in `bitmap`, joined with a range that ends where the first begins.
+fn append_ranges(base: u64, bitmap: &[u64], ranges: &mut Vec<Range>) {
+    for (index, word) in (0_u64..).zip(bitmap) {
+        let mut word = *word;
+        let mut page = index * BITS;
+        while word != 0 {
+            let skip = word.trailing_zeros();
+            let run = (word >> skip).trailing_ones();
+            page += u64::from(skip);
+            push(base + page * PAGE_SIZE, u64::from(run) * PAGE_SIZE, ranges);
+            page += u64::from(run);
+            word = word.checked_shr(skip + run).unwrap_or(0);
+        }
+    }
+}
+
+fn push(start: u64, size: u64, ranges: &mut Vec<Range>) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == start => last.size += size,
+        _ => ranges.push(Range { start, size }),
+    }
+}
+
+/// Dirty pages that cannot be tracked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirtyError {
+    /// The name has a tracker.
+    #[error("dirty pages are tracked under {name:?} already")]
+    Taken {
+        /// The name.
+        name: String,
+    },
+    /// The name has no tracker.
+    #[error("no dirty pages are tracked under {name:?}")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// The hypervisor refused.
+    #[error("cannot log dirty pages")]
+    Log(#[from] ZoneError),
+    /// A device could not be asked.
+    #[error("cannot ask a device for the pages that it wrote")]
+    Source(#[source] std::io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_become_ranges_across_words() {
+        let mut ranges = Vec::new();
+        append_ranges(0x1000_0000, &[1 | 3 << 62, 1, 0, u64::MAX], &mut ranges);
+        let pages: Vec<_> = ranges.iter().map(|r| ((r.start - 0x1000_0000) / 4096, r.size / 4096)).collect();
+        assert_eq!(pages, [(0, 1), (62, 3), (192, 64)]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn ranges_hold_the_set_bits_and_no_other(bitmap in proptest::collection::vec(proptest::num::u64::ANY, 0..6)) {
+            let mut ranges = Vec::new();
+            append_ranges(0, &bitmap, &mut ranges);
+            let mut back = vec![0_u64; bitmap.len()];
+            for range in &ranges {
+                for page in range.start / 4096..range.end() / 4096 {
+                    back[(page / 64) as usize] |= 1 << (page % 64);
+                }
+            }
+            proptest::prop_assert_eq!(back, bitmap);
+            proptest::prop_assert!(ranges.windows(2).all(|w| w[0].end() < w[1].start));
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! Guest memory.
+//!
+//! - [`layout`]: where RAM and the windows for devices lie in the guest's address space;
+//! - [`zone`]: RAM as the host backs it: memfd, file, huge pages, anonymous memory;
+//! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
+//! - [`dirty`]: one collector of dirty pages for any number of named trackers.
+
+pub mod dirty;
+pub mod layout;
+pub mod map;
+mod sys;
+pub mod zone;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

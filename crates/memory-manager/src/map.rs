@@ -1,0 +1,178 @@
+//! The RAM of one VM.
+#![expect(unsafe_code, reason = "host memory is given to the guest")]
+
+use std::sync::Arc;
+
+use minicbor::{Decode, Encode};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_device_model::dma::{DmaMemory, GuestRam};
+use vmm_hypervisor::{MemorySlot, Vm};
+use vmm_snapshot::RecordError;
+
+use crate::layout::{Layout, Range};
+use crate::sys;
+use crate::zone::{Backing, ZoneConfig, ZoneError};
+
+/// The RAM of one VM, in the hypervisor's slots. Dropped, it takes it from the guest again.
+#[derive(Debug)]
+pub struct MemoryMap {
+    vm: Arc<dyn Vm>,
+    layout: Layout,
+    zones: Vec<String>,
+    slots: Vec<MemorySlot>,
+    memory: Arc<GuestRam>,
+    dma: DmaMemory,
+}
+
+impl MemoryMap {
+    /// Gets the memory of `zones` from the host and gives it to the guest.
+    ///
+    /// # Errors
+    /// The host or the hypervisor refuses; nothing is left mapped.
+    pub fn create(vm: Arc<dyn Vm>, zones: &[ZoneConfig], phys_bits: u8) -> Result<Self, ZoneError> {
+        let sizes: Vec<_> = zones.iter().map(|zone| zone.size).collect();
+        let layout = Layout::new(&sizes, phys_bits)?;
+        check_host(layout.ram_size())?;
+        let backings = zones.iter().map(Backing::open).collect::<Result<Vec<_>, _>>()?;
+        let mut regions = Vec::with_capacity(layout.ram.len());
+        for piece in &layout.ram {
+            if let Some(backing) = backings.get(piece.zone) {
+                regions.push(backing.map(piece)?);
+            }
+        }
+        let memory = Arc::new(GuestRam::from_regions(regions)?);
+        let dma = DmaMemory::from(Arc::clone(&memory));
+        let zones = zones.iter().map(|zone| zone.id.clone()).collect();
+        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma };
+        map.give_to_guest()?;
+        Ok(map)
+    }
+
+    fn give_to_guest(&mut self) -> Result<(), ZoneError> {
+        for (number, region) in (0..).zip(self.memory.iter()) {
+            let slot = MemorySlot {
+                slot: number,
+                guest_address: region.start_addr().raw_value(),
+                size: region.len(),
+                host_address: region.as_ptr() as u64,
+                read_only: false,
+                log_dirty: false,
+            };
+            // SAFETY: `self.memory` keeps the region mapped, and drop removes the slot first. All access
+            // to it in this process is by volatile copies.
+            unsafe { self.vm.set_memory_slot(&slot) }?;
+            self.slots.push(slot);
+        }
+        Ok(())
+    }
+
+    /// Where things lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The RAM itself.
+    pub fn memory(&self) -> &Arc<GuestRam> {
+        &self.memory
+    }
+
+    /// The handle that devices get.
+    pub fn dma(&self) -> DmaMemory {
+        self.dma.clone()
+    }
+
+    /// RAM in bytes.
+    pub fn size(&self) -> u64 {
+        self.layout.ram_size()
+    }
+
+    pub(crate) fn slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    pub(crate) fn vm(&self) -> &dyn Vm {
+        &*self.vm
+    }
+
+    /// Has the hypervisor log the pages that vCPUs write, or stop that. All slots or none.
+    pub(crate) fn log_dirty(&mut self, log_dirty: bool) -> Result<(), ZoneError> {
+        for (done, slot) in self.slots.iter().enumerate() {
+            let changed = MemorySlot { log_dirty, ..*slot };
+            // SAFETY: as in `give_to_guest`; only a flag changes.
+            if let Err(error) = unsafe { self.vm.set_memory_slot(&changed) } {
+                for slot in self.slots.iter().take(done) {
+                    // SAFETY: as above. A refusal leaves a log that nobody reads: slow, not wrong.
+                    let _ = unsafe { self.vm.set_memory_slot(slot) };
+                }
+                return Err(error.into());
+            }
+        }
+        self.slots.iter_mut().for_each(|slot| slot.log_dirty = log_dirty);
+        Ok(())
+    }
+
+    /// Where the RAM lies, as a record.
+    pub fn save(&self) -> MemoryLayoutV1 {
+        let piece = |p: &crate::layout::Placement| {
+            Some(PieceV1 { zone: self.zones.get(p.zone)?.clone(), offset: p.offset, range: p.range })
+        };
+        MemoryLayoutV1 { ram: self.layout.ram.iter().filter_map(piece).collect(), mmio64: self.layout.mmio64 }
+    }
+
+    /// Checks that a saved layout is this VM's: it is never recomputed for a guest that has seen it.
+    ///
+    /// # Errors
+    /// It is another.
+    pub fn check(&self, saved: &MemoryLayoutV1) -> Result<(), RecordError> {
+        if self.save() == *saved {
+            return Ok(());
+        }
+        Err(RecordError::invalid::<MemoryLayoutV1>("the guest's memory was laid out differently"))
+    }
+}
+
+impl Drop for MemoryMap {
+    fn drop(&mut self) {
+        for slot in &self.slots {
+            if let Err(error) = self.vm.remove_memory_slot(slot) {
+                // The mapping must not go while the guest may write it; leaking is the safe way out.
+                log::error!("guest memory stays mapped: {error}");
+                std::mem::forget(Arc::clone(&self.memory));
+            }
+        }
+    }
+}
+
+fn check_host(wanted: u64) -> Result<(), ZoneError> {
+    match sys::host_memory() {
+        Ok(host) if wanted > host => Err(ZoneError::HostTooSmall { wanted, host }),
+        _ => Ok(()),
+    }
+}
+
+/// Where a guest's RAM lies: named by zone and guest address, never by slot.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MemoryLayoutV1 {
+    /// Pieces of RAM, in order of address.
+    #[n(0)]
+    pub ram: Vec<PieceV1>,
+    /// Window for 64-bit PCI BARs.
+    #[n(1)]
+    pub mmio64: Range,
+}
+
+/// A piece of a zone and where the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct PieceV1 {
+    /// Id of the zone.
+    #[n(0)]
+    pub zone: String,
+    /// Offset in the zone, in bytes.
+    #[n(1)]
+    pub offset: u64,
+    /// Guest physical addresses.
+    #[n(2)]
+    pub range: Range,
+}
+
+vmm_snapshot::schema!(MemoryLayoutV1: "memory-layout" v1);

@@ -1,0 +1,217 @@
+//! Saved states of all devices: their shipped bytes, and what hostile bytes do.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_device_model::device::VmDevice;
+use vmm_device_model::recipe::Recipe;
+use vmm_device_model::testing::{TestResources, Xorshift};
+use vmm_platform_devices::acpi_pm::AcpiPm;
+use vmm_platform_devices::cmos::{Cmos, RamSize};
+use vmm_platform_devices::debug_port::{DebugConsole, PostPort};
+use vmm_platform_devices::ged::{GedEvent, GedRecipe};
+use vmm_platform_devices::i8042::I8042;
+use vmm_platform_devices::ioapic::{IOAPIC_BASE, IoApic, IoApicRecipe};
+use vmm_platform_devices::output::Discard;
+use vmm_platform_devices::pm_timer::PmTimer;
+use vmm_platform_devices::serial::SerialRecipe;
+use vmm_platform_devices::testing::{TestClock, TestEvents, TestTarget};
+use vmm_snapshot::{Record, golden};
+
+/// A device on buses of its own, and its registers.
+struct Rig {
+    resources: TestResources,
+    device: Box<dyn VmDevice>,
+    pio: std::ops::Range<u64>,
+    mmio: std::ops::Range<u64>,
+}
+
+impl Rig {
+    fn new(recipe: impl Recipe<TestResources>, pio: std::ops::Range<u64>) -> Self {
+        let mut resources = TestResources::new(0x1000).unwrap();
+        let device = Box::new(recipe).build(&mut resources).unwrap();
+        Self { resources, device, pio, mmio: 0..0 }
+    }
+
+    fn with_mmio(mut self, mmio: std::ops::Range<u64>) -> Self {
+        self.mmio = mmio;
+        self
+    }
+
+    /// Reads and writes everything.
+    fn poke(&self, random: &mut Xorshift) {
+        for (bus, range) in [(&self.resources.pio, &self.pio), (&self.resources.mmio, &self.mmio)] {
+            for address in range.clone().chain(range.clone().rev()) {
+                let mut data = (random.next() as u32).to_le_bytes();
+                bus.write(address, &data[..1]);
+                bus.write(address, &data);
+                bus.read(address, &mut data[..1]);
+                bus.read(address, &mut data);
+            }
+        }
+    }
+}
+
+fn clock() -> Arc<TestClock> {
+    Arc::new(TestClock::new(Duration::from_secs(1_000_000_000)))
+}
+
+const GED: u64 = 0xfed0_0000;
+
+fn serial() -> Rig {
+    let recipe = SerialRecipe::com1("_serial", Arc::new(Discard), Arc::new(Discard));
+    let input = recipe.input();
+    let rig = Rig::new(recipe, 0x3f8..0x400);
+    rig.resources.pio.write(0x3f9, &[3]);
+    rig.resources.pio.write(0x3ff, &[0x5a]);
+    assert_eq!(input.enqueue(b"input"), 5);
+    rig
+}
+
+fn i8042() -> Rig {
+    let rig = Rig::new(I8042::recipe("_i8042", Arc::<TestEvents>::default()), 0x60..0x65);
+    rig.resources.pio.read(0x60, &mut [0]);
+    rig.resources.pio.write(0x61, &[1]);
+    rig
+}
+
+fn cmos() -> Rig {
+    let ram = RamSize { below_4g: 512 << 20, above_4g: 0 };
+    let rig = Rig::new(Cmos::recipe("_cmos", clock(), ram), 0x70..0x72);
+    rig.resources.pio.write(0x70, &[0x0f, 0x0a]);
+    rig
+}
+
+fn ioapic() -> Rig {
+    let ioapic = IoApic::new(Arc::<TestTarget>::default());
+    let line = ioapic.line(9).unwrap();
+    let rig = Rig::new(IoApicRecipe::new("_ioapic", IOAPIC_BASE, ioapic), 0..0)
+        .with_mmio(IOAPIC_BASE..IOAPIC_BASE + 0x20);
+    for (register, value) in [(0_u32, 0x0200_0000), (0x18, 0x31), (0x23, 0x0100_0000), (0x22, 0x8051_u32)] {
+        rig.resources.mmio.write(IOAPIC_BASE, &register.to_le_bytes());
+        rig.resources.mmio.write(IOAPIC_BASE + 0x10, &value.to_le_bytes());
+    }
+    line.set(true);
+    rig
+}
+
+fn pm_timer() -> Rig {
+    let clock = clock();
+    let rig = Rig::new(PmTimer::recipe("_pm_timer", clock.clone()), 0xb008..0xb00c);
+    clock.advance(Duration::from_secs(1));
+    rig
+}
+
+fn ged() -> Rig {
+    let recipe = GedRecipe::new("_ged", GED, 5);
+    let ged = recipe.ged();
+    let rig = Rig::new(recipe, 0..0).with_mmio(GED..GED + 1);
+    assert!(ged.raise(GedEvent::PowerButton));
+    rig
+}
+
+fn stateless() -> [Rig; 3] {
+    let events = Arc::<TestEvents>::default();
+    [
+        Rig::new(AcpiPm::recipe("_acpi_pm", events), 0x3c0..0x3c1),
+        Rig::new(PostPort::recipe("_post", clock(), Arc::new(Discard)), 0x80..0x81),
+        Rig::new(DebugConsole::recipe("_debug", 0xe9, Arc::new(Discard)), 0xe9..0xea),
+    ]
+}
+
+const RIGS: [fn() -> Rig; 6] = [serial, i8042, cmos, ioapic, pm_timer, ged];
+
+#[test]
+fn shipped_bytes() {
+    for rig in RIGS {
+        let record = rig().device.save_record();
+        golden::check(&record.kind, record.version, &record.bytes).unwrap_or_else(|e| panic!("{e}"));
+        // What shipped is still understood, and means the same.
+        let mut fresh = rig();
+        fresh.device.reset().unwrap();
+        fresh.device.quiesce_begin();
+        assert_ne!(fresh.device.save_record(), record, "a reset forgets");
+        fresh.device.restore_record(&record).unwrap();
+        assert_eq!(fresh.device.save_record(), record);
+    }
+    for rig in stateless() {
+        assert_eq!(rig.device.save_record().kind, "none");
+    }
+}
+
+#[test]
+fn every_integer_at_its_edges() {
+    let edges = [0, 1, 0x7f, 0x80, 0xff, 0x100, 0xffff, 0x1_0000, u64::from(u32::MAX), 1 << 32, u64::MAX];
+    for rig in RIGS {
+        let record = rig().device.save_record();
+        let (mut taken, mut refused) = (0, 0);
+        for (at, len) in integers(&record.bytes) {
+            for edge in edges {
+                let mut bytes = record.bytes[..at].to_vec();
+                bytes.extend(minicbor::to_vec(edge).unwrap());
+                bytes.extend(&record.bytes[at + len..]);
+                if survives(rig(), &record, bytes) { taken += 1 } else { refused += 1 }
+            }
+        }
+        assert!(taken > 0 && refused > 0, "{}: {taken} taken, {refused} refused", record.kind);
+    }
+}
+
+#[test]
+fn truncated_and_random_records() {
+    let mut random = Xorshift::new(11);
+    for rig in RIGS.map(|rig| (rig, rig().device.save_record())) {
+        let (rig, record) = rig;
+        for len in 0..record.bytes.len() {
+            assert!(!survives(rig(), &record, record.bytes[..len].to_vec()), "{} {len}", record.kind);
+        }
+        for _ in 0..300 {
+            let mut bytes = record.bytes.clone();
+            for _ in 0..1 + random.next() % 3 {
+                let at = random.next() as usize % bytes.len();
+                bytes[at] = random.next() as u8;
+            }
+            survives(rig(), &record, bytes);
+        }
+    }
+}
+
+/// Restores `bytes` into a device and uses it as a guest would, and its owner. Whether they were taken.
+fn survives(mut rig: Rig, record: &Record, bytes: Vec<u8>) -> bool {
+    rig.device.quiesce_begin();
+    let taken = rig.device.restore_record(&Record { bytes, ..record.clone() }).is_ok();
+    if taken {
+        rig.device.resume().unwrap();
+        rig.poke(&mut Xorshift::new(12));
+        rig.device.save_record();
+        rig.device.reset().unwrap();
+    }
+    taken
+}
+
+/// Start and length of every unsigned integer in CBOR of definite lengths.
+fn integers(bytes: &[u8]) -> Vec<(usize, usize)> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(first) = bytes.get(at) {
+        let extra = match first & 0x1f {
+            0..=23 => 0,
+            info @ 24..=27 => 1_usize << (info - 24),
+            info => panic!("additional information {info}"),
+        };
+        let value = bytes[at + 1..=at + extra].iter().fold(0, |value, byte| value << 8 | usize::from(*byte));
+        let value = if extra == 0 { usize::from(first & 0x1f) } else { value };
+        let content = match first >> 5 {
+            0 => {
+                found.push((at, 1 + extra));
+                0
+            }
+            2 | 3 => value,
+            4 => 0,
+            major => panic!("major type {major}"),
+        };
+        at += 1 + extra + content;
+    }
+    found
+}

@@ -1,0 +1,88 @@
+//! Guest memory as the kernel's I/O sees it.
+#![expect(unsafe_code, reason = "the kernel is given host addresses of guest memory")]
+
+use std::any::Any;
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemory, Permissions};
+use vmm_device_model::dma::GuestRam;
+use vmm_disk_image::Buffers;
+
+use crate::chain::{self, Span, in_one_piece};
+
+/// Buffers whose lists of ranges are used again.
+#[derive(Debug, Default)]
+pub(super) struct BufferPool {
+    spare: Vec<Buffers>,
+    nobody: Arc<()>,
+}
+
+impl BufferPool {
+    /// The host ranges of `spans`; `None` if a span is not in guest memory.
+    pub(super) fn resolve(
+        &mut self,
+        memory: &Arc<GuestRam>,
+        spans: &[Span],
+        access: Permissions,
+    ) -> Option<Buffers> {
+        let len = chain::len(spans);
+        // Nearly every buffer lies in one piece; the general way is slower.
+        let pieces = spans.iter().map_while(|span| {
+            let slice = in_one_piece(memory, span.address, span.len as usize, access)?;
+            Some((slice.ptr_guard_mut().as_ptr(), slice.len()))
+        });
+        let buffers = self.fill(memory, pieces);
+        if buffers.len() == len {
+            return Some(buffers);
+        }
+        self.give_back(buffers);
+        let pieces = spans.iter().flat_map(|span| {
+            let slices = memory.get_slices(span.address, span.len as usize, access);
+            slices.into_iter().flatten().flatten().map(|slice| (slice.ptr_guard_mut().as_ptr(), slice.len()))
+        });
+        let buffers = self.fill(memory, pieces);
+        // What does not resolve is missing.
+        if buffers.len() == len {
+            return Some(buffers);
+        }
+        self.give_back(buffers);
+        None
+    }
+
+    /// Buffers of these host ranges, which are slices of `memory`.
+    fn fill(&mut self, memory: &Arc<GuestRam>, ranges: impl Iterator<Item = (*mut u8, usize)>) -> Buffers {
+        let owner = Arc::clone(memory) as Arc<dyn Any + Send + Sync>;
+        match self.spare.pop() {
+            Some(mut spare) => {
+                // SAFETY: the ranges are slices of `memory`, mapped readable and writable for as long as the owner lives;
+                // guest memory is only ever reached through volatile accesses, never through references.
+                unsafe { spare.refill(owner, ranges) };
+                spare
+            }
+            // SAFETY: as above.
+            None => unsafe { Buffers::new(owner, ranges) },
+        }
+    }
+
+    /// Takes buffers that no request uses any more, and lets go of their memory.
+    pub(super) fn give_back(&mut self, mut buffers: Buffers) {
+        // SAFETY: there is no range.
+        unsafe { buffers.refill(Arc::clone(&self.nobody) as _, []) };
+        self.spare.push(buffers);
+    }
+}
+
+/// Marks what the kernel wrote, for guest memory's bitmap sees only writes of this process.
+pub(super) fn mark_dirty(memory: &GuestRam, spans: &[Span]) {
+    for span in spans {
+        if let Some(slice) = in_one_piece(memory, span.address, span.len as usize, Permissions::Write) {
+            slice.bitmap().mark_dirty(0, slice.len());
+            continue;
+        }
+        let slices = memory.get_slices(span.address, span.len as usize, Permissions::Write);
+        for slice in slices.into_iter().flatten().flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+}

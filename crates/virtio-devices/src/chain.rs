@@ -1,0 +1,381 @@
+//! Descriptor chains, taken out of the guest's hands: what it wrote is read once, into memory of ours.
+
+use std::sync::atomic::Ordering;
+
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::bitmap::{AtomicBitmap, RefSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
+use vmm_device_model::dma::GuestRam;
+
+/// The driver does not want interrupts (virtio 1.3, section 2.7.7).
+const NO_INTERRUPT: u16 = 1;
+const DESCRIPTOR_LEN: u32 = 16;
+
+type RamSlice<'m> = VolatileSlice<'m, RefSlice<'m, AtomicBitmap>>;
+
+/// A descriptor table, a queue's or an indirect one.
+#[derive(Debug)]
+pub(crate) struct Table<'m> {
+    memory: &'m GuestRam,
+    address: GuestAddress,
+    len: u32,
+    /// All of it, where it lies in one piece.
+    whole: Option<RamSlice<'m>>,
+}
+
+impl<'m> Table<'m> {
+    /// The table of a queue.
+    pub(crate) fn of(queue: &Queue, memory: &'m GuestRam) -> Self {
+        Self::new(memory, GuestAddress(queue.desc_table()), queue.size().into())
+    }
+
+    fn new(memory: &'m GuestRam, address: GuestAddress, len: u32) -> Self {
+        let bytes = len.checked_mul(DESCRIPTOR_LEN);
+        let whole = bytes.and_then(|bytes| in_one_piece(memory, address, bytes as usize, Permissions::Read));
+        Self { memory, address, len, whole }
+    }
+
+    /// `None` if it is not in the table, or not in memory.
+    fn read(&self, index: u16) -> Option<Descriptor> {
+        if u32::from(index) >= self.len {
+            return None;
+        }
+        let offset = u32::from(index) * DESCRIPTOR_LEN;
+        match &self.whole {
+            Some(whole) => whole.read_obj(offset as usize).ok(),
+            None => {
+                let address = self.address.0.checked_add(offset.into())?;
+                self.memory.read_obj(GuestAddress(address)).ok()
+            }
+        }
+    }
+
+    /// The table that an indirect descriptor points to.
+    fn indirect(&self, descriptor: Descriptor) -> Option<Self> {
+        let len = descriptor.len();
+        let whole = len.is_multiple_of(DESCRIPTOR_LEN);
+        whole.then(|| Self::new(self.memory, descriptor.addr(), len / DESCRIPTOR_LEN))
+    }
+}
+
+/// One buffer of a chain. Foreign numbers: it need not lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) address: GuestAddress,
+    /// Bytes, not 0.
+    pub(crate) len: u32,
+}
+
+/// The buffers of a chain. Reused from chain to chain for its allocations.
+#[derive(Debug, Default)]
+pub(crate) struct Chain {
+    /// What the device reads.
+    pub(crate) readable: Vec<Span>,
+    /// What the device writes.
+    pub(crate) writable: Vec<Span>,
+}
+
+/// Why a chain cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ChainError {
+    #[error("descriptor chain leaves its table or memory, or passes 4 GiB")]
+    Broken,
+    #[error("descriptor chain loops, or is longer than the virtqueue")]
+    TooLong,
+    #[error("descriptor chain has a readable buffer behind a writable one")]
+    Order,
+}
+
+impl Chain {
+    /// Takes the chain that begins at `head`, of at most `limit` buffers.
+    pub(crate) fn collect(&mut self, table: &Table<'_>, head: u16, limit: usize) -> Result<(), ChainError> {
+        self.readable.clear();
+        self.writable.clear();
+        let mut indirect = None;
+        let mut index = head;
+        let mut total = 0_u32;
+        // The limit ends loops, too.
+        let mut count = 0;
+        loop {
+            let place = indirect.as_ref().unwrap_or(table);
+            let descriptor = place.read(index).ok_or(ChainError::Broken)?;
+            if descriptor.refers_to_indirect_table() {
+                if indirect.is_some() {
+                    return Err(ChainError::Broken);
+                }
+                indirect = Some(table.indirect(descriptor).ok_or(ChainError::Broken)?);
+                index = 0;
+                continue;
+            }
+            if count == limit {
+                return Err(ChainError::TooLong);
+            }
+            count += 1;
+            total = total.checked_add(descriptor.len()).ok_or(ChainError::Broken)?;
+            self.push(descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+    }
+
+    fn push(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
+        let span = Span { address: descriptor.addr(), len: descriptor.len() };
+        let writable = descriptor.is_write_only();
+        if !writable && !self.writable.is_empty() {
+            return Err(ChainError::Order);
+        }
+        if span.len > 0 {
+            if writable { &mut self.writable } else { &mut self.readable }.push(span);
+        }
+        Ok(())
+    }
+
+    /// Takes the last writable byte away; its address.
+    pub(crate) fn take_last_byte(&mut self) -> Option<GuestAddress> {
+        let last = self.writable.last_mut()?;
+        last.len = last.len.checked_sub(1)?;
+        let address = last.address.0.checked_add(last.len.into())?;
+        if last.len == 0 {
+            self.writable.pop();
+        }
+        Some(GuestAddress(address))
+    }
+
+    /// Takes the first `N` readable bytes away; `None` if there are fewer.
+    pub(crate) fn take_front<const N: usize>(
+        &mut self,
+        memory: &GuestRam,
+    ) -> Result<Option<[u8; N]>, GuestMemoryError> {
+        let mut bytes = [0; N];
+        let count = read(memory, &self.readable, &mut bytes)?;
+        if count < N {
+            return Ok(None);
+        }
+        let mut left = N as u64;
+        self.readable.retain_mut(|span| {
+            let cut = left.min(span.len.into());
+            left -= cut;
+            // `cut` is at most the length, and the bytes were read: nothing overflows.
+            span.len -= cut as u32;
+            span.address.0 = span.address.0.wrapping_add(cut);
+            span.len > 0
+        });
+        Ok(Some(bytes))
+    }
+}
+
+/// Sum of the spans in bytes.
+pub(crate) fn len(spans: &[Span]) -> u64 {
+    spans.iter().map(|span| u64::from(span.len)).sum()
+}
+
+/// Copies from the front of the spans until `to` is full or they end. Returns how much.
+pub(crate) fn read(memory: &GuestRam, spans: &[Span], to: &mut [u8]) -> Result<usize, GuestMemoryError> {
+    let mut done = 0;
+    for span in spans {
+        let rest = to.get_mut(done..).unwrap_or_default();
+        let count = rest.len().min(span.len as usize);
+        let Some(part) = rest.get_mut(..count).filter(|part| !part.is_empty()) else { break };
+        match in_one_piece(memory, span.address, count, Permissions::Read) {
+            Some(slice) => slice.read_slice(part, 0)?,
+            None => memory.read_slice(part, span.address)?,
+        }
+        done += count;
+    }
+    Ok(done)
+}
+
+/// Copies to the front of the spans until `from` or they end. Returns how much.
+pub(crate) fn write(memory: &GuestRam, spans: &[Span], from: &[u8]) -> Result<usize, GuestMemoryError> {
+    let mut done = 0;
+    for span in spans {
+        let rest = from.get(done..).unwrap_or_default();
+        let count = rest.len().min(span.len as usize);
+        let Some(part) = rest.get(..count).filter(|part| !part.is_empty()) else { break };
+        match in_one_piece(memory, span.address, count, Permissions::Write) {
+            Some(slice) => slice.write_slice(part, 0)?,
+            None => memory.write_slice(part, span.address)?,
+        }
+        done += count;
+    }
+    Ok(done)
+}
+
+/// The range as one slice; `None` if it is not in memory, or in several regions. Quicker than the general way.
+pub(crate) fn in_one_piece(
+    memory: &GuestRam,
+    address: GuestAddress,
+    len: usize,
+    access: Permissions,
+) -> Option<RamSlice<'_>> {
+    let first = memory.get_slices(address, len, access).ok()?.next()?.ok()?;
+    (first.len() == len).then_some(first)
+}
+
+/// Takes up to `most` available chains: their heads are appended to `heads`.
+///
+/// # Errors
+/// The available ring makes no sense. What was appended is good all the same.
+pub(crate) fn take_heads(
+    queue: &mut Queue,
+    memory: &GuestRam,
+    most: usize,
+    heads: &mut Vec<u16>,
+) -> Result<(), RingError> {
+    let size = queue.size();
+    let mut end = Ok(());
+    for chain in queue.iter(memory).map_err(|_| RingError::Index)?.take(most) {
+        if chain.head_index() < size {
+            heads.push(chain.head_index());
+        } else {
+            end = Err(RingError::Head);
+        }
+    }
+    end
+}
+
+/// Takes the next available chain: its head.
+///
+/// # Errors
+/// As [`take_heads`].
+pub(crate) fn take_head(queue: &mut Queue, memory: &GuestRam) -> Result<Option<u16>, RingError> {
+    let size = queue.size();
+    let mut available = queue.iter(memory).map_err(|_| RingError::Index)?;
+    let Some(chain) = available.next() else { return Ok(None) };
+    if chain.head_index() < size { Ok(Some(chain.head_index())) } else { Err(RingError::Head) }
+}
+
+/// Why an available ring makes no sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RingError {
+    /// Nothing more can be taken until the driver repairs it.
+    #[error("available ring holds more chains than the virtqueue has descriptors")]
+    Index,
+    /// One entry was skipped.
+    #[error("available ring names a descriptor that the virtqueue does not have")]
+    Head,
+}
+
+/// Whether the driver wants to be interrupted for what was used since the last call.
+pub(crate) fn wants_interrupt(queue: &mut Queue, memory: &GuestRam) -> bool {
+    let wanted = queue.needs_notification(memory).unwrap_or(true);
+    if queue.event_idx_enabled() {
+        return wanted;
+    }
+    // The rings were validated; without an answer an interrupt too many does no harm.
+    let flags = memory.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
+    u16::from_le(flags.unwrap_or(0)) & NO_INTERRUPT == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> GuestRam {
+        GuestRam::from_ranges(&[(GuestAddress(0), 0x2000), (GuestAddress(0x2000), 0x1000)]).unwrap()
+    }
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
+
+    /// Puts descriptors (address, length, flags, next) at `table` and collects the chain of the first.
+    fn collect(
+        table: u64,
+        descriptors: &[(u64, u32, u16, u16)],
+        limit: usize,
+    ) -> (Result<(), ChainError>, Chain) {
+        let memory = memory();
+        for (at, (address, len, flags, next)) in (table..).step_by(16).zip(descriptors) {
+            let descriptor = Descriptor::new(*address, *len, *flags, *next);
+            memory.write_obj(descriptor, GuestAddress(at)).unwrap();
+        }
+        let mut chain = Chain::default();
+        let result = chain.collect(&Table::new(&memory, GuestAddress(table), 8), 0, limit);
+        (result, chain)
+    }
+
+    #[test]
+    fn directions_are_kept_apart_and_empty_buffers_left_out() {
+        let good = [(0x10, 16, NEXT, 1), (0x20, 0, NEXT, 2), (0x30, 5, NEXT | WRITE, 3), (0x40, 1, WRITE, 0)];
+        // In one region, and across two.
+        for table in [0x100, 0x2000 - 40] {
+            let (result, chain) = collect(table, &good, 4);
+            result.unwrap();
+            assert_eq!(chain.readable, [Span { address: GuestAddress(0x10), len: 16 }]);
+            assert_eq!(len(&chain.writable), 6);
+        }
+        assert_eq!(collect(0x100, &good, 3).0, Err(ChainError::TooLong));
+        let swapped = [(0x30, 5, NEXT | WRITE, 1), (0x10, 16, 0, 0)];
+        assert_eq!(collect(0x100, &swapped, 9).0, Err(ChainError::Order));
+    }
+
+    #[test]
+    fn broken_chains_are_told_from_ended_ones() {
+        for bad in [[(0x10, 16, NEXT, 8), (0, 0, 0, 0)], [(0x10, u32::MAX, NEXT, 1), (0x10, 1, 0, 0)]] {
+            assert_eq!(collect(0x100, &bad, 9).0, Err(ChainError::Broken), "{bad:?}");
+        }
+        assert_eq!(collect(0x100, &[(0x10, 16, NEXT, 0)], 1000).0, Err(ChainError::TooLong), "a loop");
+        assert_eq!(
+            collect(0x3000 - 16, &[(0x10, 16, NEXT, 1)], 9).0,
+            Err(ChainError::Broken),
+            "end of memory"
+        );
+    }
+
+    #[test]
+    fn indirect_tables_are_followed_once() {
+        let table =
+            [(0x100 + 32, 32, INDIRECT | WRITE, 0), (0, 0, 0, 0), (0x10, 7, NEXT, 1), (0x20, 9, WRITE, 0)];
+        let (result, chain) = collect(0x100, &table, 9);
+        result.unwrap();
+        assert_eq!((len(&chain.readable), len(&chain.writable)), (7, 9));
+        let bad = [
+            (0x100, 16, INDIRECT, 0),
+            (0x100 + 32, 33, INDIRECT, 0),
+            (0x100 + 32, 0, INDIRECT, 0),
+            (0x100 + 32, 16, INDIRECT, 0),
+            (u64::MAX - 15, 32, INDIRECT, 0),
+        ];
+        for first in bad {
+            let table = [first, table[1], table[2], table[3]];
+            assert_eq!(collect(0x100, &table, 9).0, Err(ChainError::Broken), "{first:?}");
+        }
+    }
+
+    #[test]
+    fn the_last_byte_and_the_first_are_taken_across_buffers() {
+        let memory = memory();
+        memory.write_slice(&[1, 2, 3, 4, 5], GuestAddress(0x1ffe)).unwrap();
+        let span = |address, len| Span { address: GuestAddress(address), len };
+        let mut chain = Chain {
+            readable: vec![span(0x1ffe, 1), span(0x1fff, 4)],
+            writable: vec![span(0x100, 8), span(0x200, 1)],
+        };
+        assert_eq!(chain.take_front::<3>(&memory).unwrap(), Some([1, 2, 3]));
+        assert_eq!(chain.readable, [span(0x2001, 2)]);
+        assert_eq!(chain.take_front::<3>(&memory).unwrap(), None);
+        assert_eq!(chain.take_last_byte(), Some(GuestAddress(0x200)));
+        assert_eq!(chain.take_last_byte(), Some(GuestAddress(0x107)));
+        assert_eq!(chain.writable, [span(0x100, 7)]);
+        chain.writable = vec![span(u64::MAX - 1, 9)];
+        assert_eq!(chain.take_last_byte(), None, "past the end of addresses");
+        chain.readable = vec![span(0x2fff, 2)];
+        assert!(chain.take_front::<2>(&memory).is_err(), "past the end of memory");
+    }
+
+    #[test]
+    fn copies_stop_where_the_shorter_side_ends() {
+        let memory = memory();
+        let span = |address, len| Span { address: GuestAddress(address), len };
+        let spans = [span(0x10, 3), span(0x20, 3)];
+        assert_eq!(write(&memory, &spans, &[1, 2, 3, 4]).unwrap(), 4);
+        let mut back = [0; 8];
+        assert_eq!(read(&memory, &spans, &mut back).unwrap(), 6);
+        assert_eq!(back, [1, 2, 3, 4, 0, 0, 0, 0]);
+        assert!(write(&memory, &[span(0x3000, 1)], &[1]).is_err());
+    }
+}

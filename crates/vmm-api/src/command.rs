@@ -1,0 +1,292 @@
+//! A command is a type; the table of commands is the API.
+//!
+//! [`Command`] names the request's and the reply's type, the route and the action that `vmm-state` admits. A host that
+//! implements [`Handle`] for a command can put it into its table with [`Endpoint::of`]; there the types are erased,
+//! once, so that there is no enum of replies. Decoding happens on the server's thread ([`Endpoint::prepare`]), admission
+//! and the handler run on the host's ([`ApiRequest::dispatch`]), and the reply finds its way by a [`Replier`].
+
+use crate::config::UnknownFields;
+use crate::error::{ApiError, Code};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt;
+use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
+use vmm_state::{Action, Admission, Phase, admit};
+
+/// The HTTP methods of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// Asks.
+    Get,
+    /// Acts.
+    Put,
+}
+
+impl Method {
+    /// The method's token.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Put => "PUT",
+        }
+    }
+}
+
+/// One command of the API. The type itself is only a name.
+pub trait Command: 'static {
+    /// What the client sends.
+    type Request: Encode + Decode + Send + 'static;
+    /// What it gets.
+    type Reply: Encode + Decode + Send + 'static;
+    /// The route below `/api/v1/`, such as `vm.create`.
+    const NAME: &'static str;
+    /// The method.
+    const METHOD: Method;
+    /// What `vmm-state` is asked.
+    const ACTION: Action;
+    /// One sentence for help and documents.
+    const DOC: &'static str;
+}
+
+/// A request's payload: its body and the descriptors that came with it.
+#[derive(Debug, Default)]
+pub struct Incoming {
+    /// The body; empty if there was none.
+    pub body: Vec<u8>,
+    /// The descriptors. Those a command does not take are closed.
+    pub fds: Vec<OwnedFd>,
+    /// What happens to fields nobody knows, in configurations.
+    pub unknown_fields: UnknownFields,
+}
+
+/// Reads a payload. Checks everything that can be decided from the bytes.
+pub trait Decode: Sized {
+    /// The value of `incoming`.
+    ///
+    /// # Errors
+    /// The payload is not what this type looks like on the wire.
+    fn decode(incoming: Incoming) -> Result<Self, ApiError>;
+}
+
+/// Writes a payload.
+pub trait Encode {
+    /// The body; empty for none.
+    ///
+    /// # Errors
+    /// The value has no JSON form.
+    fn encode(&self) -> Result<Vec<u8>, ApiError>;
+}
+
+/// No body is written, and one that is there is not looked at: some clients send `null` or `{}`.
+impl Decode for () {
+    fn decode(_incoming: Incoming) -> Result<Self, ApiError> {
+        Ok(())
+    }
+}
+
+impl Encode for () {
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        Ok(Vec::new())
+    }
+}
+
+/// Reads a JSON body, for implementing [`Decode`].
+///
+/// # Errors
+/// The body is not JSON of `T`'s form.
+pub fn decode_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|error| {
+        ApiError::from_error(Code::MalformedBody, &error).context("the body is not what this request takes")
+    })
+}
+
+/// Writes a JSON body, for implementing [`Encode`].
+///
+/// # Errors
+/// `value` has no JSON form.
+pub fn encode_json<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, ApiError> {
+    serde_json::to_vec(value).map_err(|error| ApiError::from_error(Code::Internal, &error))
+}
+
+/// What a host says of its phase.
+pub trait Host {
+    /// The VM's phase now.
+    fn phase(&self) -> Phase;
+}
+
+/// A host that can carry out `C`. It is called only in a phase that admits `C`.
+pub trait Handle<C: Command> {
+    /// Carries out the command. The reply may be given later, from anywhere: the client waits, the host does not.
+    fn handle(&mut self, request: C::Request, replier: Replier<C::Reply>);
+}
+
+/// A row of a host's command table.
+pub struct Endpoint<H: 'static> {
+    name: &'static str,
+    method: Method,
+    action: Action,
+    doc: &'static str,
+    prepare: fn(Incoming) -> Result<Call<H>, ApiError>,
+}
+
+/// A decoded request, ready to be carried out.
+pub type Call<H> = Box<dyn FnOnce(&mut H, ReplySlot) + Send>;
+
+impl<H: 'static> Endpoint<H> {
+    /// The row of `C`.
+    #[must_use]
+    pub const fn of<C: Command>() -> Self
+    where
+        H: Handle<C>,
+    {
+        Self { name: C::NAME, method: C::METHOD, action: C::ACTION, doc: C::DOC, prepare: prepare::<H, C> }
+    }
+
+    /// The route below `/api/v1/`.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The method.
+    #[must_use]
+    pub const fn method(&self) -> Method {
+        self.method
+    }
+
+    /// What `vmm-state` is asked.
+    #[must_use]
+    pub const fn action(&self) -> Action {
+        self.action
+    }
+
+    /// One sentence about the command.
+    #[must_use]
+    pub const fn doc(&self) -> &'static str {
+        self.doc
+    }
+
+    /// Decodes a payload, on any thread. `None` if it does not decode; the slot has been told why.
+    #[must_use]
+    pub fn prepare(&'static self, incoming: Incoming, slot: ReplySlot) -> Option<ApiRequest<H>> {
+        match (self.prepare)(incoming) {
+            Ok(call) => Some(ApiRequest { endpoint: self, call, slot }),
+            Err(error) => {
+                slot.send(Err(error));
+                None
+            }
+        }
+    }
+}
+
+fn prepare<H, C>(incoming: Incoming) -> Result<Call<H>, ApiError>
+where
+    C: Command,
+    H: Handle<C> + 'static,
+{
+    let request = C::Request::decode(incoming)?;
+    Ok(Box::new(move |host: &mut H, slot| host.handle(request, Replier::new(slot))))
+}
+
+/// A decoded request on its way to the host's thread.
+pub struct ApiRequest<H: 'static> {
+    endpoint: &'static Endpoint<H>,
+    call: Call<H>,
+    slot: ReplySlot,
+}
+
+impl<H: Host + 'static> ApiRequest<H> {
+    /// Asks for admission and carries the request out, or answers the refusal. Only here are phases looked at.
+    pub fn dispatch(self, host: &mut H) {
+        match admit(host.phase(), self.endpoint.action) {
+            Admission::Run(_) => (self.call)(host, self.slot),
+            Admission::Nothing => self.slot.send(Ok(Vec::new())),
+            Admission::Refused(refusal) => self.slot.send(Err(refusal.into())),
+        }
+    }
+}
+
+impl<H: 'static> ApiRequest<H> {
+    /// The command's name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.endpoint.name
+    }
+}
+
+/// The encoded outcome of a request: a body (empty: nothing to say), or what went wrong.
+pub type Outcome = Result<Vec<u8>, ApiError>;
+
+/// Where an outcome goes. Exactly one is sent: a slot that is dropped sends an error.
+pub struct ReplySlot(Option<Box<dyn FnOnce(Outcome) + Send>>);
+
+impl ReplySlot {
+    /// A slot that calls `deliver`, on the thread that answers.
+    pub fn new(deliver: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Self(Some(Box::new(deliver)))
+    }
+
+    /// Sends the outcome.
+    pub fn send(mut self, outcome: Outcome) {
+        self.deliver(outcome);
+    }
+
+    fn deliver(&mut self, outcome: Outcome) {
+        if let Some(deliver) = self.0.take() {
+            deliver(outcome);
+        }
+    }
+}
+
+impl Drop for ReplySlot {
+    fn drop(&mut self) {
+        if self.0.is_some() {
+            self.deliver(Err(ApiError::new(Code::Internal, "the VMM ended the request without an answer")));
+        }
+    }
+}
+
+/// The right, and the duty, to answer one request. Can be kept and sent to other threads.
+pub struct Replier<R> {
+    slot: ReplySlot,
+    reply: PhantomData<fn(R)>,
+}
+
+impl<R: Encode> Replier<R> {
+    /// A replier into `slot`.
+    #[must_use]
+    pub fn new(slot: ReplySlot) -> Self {
+        Self { slot, reply: PhantomData }
+    }
+
+    /// Answers.
+    pub fn reply(self, outcome: Result<R, ApiError>) {
+        self.slot.send(outcome.and_then(|reply| reply.encode()));
+    }
+}
+
+impl<H> fmt::Debug for Endpoint<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method.name(), self.name)
+    }
+}
+
+impl<H> fmt::Debug for ApiRequest<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ApiRequest({:?})", self.endpoint)
+    }
+}
+
+impl fmt::Debug for ReplySlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplySlot").field("answered", &self.0.is_none()).finish()
+    }
+}
+
+impl<R> fmt::Debug for Replier<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replier").finish_non_exhaustive()
+    }
+}

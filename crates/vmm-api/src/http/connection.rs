@@ -1,0 +1,229 @@
+//! One client: what it sent, what it is owed, and when it is given up.
+
+use crate::error::{ApiError, Code};
+use crate::http::descriptors::{Waiting, receive, send};
+use crate::http::parser::{Manner, Parser, Progress, Request};
+use crate::http::response::{CONTINUE, refusal};
+use crate::http::server::Config;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::EventSet;
+
+/// How long a connection that ends is still read, so that the client sees the last answer rather than a reset.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// One connection. Requests are taken one at a time, so pipelined ones are answered in order.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) stream: UnixStream,
+    /// What epoll watches for this connection.
+    pub(crate) watched: EventSet,
+    parser: Parser,
+    descriptors: Waiting,
+    answer: Vec<u8>,
+    /// Bytes of `answer` that are sent.
+    sent: usize,
+    stage: Stage,
+    /// When the stage began; in `Reading`, when the first byte of the request came.
+    since: Instant,
+    /// The client sends no more.
+    ended: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// For a request, or for its rest.
+    Reading,
+    /// A request is with the host; nothing is read meanwhile.
+    Parked(Manner),
+    /// The last answer is being sent.
+    Closing,
+    /// It is sent; what still comes is thrown away.
+    Lingering,
+}
+
+/// What is to be done next for a connection.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// Wait for the client, or for the host.
+    Wait,
+    /// Carry this out; then [`Connection::finish`].
+    Request(Request, Vec<OwnedFd>),
+    /// Drop it.
+    Close,
+}
+
+impl Connection {
+    pub(crate) fn new(stream: UnixStream, config: &Config, now: Instant) -> Self {
+        Self {
+            stream,
+            watched: EventSet::IN,
+            parser: Parser::new(config.limits),
+            descriptors: Waiting::new(config.max_descriptors),
+            answer: Vec::new(),
+            sent: 0,
+            stage: Stage::Reading,
+            since: now,
+            ended: false,
+        }
+    }
+
+    /// Receives once. An error means the client cannot be heard any more.
+    pub(crate) fn receive(&mut self, buffer: &mut [u8], now: Instant) -> io::Result<()> {
+        let (count, fds) = match receive(&self.stream, buffer) {
+            Ok(received) => received,
+            Err(error) if is_transient(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if count == 0 {
+            self.ended = true;
+        }
+        if self.stage != Stage::Reading {
+            return Ok(());
+        }
+        if !self.parser.started() {
+            self.since = now;
+        }
+        self.parser.push(buffer.get(..count).unwrap_or_default());
+        if self.descriptors.add(fds, self.parser.received()).is_err() {
+            let error =
+                ApiError::new(Code::TooManyDescriptors, "too many file descriptors came with the request");
+            self.refuse(&error, Manner::UNKNOWN, now);
+        }
+        Ok(())
+    }
+
+    /// Sends what is owed and takes the next request, if both can be done now.
+    pub(crate) fn step(&mut self, now: Instant) -> Step {
+        loop {
+            match self.flush() {
+                Ok(true) => {}
+                Ok(false) => return Step::Wait,
+                Err(_) => return Step::Close,
+            }
+            match self.stage {
+                Stage::Parked(_) => return Step::Wait,
+                Stage::Closing if !self.ended => {
+                    let _ = self.stream.shutdown(Shutdown::Write);
+                    self.enter(Stage::Lingering, now);
+                    return Step::Wait;
+                }
+                Stage::Lingering if !self.ended => return Step::Wait,
+                Stage::Closing | Stage::Lingering => return Step::Close,
+                Stage::Reading => {}
+            }
+            match self.parser.poll() {
+                Ok(Progress::Request(request)) => {
+                    self.enter(Stage::Parked(request.manner), now);
+                    let fds = self.descriptors.take(request.end);
+                    return Step::Request(request, fds);
+                }
+                Ok(Progress::Continue) => self.owe(CONTINUE.to_vec()),
+                Ok(Progress::Incomplete) if self.ended => return Step::Close,
+                Ok(Progress::Incomplete) => return Step::Wait,
+                Err(unreadable) => self.refuse(&unreadable.error, unreadable.manner, now),
+            }
+        }
+    }
+
+    /// How the parked request is to be answered; `None` if there is none.
+    pub(crate) const fn parked(&self) -> Option<Manner> {
+        match self.stage {
+            Stage::Parked(manner) => Some(manner),
+            _ => None,
+        }
+    }
+
+    /// Answers the parked request.
+    pub(crate) fn finish(&mut self, answer: Vec<u8>, manner: Manner, now: Instant) {
+        self.owe(answer);
+        self.enter(if manner.keep_alive { Stage::Reading } else { Stage::Closing }, now);
+    }
+
+    /// What to wait for. While a request is parked that stays what it was, for most clients wait for their answer; the
+    /// server mutes one that sends on meanwhile.
+    pub(crate) fn interest(&self) -> EventSet {
+        if self.owes() {
+            return EventSet::OUT;
+        }
+        match self.stage {
+            Stage::Parked(_) => self.watched,
+            Stage::Reading | Stage::Closing | Stage::Lingering => EventSet::IN,
+        }
+    }
+
+    /// When this connection is given up unless something happens; never while the host has its request.
+    pub(crate) fn deadline(&self, config: &Config) -> Option<Instant> {
+        let time = match self.stage {
+            Stage::Parked(_) => return None,
+            Stage::Lingering => LINGER,
+            Stage::Closing => config.request_timeout,
+            Stage::Reading if self.owes() || self.parser.started() => config.request_timeout,
+            Stage::Reading => config.idle_timeout,
+        };
+        // No deadline if the clock cannot count that far.
+        self.since.checked_add(time)
+    }
+
+    /// The deadline has passed. Whether the connection has something left to say.
+    pub(crate) fn expire(&mut self, now: Instant) -> bool {
+        let answerable = self.stage == Stage::Reading && self.parser.started() && !self.owes();
+        if answerable {
+            let error = ApiError::new(Code::RequestTimeout, "the request did not arrive in time");
+            self.refuse(&error, Manner::UNKNOWN, now);
+        }
+        answerable
+    }
+
+    /// Since when nothing is going on; `None` while something is.
+    pub(crate) fn idle_since(&self) -> Option<Instant> {
+        let idle = match self.stage {
+            Stage::Reading => !self.parser.started() && !self.owes(),
+            Stage::Lingering => true,
+            Stage::Parked(_) | Stage::Closing => false,
+        };
+        idle.then_some(self.since)
+    }
+
+    /// Whether bytes of an answer are still to be sent.
+    pub(crate) fn owes(&self) -> bool {
+        self.sent < self.answer.len()
+    }
+
+    fn refuse(&mut self, error: &ApiError, manner: Manner, now: Instant) {
+        self.owe(refusal(error, Manner { keep_alive: false, ..manner }, None));
+        self.enter(Stage::Closing, now);
+    }
+
+    fn enter(&mut self, stage: Stage, now: Instant) {
+        self.stage = stage;
+        self.since = now;
+    }
+
+    fn owe(&mut self, answer: Vec<u8>) {
+        self.answer = answer;
+        self.sent = 0;
+    }
+
+    /// Whether everything is sent.
+    fn flush(&mut self) -> io::Result<bool> {
+        while let Some(rest) = self.answer.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            match send(&self.stream, rest, &[]) {
+                Ok(count) => self.sent = self.sent.saturating_add(count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        self.answer = Vec::new();
+        self.sent = 0;
+        Ok(true)
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}

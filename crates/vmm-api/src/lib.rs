@@ -1,0 +1,23 @@
+//! Commands, wire types, HTTP server and client of the VMM's REST API.
+//!
+//! - [`command`]: what a command is, the table of commands, admission, replies.
+//! - [`commands`]: the contract's commands.
+//! - [`config`]: wire types of a VM's configuration. [`spec`]: its checked form.
+//!   [`options`]: its form on the command line.
+//! - [`error`]: stable error codes and their forms on the wire.
+//! - [`http`]: the server. [`client`]: the client.
+//! - [`info`]: replies about the VMM and the VM.
+
+pub mod client;
+pub mod command;
+pub mod commands;
+pub mod config;
+pub mod error;
+pub mod http;
+pub mod info;
+pub mod options;
+pub mod spec;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

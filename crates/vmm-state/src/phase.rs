@@ -1,0 +1,123 @@
+//! The phases and sets of them.
+
+use std::fmt;
+
+/// How far the VM is. Derived from [`VmSlot`](crate::VmSlot), never stored beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// There is no VM.
+    Empty,
+    /// A configuration is stored; nothing of it runs or holds memory.
+    Created,
+    /// The guest runs.
+    Running,
+    /// The guest's vCPUs are parked; memory and devices exist.
+    Paused,
+    /// The guest is off; its configuration is kept and can be booted again.
+    Shutdown,
+}
+
+impl Phase {
+    /// Every phase, in table order.
+    pub const ALL: [Self; 5] = [Self::Empty, Self::Created, Self::Running, Self::Paused, Self::Shutdown];
+
+    /// Our name of the phase.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "Empty",
+            Self::Created => "Created",
+            Self::Running => "Running",
+            Self::Paused => "Paused",
+            Self::Shutdown => "Shutdown",
+        }
+    }
+
+    /// The word of the REST contract's `VmState` that `vm.info` shows; `None` without a VM (then `vm.info` is 404).
+    #[must_use]
+    pub const fn contract_word(self) -> Option<&'static str> {
+        match self {
+            Self::Empty => None,
+            other => Some(other.name()),
+        }
+    }
+
+    const fn bit(self) -> u8 {
+        1 << (self as u8)
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A set of phases, for "allowed in" lists.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct PhaseSet(u8);
+
+impl PhaseSet {
+    /// The set without members.
+    pub const EMPTY: Self = Self(0);
+
+    /// This set and `phase`.
+    #[must_use]
+    pub const fn with(self, phase: Phase) -> Self {
+        Self(self.0 | phase.bit())
+    }
+
+    /// Whether `phase` is a member.
+    #[must_use]
+    pub const fn contains(self, phase: Phase) -> bool {
+        self.0 & phase.bit() != 0
+    }
+
+    /// The members in table order.
+    pub fn iter(self) -> impl Iterator<Item = Phase> {
+        Phase::ALL.into_iter().filter(move |phase| self.contains(*phase))
+    }
+}
+
+impl FromIterator<Phase> for PhaseSet {
+    fn from_iter<I: IntoIterator<Item = Phase>>(phases: I) -> Self {
+        phases.into_iter().fold(Self::EMPTY, Self::with)
+    }
+}
+
+impl fmt::Debug for PhaseSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+impl fmt::Display for PhaseSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (place, phase) in self.iter().enumerate() {
+            if place > 0 {
+                f.write_str(", ")?;
+            }
+            f.write_str(phase.name())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_keep_table_order() {
+        let set: PhaseSet = [Phase::Shutdown, Phase::Created].into_iter().collect();
+        assert_eq!(set.to_string(), "Created, Shutdown");
+        assert!(!set.contains(Phase::Running));
+        assert_eq!(PhaseSet::EMPTY.iter().count(), 0);
+    }
+
+    #[test]
+    fn contract_words_are_the_contracts() {
+        let words: Vec<_> = Phase::ALL.iter().filter_map(|phase| phase.contract_word()).collect();
+        assert_eq!(words, ["Created", "Running", "Paused", "Shutdown"]);
+    }
+}

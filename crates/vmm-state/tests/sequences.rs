@@ -1,0 +1,93 @@
+//! Random histories keep slot and table together.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
+
+use proptest::prelude::*;
+use vmm_state::{
+    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, GuestEvent, Phase, VmSlot, admit, on_guest_event,
+};
+
+type Slot = VmSlot<u32, u32>;
+
+/// What an owner does for an admitted action; `fails` makes the work fail.
+fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
+    match action {
+        Action::Ping | Action::Info => {}
+        Action::VmmShutdown | Action::Delete => {
+            slot.clear();
+        }
+        Action::Create if !fails => slot.create(serial).unwrap(),
+        Action::Boot if !fails && slot.phase() == Phase::Paused => slot.resume().unwrap(),
+        Action::Boot if !fails => slot.start(serial).unwrap(),
+        Action::Resume if !fails => slot.resume().unwrap(),
+        Action::Pause if !fails => slot.pause().unwrap(),
+        Action::Create | Action::Boot | Action::Resume | Action::Pause => {}
+        Action::Shutdown => assert!(slot.stop().is_some()),
+        Action::Reboot => reboot(slot, fails, serial),
+    }
+}
+
+fn reboot(slot: &mut Slot, fails: bool, serial: u32) {
+    assert!(slot.stop().is_some());
+    if !fails {
+        slot.start(serial).unwrap();
+    }
+}
+
+fn guest(slot: &mut Slot, event: GuestEvent, fails: bool, serial: u32) {
+    match event {
+        GuestEvent::Reset | GuestEvent::TripleFault => reboot(slot, fails, serial),
+        GuestEvent::Shutdown | GuestEvent::Crash => assert!(slot.stop().is_some()),
+    }
+}
+
+fn check(slot: &Slot) {
+    let phase = slot.phase();
+    assert_eq!(slot.config().is_some(), phase != Phase::Empty);
+    assert_eq!(slot.machine().is_some(), matches!(phase, Phase::Running | Phase::Paused));
+    assert_eq!(phase.contract_word().is_some(), phase != Phase::Empty);
+}
+
+proptest! {
+    #[test]
+    fn slot_and_table_agree(history in proptest::collection::vec((0usize..14, any::<bool>()), 0..200)) {
+        let mut slot = Slot::Empty;
+        for (serial, (pick, fails)) in history.into_iter().enumerate() {
+            let (before, serial) = (slot.phase(), u32::try_from(serial).unwrap());
+            let step = if let Some(row) = ACTIONS.get(pick) {
+                match admit(before, row.action) {
+                    Admission::Run(step) => { perform(&mut slot, row.action, fails, serial); Some(step) }
+                    Admission::Nothing | Admission::Refused(_) => None,
+                }
+            } else {
+                let event = GUEST_EVENTS[pick - ACTIONS.len()].event;
+                match on_guest_event(before, event) {
+                    EventCell::Run(step) => { guest(&mut slot, event, fails, serial); Some(step) }
+                    EventCell::Defer => { prop_assert_eq!(before, Phase::Paused); None }
+                    EventCell::Ignore => { prop_assert!(slot.machine().is_none()); None }
+                }
+            };
+            let expected = step.map_or(before, |step| if fails { step.failed } else { step.done });
+            prop_assert_eq!(slot.phase(), expected);
+            check(&slot);
+        }
+    }
+
+    /// From any phase, delete leads to Empty, and from Empty a VM can be brought up again.
+    #[test]
+    fn no_dead_end(history in proptest::collection::vec((0usize..10, any::<bool>()), 0..50)) {
+        let mut slot = Slot::Empty;
+        for (pick, fails) in history {
+            let action = ACTIONS[pick].action;
+            if let Admission::Run(_) = admit(slot.phase(), action) { perform(&mut slot, action, fails, 0); }
+        }
+        if let Admission::Run(step) = admit(slot.phase(), Action::Delete) {
+            prop_assert_eq!(step.done, Phase::Empty);
+            perform(&mut slot, Action::Delete, false, 0);
+        }
+        for (action, phase) in [(Action::Create, Phase::Created), (Action::Boot, Phase::Running)] {
+            prop_assert!(matches!(admit(slot.phase(), action), Admission::Run(_)));
+            perform(&mut slot, action, false, 0);
+            prop_assert_eq!(slot.phase(), phase);
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Migration frames, whole and in pieces.
+#![no_main]
+
+#[path = "../../crates/migration-protocol/tests/common/mod.rs"]
+mod common;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| common::decode(bytes));

@@ -1,0 +1,121 @@
+//! The API of a VMM under test.
+
+use std::path::Path;
+
+use serde_json::Value;
+use vmm_api::client::Client;
+use vmm_api::command::Method;
+use vmm_api::commands::vm;
+use vmm_api::info::VmInfo;
+
+use super::LIMIT;
+
+/// A connection.
+#[derive(Debug)]
+pub struct Api {
+    client: Client,
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The body as text.
+    pub body: String,
+}
+
+impl Answer {
+    /// The body as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+}
+
+impl Api {
+    /// Connects to the socket at `path`.
+    ///
+    /// # Panics
+    /// When nobody listens there.
+    pub fn connect(path: &Path) -> Self {
+        let mut client = Client::connect(path).expect("the API socket takes a connection");
+        client.set_timeout(Some(LIMIT)).expect("a time limit");
+        Self { client }
+    }
+
+    /// A GET request.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub fn get(&mut self, name: &str) -> Answer {
+        self.request(Method::Get, name, b"")
+    }
+
+    /// A PUT request without a body.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub fn put(&mut self, name: &str) -> Answer {
+        self.request(Method::Put, name, b"")
+    }
+
+    /// A request as it is.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub fn request(&mut self, method: Method, name: &str, body: &[u8]) -> Answer {
+        let answer = self.client.request(method, name, body, &[]);
+        let answer = answer.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        Answer { status: answer.status, body: String::from_utf8_lossy(&answer.body).into_owned() }
+    }
+
+    /// PUT requests without a body that succeed.
+    ///
+    /// # Panics
+    /// When one does not.
+    pub fn puts(&mut self, names: &[&str]) {
+        for name in names {
+            let answer = self.put(name);
+            assert!((200..300).contains(&answer.status), "{name}: {answer:?}");
+        }
+    }
+
+    /// `vm.create` that succeeds.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn create(&mut self, config: &Value) {
+        let answer = self.try_create(config);
+        assert_eq!(answer.status, 204, "vm.create: {answer:?}");
+    }
+
+    /// `vm.create`.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub fn try_create(&mut self, config: &Value) -> Answer {
+        self.request(Method::Put, "vm.create", config.to_string().as_bytes())
+    }
+
+    /// `vm.info`, by the typed client.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn info(&mut self) -> VmInfo {
+        self.client.call::<vm::Info>(&()).expect("vm.info")
+    }
+
+    /// The word of `vm.info` for the VM's state.
+    ///
+    /// # Panics
+    /// When there is no VM.
+    pub fn state(&mut self) -> String {
+        let answer = self.get("vm.info");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.json().get("state").and_then(Value::as_str).unwrap_or_default().to_owned()
+    }
+}

@@ -1,0 +1,270 @@
+//! The process.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use super::{Api, LIMIT, Output, Scratch, binary, wait_until};
+
+/// How long what is gone may be listed. Only failures wait for it.
+const LEAK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a process holds of the system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holdings {
+    descriptors: Vec<String>,
+    threads: usize,
+}
+
+/// A running VMM; killed when dropped.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    /// What it prints on standard output.
+    pub stdout: Output,
+    /// What it prints on standard error.
+    pub stderr: Output,
+    socket: Option<PathBuf>,
+}
+
+impl Vmm {
+    /// Starts it with `arguments`; its three standard streams are pipes.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn<I>(arguments: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let mut command = Command::new(binary());
+        command.args(arguments);
+        Self::start(command)
+    }
+
+    /// The same, without the right of the superuser to write what may only be read.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn_unprivileged(arguments: &[String]) -> Self {
+        let root = fs::metadata("/proc/self").expect("a /proc").uid() == 0;
+        let mut command = Command::new(if root { OsString::from("setpriv") } else { binary().into() });
+        if root {
+            command.args(["--bounding-set=-dac_override", "--inh-caps=-dac_override"]).arg(binary());
+        }
+        command.args(arguments);
+        Self::start(command)
+    }
+
+    fn start(mut command: Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the VMM starts");
+        Self {
+            stdin: child.stdin.take(),
+            stdout: Output::capture(child.stdout.take().expect("a pipe")),
+            stderr: Output::capture(child.stderr.take().expect("a pipe")),
+            socket: None,
+            child,
+        }
+    }
+
+    /// Starts it with an API socket in `scratch` and `arguments`; returns when the API answers.
+    ///
+    /// # Panics
+    /// When it cannot be started, or ends before it answers.
+    pub fn with_api<I>(scratch: &Scratch, arguments: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: AsRef<OsStr>,
+    {
+        let socket = scratch.path(format!("api-{}.sock", unique()));
+        let mut all = vec![OsString::from("--api-socket"), format!("path={}", socket.display()).into()];
+        all.extend(arguments.into_iter().map(|word| word.as_ref().to_owned()));
+        let mut vmm = Self::spawn(all);
+        vmm.socket = Some(socket.clone());
+        let ready = || {
+            let gone = vmm.child.try_wait().expect("its status");
+            assert!(gone.is_none(), "the VMM ended at once ({gone:?}):\n{}", vmm.stderr.tail());
+            std::os::unix::net::UnixStream::connect(&socket).ok()
+        };
+        wait_until(LIMIT, ready, || "the API socket".to_owned());
+        vmm
+    }
+
+    /// A new connection to its API.
+    ///
+    /// # Panics
+    /// When it was started without one, or does not answer.
+    #[must_use]
+    pub fn api(&self) -> Api {
+        Api::connect(self.socket())
+    }
+
+    /// The path of its API socket.
+    ///
+    /// # Panics
+    /// When it was started without one.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        self.socket.as_deref().expect("a VMM with an API socket")
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Panics
+    /// When it does not take it.
+    pub fn type_in(&mut self, text: &str) {
+        let stdin = self.stdin.as_mut().expect("standard input is open");
+        stdin.write_all(text.as_bytes()).and_then(|()| stdin.flush()).expect("standard input takes it");
+    }
+
+    /// Closes its standard input.
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits for its end; all that it printed is there then.
+    ///
+    /// # Panics
+    /// When that takes longer than [`LIMIT`].
+    pub fn wait(&mut self) -> ExitStatus {
+        self.wait_within(LIMIT)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When that takes longer than `limit`.
+    pub fn wait_within(&mut self, limit: Duration) -> ExitStatus {
+        let (child, stdout, stderr) = (&mut self.child, &self.stdout, &self.stderr);
+        let status = wait_until(
+            limit,
+            || child.try_wait().expect("its status"),
+            || format!("the VMM's end; its output:\n{}\n{}", stdout.tail(), stderr.tail()),
+        );
+        stdout.wait_for_end();
+        stderr.wait_for_end();
+        status
+    }
+
+    /// Waits for its end, and checks its exit code.
+    ///
+    /// # Panics
+    /// When it takes longer than [`LIMIT`], or ends otherwise.
+    pub fn expect_exit(&mut self, code: i32) {
+        let status = self.wait();
+        assert_eq!(status.code(), Some(code), "{status}; standard error:\n{}", self.stderr.tail());
+    }
+
+    /// Whether it runs.
+    ///
+    /// # Panics
+    /// When that cannot be told.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("its status").is_none()
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal, `TERM` say.
+    ///
+    /// # Panics
+    /// When it cannot be sent.
+    pub fn signal(&self, name: &str) {
+        // The shell's own `kill`: no program of this name need be installed.
+        let line = format!("kill -{name} {}", self.pid());
+        let status = Command::new("sh").args(["-c", &line]).status().expect("a shell");
+        assert!(status.success(), "{line}: {status}");
+    }
+
+    /// Targets of its open descriptors, sorted.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn descriptors(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .tasks("fd")
+            .iter()
+            .filter_map(|path| fs::read_link(path).ok())
+            // Numbers of sockets and pipes differ.
+            .map(|target| target.display().to_string().split(":[").next().unwrap_or_default().to_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Names of its threads, sorted; not those that KVM adds in its own time.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn threads(&self) -> Vec<String> {
+        let mut names: Vec<String> = self
+            .tasks("task")
+            .iter()
+            .filter_map(|path| fs::read_to_string(path.join("comm")).ok())
+            .map(|name| name.trim_end().to_owned())
+            .filter(|name| !name.starts_with("kvm-"))
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// What it holds of the system.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn holdings(&self) -> Holdings {
+        // Threads name themselves a moment after they began: only their number is telling.
+        Holdings { descriptors: self.descriptors(), threads: self.threads().len() }
+    }
+
+    /// Waits until it holds no more than it held `before`: a thread that was joined is listed a moment longer.
+    ///
+    /// # Panics
+    /// When it holds something else for long.
+    pub fn expect_holdings(&self, before: &Holdings, about: &str) {
+        let no_more = |now: &Holdings| now.descriptors == before.descriptors && now.threads <= before.threads;
+        wait_until(
+            LEAK_LIMIT,
+            || no_more(&self.holdings()).then_some(()),
+            || format!("{about}: the VMM to hold no more than {before:?}; it holds {:?}", self.holdings()),
+        );
+    }
+
+    fn tasks(&self, kind: &str) -> Vec<PathBuf> {
+        let folder = format!("/proc/{}/{kind}", self.pid());
+        fs::read_dir(folder).expect("the process is there").flatten().map(|entry| entry.path()).collect()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("standard error of the VMM ends with:\n{}", self.stderr.tail());
+        }
+    }
+}
+
+fn unique() -> u32 {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}

@@ -1,0 +1,5 @@
+//! Images that guests boot from: initramfs archives and root file systems.
+
+pub mod cpio;
+pub mod initramfs;
+pub mod rootfs;

@@ -1,0 +1,407 @@
+# The tiny guests: one blob, loaded at BASE and entered at one of the places that its table lists, by the PVH ABI: 32-bit protected
+# mode, flat segments, no paging, interrupts off, ebx = start info. Plain integer instructions only, as some KVMs emulate this code.
+# In the order of `Guest` in mod.rs.
+
+.pushsection .rodata.tiny_guests, "a", @progbits
+.code32
+
+.set BASE, 0x100000
+.set STACK, BASE + 0x8000           # end of the loaded segment
+.set SERIAL, 0x3f8
+.set SERIAL_STATUS, 0x3fd
+.set DEBUG_CONSOLE, 0xe9
+.set ACPI_CONTROL, 0x3c0
+.set LAPIC, 0xfee00000
+.set CONFIG_ADDRESS, 0xcf8
+.set CONFIG_DATA, 0xcfc
+.set TRAMPOLINE, 0x40000            # of application processors; nothing of the boot data is there
+.set STARTED, 0x800                 # in the trampoline's page: how many came up
+.set START_INFO_CMDLINE, 0x18       # in the PVH start info
+.set START_INFO_RSDP, 0x20
+
+.globl tiny_guests_start
+.globl tiny_guests_end
+tiny_guests_start:
+blob:
+    .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
+    .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
+    .long crash - blob, bios_reset - blob
+    .long 0
+
+# Prints the text, then the command line, and powers off.
+hello:
+    mov $STACK, %esp
+    mov $(BASE + hello_text - blob), %esi
+    call print
+    mov START_INFO_CMDLINE(%ebx), %esi
+    test %esi, %esi
+    jz 1f
+    call print
+1:  call print_newline
+    jmp power_off
+hello_text:
+    .asciz "hello "
+
+# Says so and resets by ACPI's register.
+reset:
+    mov $STACK, %esp
+    mov $(BASE + boot_text - blob), %esi
+    call print
+    mov $1, %al
+    mov $ACPI_CONTROL, %dx
+    out %al, (%dx)
+    jmp stop
+
+# Says so and resets by the keyboard controller.
+i8042_reset:
+    mov $STACK, %esp
+    mov $(BASE + boot_text - blob), %esi
+    call print
+    mov $0xfe, %al
+    out %al, $0x64
+    jmp stop
+boot_text:
+    .asciz "boot\n"
+
+# Says so and takes an exception with no interrupt table.
+triple_fault:
+    mov $STACK, %esp
+    mov $(BASE + fault_text - blob), %esi
+    call print
+    lidt (BASE + no_table - blob)
+    ud2
+    jmp stop
+no_table:
+    .word 0
+    .long 0
+fault_text:
+    .asciz "fault\n"
+
+# Runs and never waits: a dot now and then.
+spin:
+    mov $STACK, %esp
+1:  mov $0x8000, %ecx
+2:  dec %ecx
+    jnz 2b
+    mov $'.', %al
+    call print_char
+    jmp 1b
+
+# Says so and does nothing ever after.
+halt:
+    mov $STACK, %esp
+    mov $(BASE + halt_text - blob), %esi
+    call print
+    jmp stop
+halt_text:
+    .asciz "halted\n"
+
+# Prints what it is sent; 'q' powers off.
+echo:
+    mov $STACK, %esp
+    mov $(BASE + echo_text - blob), %esi
+    call print
+1:  mov $SERIAL_STATUS, %dx
+    in (%dx), %al
+    test $1, %al
+    jz 1b
+    mov $SERIAL, %dx
+    in (%dx), %al
+    out %al, (%dx)
+    cmp $'q', %al
+    jne 1b
+    call print_newline
+    jmp power_off
+echo_text:
+    .asciz "ready\n"
+
+# Starts as many processors as the command line's digit says, one after the other; each says its APIC id.
+smp:
+    mov $STACK, %esp
+    mov START_INFO_CMDLINE(%ebx), %eax
+    movzbl (%eax), %ebp
+    sub $'0', %ebp
+    mov $(BASE + ap_start - blob), %esi
+    mov $TRAMPOLINE, %edi
+    mov $(ap_end - ap_start), %ecx
+    rep movsb
+    movl $0, TRAMPOLINE + STARTED
+    movl $0x1ff, LAPIC + 0xf0       # spurious vector; software enable
+    mov $(BASE + bsp_text - blob), %esi
+    call print
+    mov $1, %edi
+1:  cmp %ebp, %edi
+    jae 3f
+    mov %edi, %eax
+    shl $24, %eax
+    mov %eax, LAPIC + 0x310         # destination
+    movl $0x4500, LAPIC + 0x300     # INIT
+    mov %eax, LAPIC + 0x310
+    movl $(0x4600 | TRAMPOLINE >> 12), LAPIC + 0x300
+2:  cmp %edi, TRAMPOLINE + STARTED
+    jne 2b
+    inc %edi
+    jmp 1b
+3:  mov $(BASE + up_text - blob), %esi
+    call print
+    jmp power_off
+bsp_text:
+    .asciz "cpu 0\n"
+up_text:
+    .asciz "all up\n"
+
+# What started processors run, in real mode at the start of a segment.
+.code16
+ap_start:
+    mov %cs, %ax
+    mov %ax, %ds
+    mov $1, %eax
+    cpuid
+    shr $24, %ebx
+    mov $SERIAL, %dx
+    xor %si, %si
+1:  mov (ap_text - ap_start)(%si), %al
+    test %al, %al
+    jz 2f
+    out %al, (%dx)
+    inc %si
+    jmp 1b
+2:  mov %bl, %al
+    add $'0', %al
+    out %al, (%dx)
+    mov $'\n', %al
+    out %al, (%dx)
+    lock incl STARTED
+3:  cli
+    hlt
+    jmp 3b
+ap_text:
+    .asciz "cpu "
+ap_end:
+.code32
+
+# Counts for ever, eight digits a line.
+ticker:
+    mov $STACK, %esp
+    xor %edi, %edi
+1:  mov %edi, %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    inc %edi
+    mov $2000, %ecx
+2:  dec %ecx
+    jnz 2b
+    jmp 1b
+
+# A POST code is the first thing it does: the end of the VMM's own work at boot.
+post:
+    mov $1, %al
+    out %al, $0x80
+    jmp stop
+
+# Prints the functions of bus 0 as the ports show them, then as the ECAM does that the ACPI tables name.
+pci_scan:
+    mov $STACK, %esp
+    xor %edi, %edi
+1:  mov %edi, %eax
+    shl $11, %eax
+    or $0x80000000, %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov $CONFIG_DATA, %dx
+    in (%dx), %eax
+    mov $(BASE + ports_text - blob), %esi
+    call print_function
+    inc %edi
+    cmp $32, %edi
+    jb 1b
+
+    mov START_INFO_RSDP(%ebx), %eax
+    mov 24(%eax), %esi              # XSDT
+    mov %esi, %ebp
+    add 4(%esi), %ebp               # its end
+    add $36, %esi
+2:  cmp %ebp, %esi
+    jae 4f
+    mov (%esi), %eax
+    add $8, %esi
+    cmpl $0x4746434d, (%eax)        # "MCFG"
+    jne 2b
+    mov 44(%eax), %ebp              # base of the first segment
+    xor %edi, %edi
+3:  mov %edi, %eax
+    shl $15, %eax
+    mov (%ebp, %eax), %eax
+    mov $(BASE + ecam_text - blob), %esi
+    call print_function
+    inc %edi
+    cmp $32, %edi
+    jb 3b
+    jmp power_off
+4:  mov $(BASE + no_mcfg_text - blob), %esi
+    call print
+    jmp power_off
+ports_text:
+    .asciz "ports "
+ecam_text:
+    .asciz "ecam "
+no_mcfg_text:
+    .asciz "no MCFG\n"
+
+# Prints on the debug console and powers off.
+debug_console:
+    mov $STACK, %esp
+    mov $(BASE + debug_text - blob), %esi
+1:  lodsb
+    test %al, %al
+    jz power_off
+    mov $DEBUG_CONSOLE, %dx
+    out %al, (%dx)
+    jmp 1b
+debug_text:
+    .asciz "debug console\n"
+
+# Says so and goes where nothing is: no KVM can go on from there.
+crash:
+    mov $STACK, %esp
+    mov $(BASE + crash_text - blob), %esi
+    call print
+    mov $0xd0000000, %eax
+    jmp *%eax
+crash_text:
+    .asciz "crash\n"
+
+# Says so and goes to real mode and the reset vector, as Linux does where the firmware is to reset.
+bios_reset:
+    mov $STACK, %esp
+    mov $(BASE + boot_text - blob), %esi
+    call print
+    mov $(BASE + real_mode - blob), %esi
+    mov $TRAMPOLINE, %edi
+    mov $(real_mode_end - real_mode), %ecx
+    rep movsb
+    lgdt (BASE + real_mode_table - blob)
+    ljmp $8, $0
+.code16
+real_mode:
+    mov %cr0, %eax
+    and $~1, %eax
+    mov %eax, %cr0
+    ljmp $0xf000, $0xfff0
+real_mode_end:
+.code32
+real_mode_table:
+    .word 15
+    .long BASE + real_mode_segments - blob
+real_mode_segments:
+    .quad 0
+    .quad 0x00009b000000ffff | TRAMPOLINE << 16     # 16-bit code
+
+power_off:
+    mov $0x34, %al                  # sleep type 5, sleep enable
+    mov $ACPI_CONTROL, %dx
+    out %al, (%dx)
+stop:
+    cli
+    hlt
+    jmp stop
+
+# Prints esi's text, the number edi and the identity eax, unless that says that nobody is there. Keeps ebx, edi, ebp.
+print_function:
+    cmp $0xffffffff, %eax
+    je 1f
+    push %ebx
+    push %eax
+    call print
+    mov %edi, %eax
+    mov $2, %ecx
+    call print_hex
+    mov $' ', %al
+    call print_char
+    mov (%esp), %eax
+    mov $4, %ecx
+    call print_hex                  # vendor
+    mov $':', %al
+    call print_char
+    pop %eax
+    shr $16, %eax
+    mov $4, %ecx
+    call print_hex                  # device
+    call print_newline
+    pop %ebx
+1:  ret
+
+# Prints the text at esi, which ends with a zero. Clobbers eax, edx, esi.
+print:
+    lodsb
+    test %al, %al
+    jz 1f
+    call print_char
+    jmp print
+1:  ret
+
+# Prints the lowest ecx hexadecimal digits of eax. Clobbers eax, ebx, ecx, edx.
+print_hex:
+    mov %eax, %ebx
+1:  dec %ecx
+    js 3f
+    mov %ebx, %eax
+    push %ecx
+    shl $2, %ecx
+    shr %cl, %eax
+    pop %ecx
+    and $15, %eax
+    cmp $10, %al
+    jb 2f
+    add $('a' - '0' - 10), %al
+2:  add $'0', %al
+    call print_char
+    jmp 1b
+3:  ret
+
+print_newline:
+    mov $'\n', %al
+# Prints al. Clobbers edx.
+print_char:
+    mov $SERIAL, %dx
+    out %al, (%dx)
+    ret
+
+tiny_guests_end:
+
+# A guest of its own, for a bzImage: entered in 64-bit mode, rsi = zero page. Says so, prints the command line, powers off.
+.code64
+.globl tiny_linux_start
+.globl tiny_linux_end
+.set ZERO_PAGE_CMDLINE, 0x228       # in the zero page: cmd_line_ptr
+
+tiny_linux_start:
+    mov ZERO_PAGE_CMDLINE(%rsi), %ebx
+    lea linux_text(%rip), %rsi
+    mov $SERIAL, %edx
+1:  mov (%rsi), %al
+    inc %rsi
+    test %al, %al
+    jz 2f
+    out %al, (%dx)
+    jmp 1b
+2:  mov %rbx, %rsi                  # after the text the command line; after that the end
+    lea linux_end_of_text(%rip), %rbx
+    cmp %rsi, %rbx
+    jne 1b
+    mov $'\n', %al
+    out %al, (%dx)
+    mov $0x34, %al
+    mov $ACPI_CONTROL, %edx
+    out %al, (%dx)
+3:  cli
+    hlt
+    jmp 3b
+linux_text:
+    .ascii "linux "
+linux_end_of_text:
+    .byte 0
+tiny_linux_end:
+
+.popsection
