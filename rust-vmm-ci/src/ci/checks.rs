@@ -12,7 +12,8 @@ pub(crate) struct Check {
     pub(crate) name: String,
     /// What is known when it passes.
     pub(crate) proves: String,
-    /// Program and arguments, run in the repository's root; the program `xtask` is this one.
+    /// Program and arguments, run in the repository's root. This program's own subcommands go
+    /// through cargo: the build check replaces the file that runs.
     #[serde(default)]
     pub(crate) command: Vec<String>,
     /// Environment variables on top of the caller's.

@@ -64,7 +64,6 @@ impl Watched<'_> {
             .words
             .split_first()
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no command"))?;
-        let program = if program == "xtask" { std::env::current_exe()? } else { program.into() };
         Command::new(program)
             .args(args)
             .envs(self.env)
