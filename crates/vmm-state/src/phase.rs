@@ -42,6 +42,18 @@ impl Phase {
         }
     }
 
+    /// The item of `items` that is this phase's; they are in table order.
+    #[must_use]
+    pub(crate) const fn of<T>(self, [empty, created, running, paused, shutdown]: &[T; 5]) -> &T {
+        match self {
+            Self::Empty => empty,
+            Self::Created => created,
+            Self::Running => running,
+            Self::Paused => paused,
+            Self::Shutdown => shutdown,
+        }
+    }
+
     const fn bit(self) -> u8 {
         1 << (self as u8)
     }
