@@ -11,7 +11,8 @@ pub fn lifecycle_markdown() -> String {
     let mut page = String::from(
         "# Life cycle of the VM\n\nGenerated from the table in `vmm-state`; do not edit. \
          `A` alone: runs and leaves the VM in A. `A / B`: A after success, B after failure. \
-         `ok`: success, nothing to do. Words in parentheses: refused (404 without a VM, \
+         `ok`: success, nothing to do. \
+         `waits`: until the boot under way has ended. Words in parentheses: refused (404 without a VM, \
          501 for what this build does not have yet, else 409).\n\n## Requests\n\n",
     );
     let actions = ACTIONS.iter().map(|row| (row.name, row.cells.map(cell)));
@@ -28,10 +29,10 @@ pub fn lifecycle_markdown() -> String {
     page
 }
 
-fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 5])>) {
+fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 6])>) {
     let names = Phase::ALL.map(Phase::name).join(" | ");
     // Writing to a String cannot fail.
-    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|");
+    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|---|");
     for (name, cells) in rows {
         let _ = writeln!(page, "| {name} | {} |", cells.join(" | "));
     }
@@ -41,6 +42,7 @@ fn cell(cell: Cell) -> String {
     match cell {
         Cell::Run(step) => arrow(step),
         Cell::Nothing => "ok".to_owned(),
+        Cell::Wait => "waits".to_owned(),
         Cell::Refuse(reason) => format!("({})", short(reason)),
     }
 }

@@ -73,7 +73,7 @@ pub struct EventRow {
     /// Its name in documents and logs.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [EventCell; 5],
+    pub cells: [EventCell; 6],
     /// What an operator may choose; the first is the default.
     pub reactions: &'static [Reaction],
 }
@@ -96,8 +96,14 @@ impl EventRow {
 }
 
 /// Every event has the same cells: an event that was on its way when the VM was paused waits for the resume.
-const CELLS: [EventCell; 5] =
-    [EventCell::Ignore, EventCell::Ignore, EventCell::React, EventCell::Defer, EventCell::Ignore];
+const CELLS: [EventCell; 6] = [
+    EventCell::Ignore, // Empty
+    EventCell::Ignore, // Created
+    EventCell::Ignore, // Booting
+    EventCell::React,  // Running
+    EventCell::Defer,  // Paused
+    EventCell::Ignore, // Shutdown
+];
 
 /// Declares the events and their table in one go.
 macro_rules! events {

@@ -15,6 +15,8 @@
 //! let mut slot: VmSlot<&str, &str> = VmSlot::Empty;
 //! assert!(matches!(admit(slot.phase(), Action::Create), Admission::Run(_)));
 //! slot.create("config").unwrap();
+//! slot.begin_boot().unwrap();
+//! assert_eq!(slot.phase(), Phase::Booting);
 //! slot.start("machine").unwrap();
 //! assert_eq!(slot.phase(), Phase::Running);
 //! assert!(matches!(admit(slot.phase(), Action::Create), Admission::Refused(_)));
@@ -31,7 +33,7 @@ mod table;
 pub use docs::lifecycle_markdown;
 pub use guest::{EventCell, EventRow, GUEST_EVENTS, GuestEvent, Reaction, Reactions, on_guest_event};
 pub use phase::{Phase, PhaseSet};
-pub use slot::{Misplaced, VmSlot};
+pub use slot::{Idle, Misplaced, VmSlot};
 pub use table::{ACTIONS, Action, ActionRow, Admission, Cell, Reason, Refusal, Step, admit};
 
 #[cfg(doctest)]

@@ -57,6 +57,8 @@ pub enum Cell {
     Run(Step),
     /// Success without work: what is asked for is so already.
     Nothing,
+    /// It waits until the boot under way has ended, and is then looked at again.
+    Wait,
     /// Refused.
     Refuse(Reason),
 }
@@ -69,7 +71,7 @@ pub struct ActionRow {
     /// Its name on the wire.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [Cell; 5],
+    pub cells: [Cell; 6],
 }
 
 /// A refusal, with all a client needs to know.
@@ -93,6 +95,8 @@ pub enum Admission {
     Run(Step),
     /// Answer success and do nothing.
     Nothing,
+    /// Keep the request, and ask again when the phase is another.
+    Wait,
     /// Answer the refusal and do nothing.
     Refused(Refusal),
 }
@@ -103,6 +107,7 @@ mod cells {
     use crate::Phase;
 
     pub(super) const CREATED: Phase = Phase::Created;
+    pub(super) const BOOTING: Phase = Phase::Booting;
     pub(super) const RUNNING: Phase = Phase::Running;
     pub(super) const PAUSED: Phase = Phase::Paused;
     pub(super) const OFF: Phase = Phase::Shutdown;
@@ -123,22 +128,28 @@ mod cells {
         go(phase, phase)
     }
 
+    pub(super) const WAIT: Cell = Cell::Wait;
+
     /// In every phase, without changing it.
-    pub(super) const ALWAYS: [Cell; 5] = [stay(EMPTY), stay(CREATED), stay(RUNNING), stay(PAUSED), stay(OFF)];
+    pub(super) const ALWAYS: [Cell; 6] =
+        [stay(EMPTY), stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(OFF)];
     /// With a VM, without changing it.
-    pub(super) const WITH_VM: [Cell; 5] = [NO_VM, stay(CREATED), stay(RUNNING), stay(PAUSED), stay(OFF)];
+    pub(super) const WITH_VM: [Cell; 6] =
+        [NO_VM, stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(OFF)];
+    /// With a machine, without changing the phase.
+    pub(super) const BOOTED: [Cell; 6] = [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), NOT_BOOTED];
     /// Devices come and go as edits of the configuration while there is no machine.
-    pub(super) const EDIT: [Cell; 5] = [NO_VM, stay(CREATED), LATER, LATER, stay(OFF)];
+    pub(super) const EDIT: [Cell; 6] = [NO_VM, stay(CREATED), WAIT, LATER, LATER, stay(OFF)];
     /// Not built yet, for any VM.
-    pub(super) const LATER_WITH_VM: [Cell; 5] = [NO_VM, LATER, LATER, LATER, LATER];
+    pub(super) const LATER_WITH_VM: [Cell; 6] = [NO_VM, LATER, LATER, LATER, LATER, LATER];
     /// Not built yet, for a VM that has a machine.
-    pub(super) const LATER_BOOTED: [Cell; 5] = [NO_VM, NOT_BOOTED, LATER, LATER, NOT_BOOTED];
+    pub(super) const LATER_BOOTED: [Cell; 6] = [NO_VM, NOT_BOOTED, LATER, LATER, LATER, NOT_BOOTED];
     /// Not built yet, and makes a VM.
-    pub(super) const LATER_EMPTY: [Cell; 5] = [LATER, EXISTS, EXISTS, EXISTS, EXISTS];
+    pub(super) const LATER_EMPTY: [Cell; 6] = [LATER, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS];
 }
 use cells::{
-    ALWAYS, CREATED, EDIT, EMPTY, EXISTS, IS_PAUSED, IS_RUNNING, LATER_BOOTED, LATER_EMPTY, LATER_WITH_VM,
-    NO_VM, NOT_BOOTED, OFF, PAUSED, RUNNING, WITH_VM, go, stay,
+    ALWAYS, BOOTED, CREATED, EDIT, EMPTY, EXISTS, IS_PAUSED, IS_RUNNING, LATER_BOOTED, LATER_EMPTY,
+    LATER_WITH_VM, NO_VM, NOT_BOOTED, OFF, PAUSED, RUNNING, WAIT, WITH_VM, go, stay,
 };
 
 /// Declares the actions and their table in one go.
@@ -165,7 +176,8 @@ macro_rules! actions {
 
         /// Every action in every phase.
         ///
-        /// A failed boot changes nothing and can be retried. A failed reboot has lost the old machine, so it ends in
+        /// A boot leads through Booting, and requests that need its outcome wait for it. A failed boot changes nothing
+        /// and can be retried. A failed reboot has lost the old machine, so it ends in
         /// Shutdown, from where a boot can be retried. Shutdown and delete always get there: what fails on the way is
         /// reported, not kept.
         pub const ACTIONS: [ActionRow; Action::COUNT] = [$(*Action::$action.row()),+];
@@ -174,11 +186,11 @@ macro_rules! actions {
 
 #[rustfmt::skip]
 actions! {
-    // Cells:                                  Empty               Created              Running              Paused               Shutdown
+    // Cells:                          Empty               Created               Booting        Running              Paused               Shutdown
     /// `vmm.ping`
     Ping "vmm.ping" ALWAYS;
     /// `vmm.shutdown`: the process ends.
-    VmmShutdown "vmm.shutdown"                [stay(EMPTY),        stay(EMPTY),         stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
+    VmmShutdown "vmm.shutdown"        [stay(EMPTY),        stay(EMPTY),          stay(EMPTY),   stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
     /// `vmm.openapi`
     OpenApi "vmm.openapi" ALWAYS;
     /// `vmm.metrics`
@@ -188,31 +200,31 @@ actions! {
     /// `vmm.log-level`, asking and setting.
     LogLevel "vmm.log-level" ALWAYS;
     /// `vm.create`
-    Create "vm.create"                        [go(CREATED, EMPTY), EXISTS,              EXISTS,              EXISTS,              EXISTS];
+    Create "vm.create"                [go(CREATED, EMPTY), EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS];
     /// `vm.validate`
     Validate "vm.validate" ALWAYS;
     /// `vm.boot`; on a paused VM it resumes, as the contract has it.
-    Boot "vm.boot"                            [NO_VM,              go(RUNNING, CREATED), IS_RUNNING,         go(RUNNING, PAUSED), go(RUNNING, OFF)];
+    Boot "vm.boot"                    [NO_VM,              go(RUNNING, CREATED), WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), go(RUNNING, OFF)];
     /// `vm.info`
     Info "vm.info" WITH_VM;
     /// `vm.counters`
-    Counters "vm.counters"                    [NO_VM,              NOT_BOOTED,          stay(RUNNING),       stay(PAUSED),        NOT_BOOTED];
+    Counters "vm.counters" BOOTED;
     /// `vm.boot-trace`
     BootTrace "vm.boot-trace" WITH_VM;
     /// `vm.shutdown`
-    Shutdown "vm.shutdown"                    [NO_VM,              NOT_BOOTED,          stay(OFF),           stay(OFF),           NOT_BOOTED];
+    Shutdown "vm.shutdown"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(OFF),           stay(OFF),           NOT_BOOTED];
     /// `vm.reboot`
-    Reboot "vm.reboot"                        [NO_VM,              NOT_BOOTED,          go(RUNNING, OFF),    go(RUNNING, OFF),    NOT_BOOTED];
+    Reboot "vm.reboot"                [NO_VM,              NOT_BOOTED,           WAIT,          go(RUNNING, OFF),    go(RUNNING, OFF),    NOT_BOOTED];
     /// `vm.delete`
-    Delete "vm.delete"                        [Cell::Nothing,      stay(EMPTY),         stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
+    Delete "vm.delete"                [Cell::Nothing,      stay(EMPTY),          WAIT,          stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
     /// `vm.pause`
-    Pause "vm.pause"                          [NO_VM,              NOT_BOOTED,          go(PAUSED, RUNNING), IS_PAUSED,           NOT_BOOTED];
+    Pause "vm.pause"                  [NO_VM,              NOT_BOOTED,           WAIT,          go(PAUSED, RUNNING), IS_PAUSED,           NOT_BOOTED];
     /// `vm.resume`
-    Resume "vm.resume"                        [NO_VM,              NOT_BOOTED,          IS_RUNNING,          go(RUNNING, PAUSED), NOT_BOOTED];
+    Resume "vm.resume"                [NO_VM,              NOT_BOOTED,           WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), NOT_BOOTED];
     /// `vm.power-button`
-    PowerButton "vm.power-button"             [NO_VM,              NOT_BOOTED,          stay(RUNNING),       stay(PAUSED),        NOT_BOOTED];
+    PowerButton "vm.power-button" BOOTED;
     /// `vm.nmi`
-    Nmi "vm.nmi"                              [NO_VM,              NOT_BOOTED,          stay(RUNNING),       stay(PAUSED),        NOT_BOOTED];
+    Nmi "vm.nmi" BOOTED;
     /// `vm.add-device`
     AddDevice "vm.add-device" EDIT;
     /// `vm.add-user-device`
@@ -285,6 +297,7 @@ pub fn admit(phase: Phase, action: Action) -> Admission {
     match action.row().cell(phase) {
         Cell::Run(step) => Admission::Run(step),
         Cell::Nothing => Admission::Nothing,
+        Cell::Wait => Admission::Wait,
         Cell::Refuse(reason) => {
             Admission::Refused(Refusal { action, phase, reason, allowed: action.allowed() })
         }
@@ -326,7 +339,7 @@ mod tests {
             panic!("must be refused")
         };
         assert_eq!(refusal.to_string(), "vm.pause is not possible: the VM is not booted");
-        assert_eq!(refusal.allowed.to_string(), "Running");
+        assert_eq!(refusal.allowed.to_string(), "Booting, Running");
         assert_eq!(refusal.phase, Phase::Created);
     }
 }

@@ -16,7 +16,7 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
         }
         Action::Create if !fails => slot.create(serial).unwrap(),
         Action::Boot if !fails && slot.phase() == Phase::Paused => slot.resume().unwrap(),
-        Action::Boot if !fails => slot.start(serial).unwrap(),
+        Action::Boot if slot.phase() != Phase::Paused => boot(slot, fails, serial),
         Action::Resume if !fails => slot.resume().unwrap(),
         Action::Pause if !fails => slot.pause().unwrap(),
         Action::Shutdown => assert!(slot.stop().is_some()),
@@ -26,11 +26,14 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
     }
 }
 
+fn boot(slot: &mut Slot, fails: bool, serial: u32) {
+    slot.begin_boot().unwrap();
+    if fails { slot.fail_boot().unwrap() } else { slot.start(serial).unwrap() }
+}
+
 fn reboot(slot: &mut Slot, fails: bool, serial: u32) {
     assert!(slot.stop().is_some());
-    if !fails {
-        slot.start(serial).unwrap();
-    }
+    boot(slot, fails, serial);
 }
 
 /// What an owner does by an operator's choice.
@@ -64,6 +67,7 @@ proptest! {
             let step = if let Some(row) = ACTIONS.get(pick) {
                 match admit(before, row.action) {
                     Admission::Run(step) => { perform(&mut slot, row.action, fails, serial); Some(step) }
+                    Admission::Wait => unreachable!("no boot is left under way"),
                     Admission::Nothing | Admission::Refused(_) => None,
                 }
             } else {

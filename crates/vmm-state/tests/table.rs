@@ -7,55 +7,55 @@ use vmm_state::{
     lifecycle_markdown, on_guest_event,
 };
 
-/// E, C, R, P, S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
+/// E, C, B, R, P, S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
 const GOLDEN: &str = "
-                         Empty  Created    Running    Paused   Shutdown
-vmm.ping                 EE     CC         RR         PP       SS
-vmm.shutdown             EE     EE         EE         EE       EE
-vmm.openapi              EE     CC         RR         PP       SS
-vmm.metrics              EE     CC         RR         PP       SS
-vmm.events               EE     CC         RR         PP       SS
-vmm.log-level            EE     CC         RR         PP       SS
-vm.create                CE     exists     exists     exists   exists
-vm.validate              EE     CC         RR         PP       SS
-vm.boot                  novm   RC         isrunning  RP       RS
-vm.info                  novm   CC         RR         PP       SS
-vm.counters              novm   notbooted  RR         PP       notbooted
-vm.boot-trace            novm   CC         RR         PP       SS
-vm.shutdown              novm   notbooted  SS         SS       notbooted
-vm.reboot                novm   notbooted  RS         RS       notbooted
-vm.delete                ok     EE         EE         EE       EE
-vm.pause                 novm   notbooted  PR         ispaused notbooted
-vm.resume                novm   notbooted  isrunning  RP       notbooted
-vm.power-button          novm   notbooted  RR         PP       notbooted
-vm.nmi                   novm   notbooted  RR         PP       notbooted
-vm.add-device            novm   CC         later      later    SS
-vm.add-user-device       novm   CC         later      later    SS
-vm.add-disk              novm   CC         later      later    SS
-vm.add-fs                novm   CC         later      later    SS
-vm.add-generic-vhost-user novm  CC         later      later    SS
-vm.add-pmem              novm   CC         later      later    SS
-vm.add-net               novm   CC         later      later    SS
-vm.add-vdpa              novm   CC         later      later    SS
-vm.add-vsock             novm   CC         later      later    SS
-vm.remove-device         novm   CC         later      later    SS
-vm.resize                novm   later      later      later    later
-vm.resize-disk           novm   later      later      later    later
-vm.resize-zone           novm   later      later      later    later
-vm.snapshot              novm   notbooted  later      later    notbooted
-vm.coredump              novm   notbooted  later      later    notbooted
-vm.restore               later  exists     exists     exists   exists
-vm.receive-migration     later  exists     exists     exists   exists
-vm.send-migration        novm   notbooted  later      later    notbooted
+                          Empty  Created    Booting   Running    Paused    Shutdown
+vmm.ping                  EE     CC         BB        RR         PP        SS
+vmm.shutdown              EE     EE         EE        EE         EE        EE
+vmm.openapi               EE     CC         BB        RR         PP        SS
+vmm.metrics               EE     CC         BB        RR         PP        SS
+vmm.events                EE     CC         BB        RR         PP        SS
+vmm.log-level             EE     CC         BB        RR         PP        SS
+vm.create                 CE     exists     exists    exists     exists    exists
+vm.validate               EE     CC         BB        RR         PP        SS
+vm.boot                   novm   RC         wait      isrunning  RP        RS
+vm.info                   novm   CC         BB        RR         PP        SS
+vm.counters               novm   notbooted  wait      RR         PP        notbooted
+vm.boot-trace             novm   CC         BB        RR         PP        SS
+vm.shutdown               novm   notbooted  wait      SS         SS        notbooted
+vm.reboot                 novm   notbooted  wait      RS         RS        notbooted
+vm.delete                 ok     EE         wait      EE         EE        EE
+vm.pause                  novm   notbooted  wait      PR         ispaused  notbooted
+vm.resume                 novm   notbooted  wait      isrunning  RP        notbooted
+vm.power-button           novm   notbooted  wait      RR         PP        notbooted
+vm.nmi                    novm   notbooted  wait      RR         PP        notbooted
+vm.add-device             novm   CC         wait      later      later     SS
+vm.add-user-device        novm   CC         wait      later      later     SS
+vm.add-disk               novm   CC         wait      later      later     SS
+vm.add-fs                 novm   CC         wait      later      later     SS
+vm.add-generic-vhost-user novm   CC         wait      later      later     SS
+vm.add-pmem               novm   CC         wait      later      later     SS
+vm.add-net                novm   CC         wait      later      later     SS
+vm.add-vdpa               novm   CC         wait      later      later     SS
+vm.add-vsock              novm   CC         wait      later      later     SS
+vm.remove-device          novm   CC         wait      later      later     SS
+vm.resize                 novm   later      later     later      later     later
+vm.resize-disk            novm   later      later     later      later     later
+vm.resize-zone            novm   later      later     later      later     later
+vm.snapshot               novm   notbooted  later     later      later     notbooted
+vm.coredump               novm   notbooted  later     later      later     notbooted
+vm.restore                later  exists     exists    exists     exists    exists
+vm.receive-migration      later  exists     exists    exists     exists    exists
+vm.send-migration         novm   notbooted  later     later      later     notbooted
 ";
 
 const GOLDEN_EVENTS: &str = "
-               Empty    Created  Running  Paused  Shutdown
-reset          ignore   ignore   react    defer   ignore
-triple-fault   ignore   ignore   react    defer   ignore
-shutdown       ignore   ignore   react    defer   ignore
-panic          ignore   ignore   react    defer   ignore
-crash          ignore   ignore   react    defer   ignore
+               Empty    Created  Booting  Running  Paused  Shutdown
+reset          ignore   ignore   ignore   react    defer   ignore
+triple-fault   ignore   ignore   ignore   react    defer   ignore
+shutdown       ignore   ignore   ignore   react    defer   ignore
+panic          ignore   ignore   ignore   react    defer   ignore
+crash          ignore   ignore   ignore   react    defer   ignore
 ";
 
 /// The default first; then where each leads: after success, after failure.
@@ -76,6 +76,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
     match admit(phase, action) {
         Admission::Run(step) => [letter(step.done), letter(step.failed)].iter().collect(),
         Admission::Nothing => "ok".to_owned(),
+        Admission::Wait => "wait".to_owned(),
         Admission::Refused(refusal) => {
             assert_eq!((refusal.action, refusal.phase), (action, phase));
             assert!(!refusal.allowed.contains(phase));
