@@ -134,10 +134,13 @@ pub fn encode_json<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, ApiError
     serde_json::to_vec(value).map_err(|error| ApiError::from_error(Code::Internal, &error))
 }
 
-/// What a host says of its phase.
-pub trait Host {
+/// Who owns the VM, as far as admission is concerned.
+pub trait Host: Sized {
     /// The VM's phase now.
     fn phase(&self) -> Phase;
+
+    /// Keeps a request that cannot be decided while a boot is under way; to be dispatched again when it has ended.
+    fn park(&mut self, request: ApiRequest<Self>);
 }
 
 /// A host that can carry out `C`. It is called only in a phase that admits `C`.
@@ -239,6 +242,7 @@ impl<H: Host + 'static> ApiRequest<H> {
         match admit(host.phase(), self.endpoint.action) {
             Admission::Run(_) => (self.call)(host, self.slot),
             Admission::Nothing => self.slot.send(Ok(Body::NONE)),
+            Admission::Wait => host.park(self),
             Admission::Refused(refusal) => self.slot.send(Err(refusal.into())),
         }
     }

@@ -58,7 +58,8 @@ impl VmState {
     pub const fn from_phase(phase: Phase) -> Option<Self> {
         match phase {
             Phase::Empty => None,
-            Phase::Created => Some(Self::Created),
+            // The contract has no word for a boot under way.
+            Phase::Created | Phase::Booting => Some(Self::Created),
             Phase::Running => Some(Self::Running),
             Phase::Paused => Some(Self::Paused),
             Phase::Shutdown => Some(Self::Shutdown),

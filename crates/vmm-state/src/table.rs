@@ -270,10 +270,11 @@ impl Action {
         self.row().name
     }
 
-    /// The phases in which this action is accepted, with or without work.
+    /// The phases in which this action is carried out, with or without work.
     #[must_use]
     pub fn allowed(self) -> PhaseSet {
-        Phase::ALL.into_iter().filter(|phase| !matches!(self.row().cell(*phase), Cell::Refuse(_))).collect()
+        let is_allowed = |phase: &Phase| matches!(self.row().cell(*phase), Cell::Run(_) | Cell::Nothing);
+        Phase::ALL.into_iter().filter(is_allowed).collect()
     }
 
     /// Whether its work is not built yet, in any phase.
@@ -339,7 +340,7 @@ mod tests {
             panic!("must be refused")
         };
         assert_eq!(refusal.to_string(), "vm.pause is not possible: the VM is not booted");
-        assert_eq!(refusal.allowed.to_string(), "Booting, Running");
+        assert_eq!(refusal.allowed.to_string(), "Running");
         assert_eq!(refusal.phase, Phase::Created);
     }
 }

@@ -50,7 +50,7 @@ fn shortened(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::{Handle, Host, Replier};
+    use crate::command::{ApiRequest, Handle, Host, Replier};
     use crate::commands::{vm, vmm};
     use crate::info::PingReply;
 
@@ -60,6 +60,8 @@ mod tests {
         fn phase(&self) -> vmm_state::Phase {
             vmm_state::Phase::Empty
         }
+
+        fn park(&mut self, _: ApiRequest<Self>) {}
     }
 
     impl Handle<vmm::Ping> for Toy {
