@@ -1,4 +1,6 @@
 //! The bodies of requests other than `vm.create` and `vm.add-*`.
+//!
+//! The contract requires fewer fields than it can do without; what is missing is refused where it is needed.
 
 use std::path::PathBuf;
 
@@ -21,9 +23,9 @@ object! {
     /// Body of `vm.resize-disk`.
     pub struct VmResizeDisk {
         /// Id of the disk.
-        [current, required] id: String = String::new(),
+        [current] id: String = String::new(),
         /// Its new size in bytes.
-        [current, required] desired_size: Bytes = Bytes(0),
+        [current] desired_size: Bytes = Bytes(0),
     }
 }
 
@@ -31,9 +33,9 @@ object! {
     /// Body of `vm.resize-zone`.
     pub struct VmResizeZone {
         /// Id of the memory zone.
-        [current, required] id: String = String::new(),
+        [current] id: String = String::new(),
         /// Its new size in bytes.
-        [current, required] desired_ram: Bytes = Bytes(0),
+        [current] desired_ram: Bytes = Bytes(0),
     }
 }
 
@@ -41,7 +43,7 @@ object! {
     /// Body of `vm.remove-device`.
     pub struct VmRemoveDevice {
         /// Id of the device.
-        [current, required] id: String = String::new(),
+        [current] id: String = String::new(),
     }
 }
 
@@ -49,7 +51,7 @@ object! {
     /// Body of `vm.snapshot`.
     pub struct VmSnapshotConfig {
         /// Where to: `file:///folder`.
-        [current, required] destination_url: String = String::new(),
+        [current] destination_url: String = String::new(),
     }
 }
 
@@ -57,7 +59,7 @@ object! {
     /// Body of `vm.coredump`.
     pub struct VmCoredumpData {
         /// Where to: `file:///file`.
-        [current, required] destination_url: String = String::new(),
+        [current] destination_url: String = String::new(),
     }
 }
 
