@@ -7,6 +7,7 @@
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
 //! - [`info`]: replies about the VMM and the VM.
+//! - [`openapi`]: the document of all this, and the page of error codes.
 
 pub mod client;
 pub mod command;
@@ -15,6 +16,7 @@ pub mod config;
 pub mod error;
 pub mod http;
 pub mod info;
+pub mod openapi;
 pub mod options;
 pub mod spec;
 

@@ -2,10 +2,11 @@
 
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
-use vmm_api::commands::{vm, vmm};
+use vmm_api::commands::{operations, vm, vmm};
 use vmm_api::config::VmRemoveDevice;
 use vmm_api::error::{ApiError, Code};
-use vmm_api::info::{PingReply, ValidateReply, VmInfo};
+use vmm_api::info::{JsonDocument, PingReply, ValidateReply, VmInfo};
+use vmm_api::openapi::document;
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
@@ -78,6 +79,12 @@ impl Handle<vmm::Ping> for Vmm {
             pid: std::process::id().into(),
             features: Vec::new(),
         }));
+    }
+}
+
+impl Handle<vmm::OpenApi> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<JsonDocument>) {
+        replier.reply(Ok(JsonDocument(document(&operations()))));
     }
 }
 
@@ -167,4 +174,4 @@ macro_rules! pending {
     )+};
 }
 
-pending!(vm::Counters, vm::BootTrace, vm::Nmi, vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
+pending!(vm::Counters, vm::BootTrace, vm::Nmi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
