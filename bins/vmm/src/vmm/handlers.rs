@@ -1,12 +1,14 @@
 //! The commands, carried out.
 
+use std::sync::LazyLock;
+
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
 use vmm_api::commands::{operations, vm, vmm};
 use vmm_api::config::VmRemoveDevice;
 use vmm_api::error::{ApiError, Code};
-use vmm_api::info::{JsonDocument, PingReply, ValidateReply, VmInfo};
-use vmm_api::openapi::document;
+use vmm_api::info::{PingReply, ValidateReply, VmInfo};
+use vmm_api::openapi::Document;
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
@@ -83,8 +85,9 @@ impl Handle<vmm::Ping> for Vmm {
 }
 
 impl Handle<vmm::OpenApi> for Vmm {
-    fn handle(&mut self, (): (), replier: Replier<JsonDocument>) {
-        replier.reply(Ok(JsonDocument(document(&operations()))));
+    fn handle(&mut self, (): (), replier: Replier<Document>) {
+        static DOCUMENT: LazyLock<Document> = LazyLock::new(|| Document::of(&operations()));
+        replier.reply(Ok(DOCUMENT.clone()));
     }
 }
 

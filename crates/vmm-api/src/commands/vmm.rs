@@ -2,7 +2,8 @@
 
 use super::command;
 use crate::config::LogLevelConfig;
-use crate::info::{JsonDocument, OpenMetrics, PingReply};
+use crate::info::{OpenMetrics, PingReply};
+use crate::openapi::Document;
 
 command! {
     /// Says that the VMM is there, and its version.
@@ -16,7 +17,7 @@ command! {
 
 command! {
     /// Gives the OpenAPI document of this API.
-    OpenApi(()) -> JsonDocument, Get "vmm.openapi", OpenApi
+    OpenApi(()) -> Document, Get "vmm.openapi", OpenApi
 }
 
 command! {

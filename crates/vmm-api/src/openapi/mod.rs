@@ -13,8 +13,9 @@ pub use errors::errors_markdown;
 pub use operation::Operation;
 pub use schema::Components;
 
+use crate::command::{Decode, Encode, Incoming, JSON, decode_json};
 use crate::config::wire::Wire;
-use crate::error::Code;
+use crate::error::{ApiError, Code};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -86,4 +87,50 @@ pub fn document(operations: &[Operation]) -> Value {
         "paths": paths,
         "components": components.finish(),
     })
+}
+
+/// The document as a reply: text that is made once, for making it takes milliseconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    json: Vec<u8>,
+}
+
+impl Document {
+    /// The document of a table.
+    #[must_use]
+    pub fn of(operations: &[Operation]) -> Self {
+        Self { json: document(operations).to_string().into_bytes() }
+    }
+
+    /// The document, read.
+    ///
+    /// # Errors
+    /// What another VMM sent is not JSON.
+    pub fn value(&self) -> Result<Value, ApiError> {
+        decode_json(&self.json)
+    }
+}
+
+impl Decode for Document {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        Ok(Self { json: incoming.body })
+    }
+}
+
+impl Encode for Document {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        Ok(self.json.clone())
+    }
+}
+
+impl Described for Document {
+    fn form(_components: &mut Components) -> Form {
+        Form::Always(json!({
+            "type": "object",
+            "description": "This document.",
+            "required": ["openapi", "info", "paths"],
+        }))
+    }
 }
