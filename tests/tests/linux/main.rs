@@ -3,6 +3,8 @@
 //! They run on this machine's KVM where it can run Linux, else all of them in one nested machine; which is said first and last.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+mod control_plane;
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -102,7 +104,7 @@ struct Disks {
     _mine: Option<tempfile::TempDir>,
 }
 
-const ROOT_DISKS: [&str; 3] = ["command-line", "api", "stress"];
+const ROOT_DISKS: [&str; 4] = ["command-line", "api", "stress", "button"];
 
 impl Disks {
     fn prepare(cache: &Cache, images: &Images) -> Result<Self> {
@@ -160,6 +162,10 @@ const ALL: &[(&str, Case)] = &[
     ("debian_system_by_command_line", system_by_command_line),
     ("debian_system_by_api", system_by_api),
     ("pause_and_resume_under_stress", pause_and_resume_under_stress),
+    ("power_button", control_plane::power_button),
+    ("reboot_loop", control_plane::reboot_loop),
+    ("nmi_arrives", control_plane::nmi_arrives),
+    ("panic_is_reported", control_plane::panic_is_reported),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
