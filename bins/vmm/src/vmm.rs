@@ -22,6 +22,7 @@ use vmm_state::{EventCell, GuestEvent, Phase, VmSlot, on_guest_event};
 
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::exit::ExitCode;
+use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
 use inputs::Inputs;
 
@@ -118,7 +119,8 @@ impl Vmm {
         self.machines += 1;
         let post = EventPost { machine: self.machines, mailbox: self.post.clone() };
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post)?;
+        let mut stages = Stages::default();
+        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post, &mut stages)?;
         consoles.attach();
         machine.start();
         self.inputs.want(consoles);
@@ -270,18 +272,19 @@ impl Configured {
         &mut self,
         hypervisor: &dyn Hypervisor,
         post: &EventPost,
+        stages: &mut Stages,
     ) -> Result<(Machine, &mut Consoles), VmmError> {
-        let (mut consoles, fresh) = match self.consoles.take() {
-            Some(consoles) => (consoles, false),
-            None => (Consoles::open(&self.spec)?, true),
-        };
+        let (mut consoles, fresh) = stages.time(Stage::Console, || match self.consoles.take() {
+            Some(consoles) => Ok((consoles, false)),
+            None => Consoles::open(&self.spec).map(|consoles| (consoles, true)),
+        })?;
         let end = |console: &Option<Console>| console.as_ref().map(Console::end);
         let ports = Ports {
             serial: end(&consoles.serial),
             console: end(&consoles.console),
             debug: end(&consoles.debug),
         };
-        match Machine::build(hypervisor, &self.spec, &ports, post) {
+        match Machine::build(hypervisor, &self.spec, &ports, post, stages) {
             Ok(machine) => Ok((machine, self.consoles.insert(consoles))),
             Err(error) => {
                 consoles.detach();
