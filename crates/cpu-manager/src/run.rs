@@ -85,7 +85,7 @@ impl Runner {
             }
             Order::Nmi => {
                 if let Err(error) = self.vcpu.nmi() {
-                    log::warn!("vcpu{}: cannot inject an NMI: {error}", self.index);
+                    log::warn!(vcpu = self.index; "cannot inject an NMI: {error}");
                 }
                 current
             }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_snapshot::RecordError;
 
 use crate::chain::{self, Chain, RingError, Table, take_head, wants_interrupt};
@@ -46,7 +46,7 @@ pub struct RngError {
 pub struct RngDevice {
     id: String,
     source: Arc<File>,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
     workers: Workers,
 }
 
@@ -64,7 +64,7 @@ impl RngDevice {
             return Err(failed(io::ErrorKind::IsADirectory.into()));
         }
         let workers = Workers::default();
-        Ok(Self { id: id.into(), source: Arc::new(file), once: Arc::default(), workers })
+        Ok(Self { id: id.into(), source: Arc::new(file), limiter: Arc::default(), workers })
     }
 }
 
@@ -88,10 +88,12 @@ impl VirtioDevice for RngDevice {
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
         let Start { memory, features: _, queues, interrupt } = start;
         for queue in queues {
-            let (id, source, once) = (self.id.clone(), Arc::clone(&self.source), Arc::clone(&self.once));
+            let (id, source) = (self.id.clone(), Arc::clone(&self.source));
+            let limiter = Arc::clone(&self.limiter);
             let (memory, interrupt) = (memory.clone(), Arc::clone(&interrupt));
             let bytes = vec![0; MAX_REQUEST];
-            let task = RngTask { id, memory, queue, interrupt, source, once, chain: Chain::default(), bytes };
+            let task =
+                RngTask { id, memory, queue, interrupt, source, limiter, chain: Chain::default(), bytes };
             self.workers.spawn(&self.id, task)?;
         }
         Ok(())
@@ -127,7 +129,7 @@ struct RngTask {
     queue: StartQueue,
     interrupt: Arc<dyn VirtioInterrupt>,
     source: Arc<File>,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
     chain: Chain,
     bytes: Vec<u8>,
 }
@@ -179,8 +181,8 @@ impl RngTask {
     }
 
     fn warn(&self, what: &dyn std::fmt::Display) {
-        if self.once.first() {
-            log::warn!("entropy source {}: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.limiter.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the entropy source or its driver errs: {what}{admitted}");
         }
     }
 
@@ -243,7 +245,7 @@ impl SaveState for RngDevice {
     type State = RngV1;
 
     fn save(&self) -> RngV1 {
-        let Self { id: _, source: _, once: _, workers: _ } = self;
+        let Self { id: _, source: _, limiter: _, workers: _ } = self;
         RngV1 {}
     }
 

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_disk_image::{Disk, EngineKind};
 use vmm_snapshot::RecordError;
 
@@ -100,8 +100,9 @@ impl BlockDevice {
             config: Arc::new(BlockConfig::new(&*disk, queues, queue_size, discards)),
             counters: Arc::default(),
             discards,
-            misuse: Once::new(),
-            failure: Once::new(),
+            misuse: Limiter::for_guest(),
+            failure: Limiter::for_guest(),
+            breakage: Limiter::for_guest(),
         };
         let workers = Workers::default();
         Ok(Self { shared: Arc::new(shared), disk, queues, queue_size, engine, workers })
@@ -180,7 +181,8 @@ impl SaveState for BlockDevice {
 
     fn save(&self) -> BlockV1 {
         let Self { shared, disk, queues: _, queue_size: _, engine: _, workers: _ } = self;
-        let Shared { id: _, config, counters: _, serial, discards: _, misuse: _, failure: _ } = &**shared;
+        let Shared { id: _, config, counters: _, serial, discards: _, misuse: _, failure: _, breakage: _ } =
+            &**shared;
         BlockV1 {
             writeback: config.writeback(),
             sectors: disk.size() / SECTOR,

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, Permissions};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_disk_image::{Completion, Engine, Op, Request as Io};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -35,20 +36,21 @@ pub(super) struct Shared {
     pub(super) serial: [u8; ID_LEN],
     /// The guest may give storage back.
     pub(super) discards: bool,
-    pub(super) misuse: Once,
-    pub(super) failure: Once,
+    pub(super) misuse: Limiter,
+    pub(super) failure: Limiter,
+    pub(super) breakage: Limiter,
 }
 
 impl Shared {
     fn misused(&self, what: &dyn std::fmt::Display) {
-        if self.misuse.first() {
-            log::warn!("disk {}: its driver errs: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.misuse.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the disk's driver errs: {what}{admitted}");
         }
     }
 
     fn failed(&self, error: &std::io::Error) {
-        if self.failure.first() {
-            log::warn!("disk {}: I/O error: {error}; further ones are not logged", self.id);
+        if let Some(admitted) = self.failure.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "I/O error: {error}{admitted}");
         }
     }
 }
@@ -279,7 +281,11 @@ impl BlockQueue {
 
     /// The engine broke: from now on every request fails.
     fn give_up(&mut self, memory: &GuestRam, error: &std::io::Error) {
-        log::error!("disk {}, queue {}: the engine broke: {error}", self.shared.id, self.rings.index);
+        // A driver that resets the device may see it break again and again.
+        if let Some(admitted) = self.shared.breakage.admit(Instant::now()) {
+            let (id, queue) = (self.shared.id.as_str(), self.rings.index);
+            log::error!(device = id, queue = queue; "the engine broke: {error}{admitted}");
+        }
         // Waits until the kernel has let go of guest memory.
         self.engine = None;
         while let Some(Request { head, status, spans, .. }) = self.flights.remove_any() {

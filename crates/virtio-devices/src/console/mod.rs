@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_snapshot::RecordError;
 
 pub use input::ConsoleInput;
@@ -35,7 +35,7 @@ pub struct ConsoleDevice {
     id: String,
     input: ConsoleInput,
     output: Output,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
     workers: Workers,
 }
 
@@ -51,7 +51,7 @@ impl ConsoleDevice {
             id: id.into(),
             input: ConsoleInput::new(columns, rows)?,
             output: Arc::new(Mutex::new(output)),
-            once: Arc::default(),
+            limiter: Arc::default(),
             workers: Workers::default(),
         })
     }
@@ -94,7 +94,7 @@ impl VirtioDevice for ConsoleDevice {
             interrupt: Arc::clone(&interrupt),
             input: self.input.clone(),
             output: Arc::clone(&self.output),
-            once: Arc::clone(&self.once),
+            limiter: Arc::clone(&self.limiter),
             chain: Chain::default(),
         };
         self.workers.spawn(&self.id, task)?;
@@ -125,7 +125,7 @@ impl SaveState for ConsoleDevice {
     type State = ConsoleV1;
 
     fn save(&self) -> ConsoleV1 {
-        let Self { id: _, input, output: _, once: _, workers: _ } = self;
+        let Self { id: _, input, output: _, limiter: _, workers: _ } = self;
         let (columns, rows) = input.size();
         ConsoleV1 { columns, rows, typed: input.save() }
     }

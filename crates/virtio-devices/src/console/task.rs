@@ -3,10 +3,11 @@
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 
 use super::QUEUE_SIZE;
 use super::input::ConsoleInput;
@@ -34,7 +35,7 @@ pub(super) struct ConsoleTask {
     pub(super) interrupt: Arc<dyn VirtioInterrupt>,
     pub(super) input: ConsoleInput,
     pub(super) output: Output,
-    pub(super) once: Arc<Once>,
+    pub(super) limiter: Arc<Limiter>,
     pub(super) chain: Chain,
 }
 
@@ -160,8 +161,8 @@ impl ConsoleTask {
     }
 
     fn warn(&self, what: &dyn std::fmt::Display) {
-        if self.once.first() {
-            log::warn!("console {}: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.limiter.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the console or its driver errs: {what}{admitted}");
         }
     }
 }
