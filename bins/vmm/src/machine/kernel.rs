@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_acpi_tables as acpi;
@@ -10,6 +11,7 @@ use vmm_api::spec::{MachineSpec, PayloadSpec};
 use vmm_boot as boot;
 use vmm_cpu_manager::entry::{Control, Entry};
 use vmm_cpu_manager::topology::Topology;
+use vmm_device_model::limiter::Limiter;
 use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
 use vmm_memory_manager::layout::{self, Layout};
 use vmm_memory_manager::map::MemoryMap;
@@ -46,7 +48,11 @@ pub(super) fn load(spec: &MachineSpec, memory: &MemoryMap, topology: &Topology) 
     };
     let loaded = boot::load(&**memory.memory(), &source)
         .map_err(|source| BootError::Load { path: kernel.to_owned(), source })?;
-    log::info!("loaded {} as {:?}", kernel.display(), loaded.format);
+    // A guest that resets itself over and over comes by here each time.
+    static LOADED: Limiter = Limiter::for_guest();
+    if let Some(admitted) = LOADED.admit(Instant::now()) {
+        log::info!("loaded {} as {:?}{admitted}", kernel.display(), loaded.format);
+    }
     Ok(entry(&loaded.registers))
 }
 

@@ -34,6 +34,7 @@ pub use adapters::{EventPost, MachineEvent, MachineMessage};
 pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
 
+use crate::boot_trace::{BootTrace, Recorder};
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
 use stages::{Stage, Stages};
 
@@ -51,6 +52,7 @@ pub struct Machine {
     memory: MemoryMap,
     ged: Ged,
     number: u64,
+    trace: BootTrace,
 }
 
 /// The address spaces of a machine and who stands on them.
@@ -83,9 +85,10 @@ impl Machine {
             let zones = zones(&spec.memory)?;
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
         })?;
+        let mut recorder = Recorder::default();
         let (board, ged) = stages.time(Stage::Devices, || {
             let mut board = Board::new(&vm, &memory, post)?;
-            let ged = recipes::add_all(&mut board, spec, ports, post)?;
+            let ged = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
             Ok::<_, MachineError>((board, ged))
         })?;
         let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
@@ -98,7 +101,8 @@ impl Machine {
         };
         let vcpus = stages
             .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
-        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
+        let trace = BootTrace::new(post.machine, stages, recorder);
+        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine, trace })
     }
 
     /// Number of the machine, as in its events.
@@ -118,7 +122,14 @@ impl Machine {
 
     /// Runs the guest for the first time.
     pub fn start(&mut self) {
+        let at = Instant::now();
         self.vcpus.run();
+        self.trace.started(at);
+    }
+
+    /// What the boot did, and when.
+    pub fn boot_trace(&self) -> &BootTrace {
+        &self.trace
     }
 
     /// Stops the guest between two instructions, and devices with nothing in flight.

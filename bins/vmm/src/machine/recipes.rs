@@ -15,7 +15,7 @@ use vmm_pci::host_bridge::{
 use vmm_platform_devices::acpi_pm::AcpiPm;
 use vmm_platform_devices::clock::{Monotonic, Utc};
 use vmm_platform_devices::cmos::{Cmos, RamSize};
-use vmm_platform_devices::debug_port::{DebugConsole, PostCode, PostCodes, PostPort};
+use vmm_platform_devices::debug_port::{DebugConsole, PostPort};
 use vmm_platform_devices::ged::{Ged, GedRecipe};
 use vmm_platform_devices::i8042::I8042;
 use vmm_platform_devices::ioapic::IoApicRecipe;
@@ -29,6 +29,7 @@ use vmm_virtio_devices::rng::RngDevice;
 use vmm_virtio_devices::transport::VirtioPciRecipe;
 
 use super::{Board, EventPost, MachineError};
+use crate::boot_trace::Recorder;
 use crate::console::End;
 
 /// The GED's event register.
@@ -53,6 +54,7 @@ pub(super) fn add_all(
     spec: &MachineSpec,
     ports: &Ports,
     post: &EventPost,
+    recorder: &mut Recorder,
 ) -> Result<Ged, MachineError> {
     let ged = GedRecipe::new("_ged", GED_ADDRESS, GED_GSI);
     let raise = ged.ged();
@@ -68,7 +70,7 @@ pub(super) fn add_all(
         Box::new(AcpiPm::recipe("_acpi", events)),
         Box::new(PmTimer::recipe("_pm_timer", clock())),
         Box::new(ged),
-        Box::new(PostPort::recipe("_post", clock(), Arc::new(LogPostCodes))),
+        Box::new(PostPort::recipe("_post", clock(), recorder.codes())),
     ];
     if let Some(end) = &ports.serial {
         let recipe = SerialRecipe::com1("_serial", end.sink(), end.room());
@@ -81,14 +83,15 @@ pub(super) fn add_all(
     }
     for disk in &spec.disks {
         let failed = |source| MachineError::Disk { id: disk.identity.id.clone(), source };
-        recipes.push(Box::new(disk_recipe(disk).map_err(failed)?));
+        let recipe = recorder.time(format!("open {}", disk.identity.id), || disk_recipe(disk));
+        recipes.push(Box::new(recipe.map_err(failed)?));
     }
     recipes.push(Box::new(rng_recipe(&spec.rng)?));
     if let (Some(end), Some(console)) = (&ports.console, &spec.console) {
         recipes.push(Box::new(console_recipe(&console.identity, end)?));
     }
     for recipe in recipes {
-        board.devices.add(recipe)?;
+        recorder.time(recipe.id().to_owned(), || board.devices.add(recipe))?;
     }
     Ok(raise)
 }
@@ -184,14 +187,4 @@ impl<R: Resources + ?Sized> Recipe<R> for HostBridgeRecipe {
 fn ram_size(total: u64) -> RamSize {
     let below = total.min(layout::HOLE_START);
     RamSize { below_4g: below, above_4g: total - below }
-}
-
-/// Says in the log how far a guest's boot has come.
-#[derive(Debug)]
-struct LogPostCodes;
-
-impl PostCodes for LogPostCodes {
-    fn post(&self, code: PostCode) {
-        log::debug!("POST code {:#04x} ({:?}) at {:?}", code.code, code.kind(), code.at);
-    }
 }
