@@ -254,7 +254,7 @@ fn exits_are_counted_by_vcpu_and_reason() {
     for (vcpu, reason, times) in expected {
         assert_eq!(count(&set, vcpu, reason), Value::Counter(times), "{reason} of vcpu{vcpu}");
     }
-    // Both are parked; a pause and a run later they were interrupted, and nothing is forgotten.
+    // Counts go on over a pause.
     set.pause().unwrap();
     set.run();
     set.pause().unwrap();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
+use vmm_device_model::metrics::ConsoleCounter;
 use vmm_device_model::once::Once;
 
 use super::QUEUE_SIZE;
@@ -35,6 +36,7 @@ pub(super) struct ConsoleTask {
     pub(super) input: ConsoleInput,
     pub(super) output: Output,
     pub(super) once: Arc<Once>,
+    pub(super) counts: Arc<ConsoleCounter>,
     pub(super) chain: Chain,
 }
 
@@ -110,6 +112,7 @@ impl ConsoleTask {
         match chain::write(memory, &self.chain.writable, piece.get(..count).unwrap_or_default()) {
             Ok(written) => {
                 self.input.forget(written);
+                self.counts.input.add(written as u64);
                 // At most `PIECE`.
                 written as u32
             }
@@ -135,6 +138,7 @@ impl ConsoleTask {
                     return self.warn(&error);
                 }
                 self.put(bytes);
+                self.counts.output.add(bytes.len() as u64);
                 left -= count as u64;
                 at.len -= count as u32;
                 // It was read, so it does not wrap.
