@@ -18,6 +18,7 @@ use vmm_device_model::bus::BusTarget;
 use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::interrupt::{InterruptLine, MsiMessage};
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
@@ -409,6 +410,8 @@ impl<R: Resources + ?Sized> Recipe<R> for IoApicRecipe {
 /// The IOAPIC as the thread that owns the VM sees it.
 #[derive(Debug)]
 struct Back(Arc<IoApic>);
+
+impl Metered for Back {}
 
 impl Lifecycle for Back {
     fn service(&mut self) -> Result<(), DeviceError> {

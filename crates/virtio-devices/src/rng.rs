@@ -12,6 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Counter, Family, Kind, Measures, Metered, Value};
 use vmm_snapshot::RecordError;
 
 use crate::chain::{self, Chain, RingError, Table, take_head, wants_interrupt};
@@ -47,6 +48,7 @@ pub struct RngDevice {
     id: String,
     source: Arc<File>,
     limiter: Arc<Limiter>,
+    given: Arc<Counter>,
     workers: Workers,
 }
 
@@ -63,8 +65,21 @@ impl RngDevice {
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(failed(io::ErrorKind::IsADirectory.into()));
         }
-        let workers = Workers::default();
-        Ok(Self { id: id.into(), source: Arc::new(file), limiter: Arc::default(), workers })
+        let (limiter, given, workers) = Default::default();
+        Ok(Self { id: id.into(), source: Arc::new(file), limiter, given, workers })
+    }
+}
+
+static RANDOM: Family = Family {
+    name: "vmm_rng_bytes",
+    help: "Random bytes that the guest got.",
+    unit: "bytes",
+    kind: Kind::Counter,
+};
+
+impl Metered for RngDevice {
+    fn measure(&self, measures: &mut Measures) {
+        measures.sample(&RANDOM, &[], Value::Counter(self.given.get()));
     }
 }
 
@@ -91,9 +106,9 @@ impl VirtioDevice for RngDevice {
             let (id, source) = (self.id.clone(), Arc::clone(&self.source));
             let limiter = Arc::clone(&self.limiter);
             let (memory, interrupt) = (memory.clone(), Arc::clone(&interrupt));
-            let bytes = vec![0; MAX_REQUEST];
-            let task =
-                RngTask { id, memory, queue, interrupt, source, limiter, chain: Chain::default(), bytes };
+            let (chain, bytes) = (Chain::default(), vec![0; MAX_REQUEST]);
+            let given = Arc::clone(&self.given);
+            let task = RngTask { id, memory, queue, interrupt, source, limiter, given, chain, bytes };
             self.workers.spawn(&self.id, task)?;
         }
         Ok(())
@@ -130,6 +145,7 @@ struct RngTask {
     interrupt: Arc<dyn VirtioInterrupt>,
     source: Arc<File>,
     limiter: Arc<Limiter>,
+    given: Arc<Counter>,
     chain: Chain,
     bytes: Vec<u8>,
 }
@@ -171,8 +187,11 @@ impl RngTask {
         };
         let bytes = self.bytes.get(..got).unwrap_or_default();
         match chain::write(memory, &self.chain.writable, bytes) {
-            // At most `MAX_REQUEST`.
-            Ok(written) => Some(written as u32),
+            Ok(written) => {
+                self.given.add(written as u64);
+                // At most `MAX_REQUEST`.
+                Some(written as u32)
+            }
             Err(error) => {
                 self.warn(&error);
                 Some(0)
@@ -245,7 +264,7 @@ impl SaveState for RngDevice {
     type State = RngV1;
 
     fn save(&self) -> RngV1 {
-        let Self { id: _, source: _, limiter: _, workers: _ } = self;
+        let Self { id: _, source: _, limiter: _, given: _, workers: _ } = self;
         RngV1 {}
     }
 

@@ -18,6 +18,7 @@ use std::time::Instant;
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Measures, Metered};
 use vmm_disk_image::{Disk, EngineKind};
 use vmm_snapshot::RecordError;
 
@@ -98,7 +99,7 @@ impl BlockDevice {
             serial: serial_bytes(serial.as_ref().unwrap_or(&id)),
             id,
             config: Arc::new(BlockConfig::new(&*disk, queues, queue_size, discards)),
-            counters: Arc::default(),
+            counters: Arc::new(BlockCounters::new(queues)),
             discards,
             misuse: Limiter::for_guest(),
             failure: Limiter::for_guest(),
@@ -129,6 +130,12 @@ impl BlockDevice {
         let shared = Arc::clone(&self.shared);
         let task = BlockQueue::new(shared, start.memory.clone(), start.features, rings, engine);
         workers.spawn(&format!("{id}_q{index}"), task)
+    }
+}
+
+impl Metered for BlockDevice {
+    fn measure(&self, measures: &mut Measures) {
+        self.shared.counters.measure(measures);
     }
 }
 

@@ -14,6 +14,7 @@ use std::time::Instant;
 use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
 use vmm_snapshot::RecordError;
 
 pub use input::ConsoleInput;
@@ -36,6 +37,7 @@ pub struct ConsoleDevice {
     input: ConsoleInput,
     output: Output,
     limiter: Arc<Limiter>,
+    counts: Arc<ConsoleCounter>,
     workers: Workers,
 }
 
@@ -52,6 +54,7 @@ impl ConsoleDevice {
             input: ConsoleInput::new(columns, rows)?,
             output: Arc::new(Mutex::new(output)),
             limiter: Arc::default(),
+            counts: Arc::default(),
             workers: Workers::default(),
         })
     }
@@ -65,6 +68,12 @@ impl ConsoleDevice {
     /// It is called by the console's thread or the device's owner, and must not block. Only the first call counts.
     pub fn on_room(&self, tell: Box<dyn Fn() + Send + Sync>) {
         self.input.on_room(tell);
+    }
+}
+
+impl Metered for ConsoleDevice {
+    fn measure(&self, measures: &mut Measures) {
+        self.counts.measure(measures);
     }
 }
 
@@ -95,6 +104,7 @@ impl VirtioDevice for ConsoleDevice {
             input: self.input.clone(),
             output: Arc::clone(&self.output),
             limiter: Arc::clone(&self.limiter),
+            counts: Arc::clone(&self.counts),
             chain: Chain::default(),
         };
         self.workers.spawn(&self.id, task)?;
@@ -125,7 +135,7 @@ impl SaveState for ConsoleDevice {
     type State = ConsoleV1;
 
     fn save(&self) -> ConsoleV1 {
-        let Self { id: _, input, output: _, limiter: _, workers: _ } = self;
+        let Self { id: _, input, output: _, limiter: _, counts: _, workers: _ } = self;
         let (columns, rows) = input.size();
         ConsoleV1 { columns, rows, typed: input.save() }
     }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::ConsoleCounter;
 
 use super::QUEUE_SIZE;
 use super::input::ConsoleInput;
@@ -36,6 +37,7 @@ pub(super) struct ConsoleTask {
     pub(super) input: ConsoleInput,
     pub(super) output: Output,
     pub(super) limiter: Arc<Limiter>,
+    pub(super) counts: Arc<ConsoleCounter>,
     pub(super) chain: Chain,
 }
 
@@ -111,6 +113,7 @@ impl ConsoleTask {
         match chain::write(memory, &self.chain.writable, piece.get(..count).unwrap_or_default()) {
             Ok(written) => {
                 self.input.forget(written);
+                self.counts.input.add(written as u64);
                 // At most `PIECE`.
                 written as u32
             }
@@ -136,6 +139,7 @@ impl ConsoleTask {
                     return self.warn(&error);
                 }
                 self.put(bytes);
+                self.counts.output.add(bytes.len() as u64);
                 left -= count as u64;
                 at.len -= count as u32;
                 // It was read, so it does not wrap.

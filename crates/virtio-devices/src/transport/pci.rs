@@ -8,6 +8,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_pci::bdf::Bdf;
 use vmm_pci::host_bridge::Attachment;
 use vmm_snapshot::RecordError;
@@ -187,6 +188,23 @@ impl VirtioPci {
         let enabled = front.common.queues.iter_mut().filter(|config| config.enabled);
         for (config, queue) in enabled.zip(queues) {
             (config.next_available, config.next_used) = (queue.next_avail(), queue.next_used());
+        }
+    }
+}
+
+static INTERRUPTS: Family = Family {
+    name: "vmm_virtio_interrupts",
+    help: "Interrupts from a virtqueue to its driver.",
+    unit: "",
+    kind: Kind::Counter,
+};
+
+impl Metered for VirtioPci {
+    fn measure(&self, measures: &mut Measures) {
+        self.device.measure(measures);
+        let interrupt = Arc::clone(&self.front().interrupt);
+        for (queue, raised) in interrupt.raised().enumerate() {
+            measures.sample(&INTERRUPTS, &[("queue", &queue.to_string())], Value::Counter(raised));
         }
     }
 }

@@ -1,0 +1,103 @@
+//! Whether metrics are as the format wants them.
+
+use super::{Group, Kind, Labels, MetricsError, MetricsFault, Number, Value};
+
+/// What a family's samples are called, by kind.
+pub(super) const fn suffixes(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::Counter => &["_total"],
+        Kind::Gauge => &[""],
+        Kind::Histogram => &["_bucket", "_count", "_sum"],
+        Kind::Info => &["_info"],
+    }
+}
+
+/// Every suffix that means something to a reader; a family whose name ends with one would be taken for another's samples.
+const RESERVED: [&str; 7] = ["_total", "_created", "_bucket", "_count", "_sum", "_info", "_gsum"];
+
+pub(super) fn all(groups: &[Group]) -> Result<(), MetricsError> {
+    let mut series: Vec<(String, &str)> = Vec::new();
+    for group in groups {
+        let name = &group.family.name;
+        let fail = |fault| MetricsError { name: name.clone().into_owned(), fault };
+        one(group).map_err(fail)?;
+        let called = suffixes(group.family.kind).iter().map(|suffix| format!("{name}{suffix}"));
+        for series_name in called.chain([name.clone().into_owned()]) {
+            if let Some((_, other)) = series.iter().find(|(taken, other)| *taken == series_name && *other != name) {
+                let other = (*other).to_owned();
+                return Err(fail(MetricsFault::Clash { series: series_name, other }));
+            }
+            series.push((series_name, name));
+        }
+    }
+    Ok(())
+}
+
+fn one(group: &Group) -> Result<(), MetricsFault> {
+    let family = &group.family;
+    if !is_name(&family.name, true) {
+        return Err(MetricsFault::Name);
+    }
+    if let Some(suffix) = RESERVED.iter().find(|suffix| family.name.ends_with(*suffix)) {
+        return Err(MetricsFault::Suffix(suffix));
+    }
+    if !family.unit.is_empty() {
+        if family.kind == Kind::Info {
+            return Err(MetricsFault::InfoUnit);
+        }
+        let stem = family.name.strip_suffix(&*family.unit);
+        if !stem.is_some_and(|stem| stem.ends_with('_')) {
+            return Err(MetricsFault::Unit(family.unit.clone().into_owned()));
+        }
+    }
+    for (i, (own, value)) in group.samples.iter().enumerate() {
+        if value.kind() != family.kind {
+            return Err(MetricsFault::Kind(value.kind().name()));
+        }
+        labels(own, family.kind)?;
+        if group.samples.iter().take(i).any(|(others, _)| same(own, others)) {
+            return Err(MetricsFault::SampleTwice);
+        }
+        number(value)?;
+    }
+    Ok(())
+}
+
+fn labels(labels: &Labels, kind: Kind) -> Result<(), MetricsFault> {
+    for (i, (name, _)) in labels.iter().enumerate() {
+        let taken = kind == Kind::Histogram && name == "le";
+        if taken || name.starts_with("__") || !is_name(name, false) {
+            return Err(MetricsFault::Label(name.clone().into_owned()));
+        }
+        if labels.iter().take(i).any(|(other, _)| other == name) {
+            return Err(MetricsFault::LabelTwice(name.clone().into_owned()));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the labels are the same in any order.
+fn same(some: &Labels, others: &Labels) -> bool {
+    some.len() == others.len() && some.iter().all(|label| others.contains(label))
+}
+
+fn number(value: &Value) -> Result<(), MetricsFault> {
+    match value {
+        Value::Counter(Number::Float(count)) if count.is_nan() || *count < 0.0 => {
+            Err(MetricsFault::Count(count.to_string()))
+        }
+        Value::Histogram { bounds, counts, sum } => {
+            let ascending = bounds.is_sorted_by(|a, b| a < b) && bounds.iter().all(|bound| bound.is_finite());
+            // A sum with negative values would not only grow, and a reader could not rely on it.
+            let positive = *sum >= 0.0 && bounds.first().is_none_or(|bound| *bound >= 0.0);
+            let fits = ascending && positive && counts.len() == bounds.len() + 1;
+            if fits { Ok(()) } else { Err(MetricsFault::Ranges) }
+        }
+        Value::Counter(_) | Value::Gauge(_) | Value::Info => Ok(()),
+    }
+}
+
+fn is_name(name: &str, colons: bool) -> bool {
+    let letter = |c: char| c.is_ascii_alphabetic() || c == '_' || colons && c == ':';
+    name.starts_with(letter) && name.chars().all(|c| letter(c) || c.is_ascii_digit())
+}
