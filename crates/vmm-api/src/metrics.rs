@@ -147,22 +147,22 @@ impl Exposition {
         Self::default()
     }
 
-    /// Adds a sample of `family`, whether there are others of it or not. A family is shown even without any.
+    /// Adds a sample of `family`.
     pub fn sample(&mut self, family: &Family, labels: &[(&'static str, &str)], value: Value) {
         let labels = labels.iter().map(|(name, text)| (Cow::Borrowed(*name), (*text).to_owned())).collect();
-        self.group(family).push((labels, value));
+        self.add(family, Some((labels, value)));
     }
 
     /// Adds a family, which is shown even if no sample follows.
     pub fn family(&mut self, family: &Family) {
-        self.group(family);
+        self.add(family, None);
     }
 
     /// Adds what devices and vCPUs told.
     pub fn devices(&mut self, samples: impl IntoIterator<Item = devices::Sample>) {
         for sample in samples {
             let labels = sample.labels.into_iter().map(|(name, text)| (Cow::Borrowed(name), text)).collect();
-            self.group(&sample.family.into()).push((labels, sample.value.into()));
+            self.add(&sample.family.into(), Some((labels, sample.value.into())));
         }
     }
 
@@ -180,16 +180,10 @@ impl Exposition {
         Ok(text::write(&self.groups))
     }
 
-    fn group(&mut self, family: &Family) -> &mut Vec<(Labels, Value)> {
-        let known = self.groups.iter().position(|group| group.family.name == family.name);
-        let at = known.unwrap_or_else(|| {
-            self.groups.push(Group { family: family.clone(), samples: Vec::new() });
-            self.groups.len() - 1
-        });
-        // There is one at `at`: it was found or has just been added.
-        match self.groups.get_mut(at) {
-            Some(group) => &mut group.samples,
-            None => unreachable!("a group that was just added"),
+    fn add(&mut self, family: &Family, sample: Option<(Labels, Value)>) {
+        match self.groups.iter_mut().find(|group| group.family.name == family.name) {
+            Some(group) => group.samples.extend(sample),
+            None => self.groups.push(Group { family: family.clone(), samples: sample.into_iter().collect() }),
         }
     }
 }
@@ -231,7 +225,7 @@ pub struct MetricsError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MetricsFault {
-    /// A letter, `_` or `:` at first, then also digits.
+    /// A letter or `_` at first, then also digits. Colons are for who aggregates.
     #[error("not a name of a metric")]
     Name,
     /// The suffix is the samples'.

@@ -1,5 +1,7 @@
 //! Whether metrics are as the format wants them.
 
+use std::collections::HashSet;
+
 use super::{Group, Kind, Labels, MetricsError, MetricsFault, Number, Value};
 
 /// What a family's samples are called, by kind.
@@ -13,7 +15,7 @@ pub(super) const fn suffixes(kind: Kind) -> &'static [&'static str] {
 }
 
 /// Every suffix that means something to a reader; a family whose name ends with one would be taken for another's samples.
-const RESERVED: [&str; 7] = ["_total", "_created", "_bucket", "_count", "_sum", "_info", "_gsum"];
+const RESERVED: [&str; 8] = ["_total", "_created", "_bucket", "_count", "_sum", "_info", "_gcount", "_gsum"];
 
 pub(super) fn all(groups: &[Group]) -> Result<(), MetricsError> {
     let mut series: Vec<(String, &str)> = Vec::new();
@@ -23,7 +25,9 @@ pub(super) fn all(groups: &[Group]) -> Result<(), MetricsError> {
         one(group).map_err(fail)?;
         let called = suffixes(group.family.kind).iter().map(|suffix| format!("{name}{suffix}"));
         for series_name in called.chain([name.clone().into_owned()]) {
-            if let Some((_, other)) = series.iter().find(|(taken, other)| *taken == series_name && *other != name) {
+            if let Some((_, other)) =
+                series.iter().find(|(taken, other)| *taken == series_name && *other != name)
+            {
                 let other = (*other).to_owned();
                 return Err(fail(MetricsFault::Clash { series: series_name, other }));
             }
@@ -35,7 +39,7 @@ pub(super) fn all(groups: &[Group]) -> Result<(), MetricsError> {
 
 fn one(group: &Group) -> Result<(), MetricsFault> {
     let family = &group.family;
-    if !is_name(&family.name, true) {
+    if !is_name(&family.name) {
         return Err(MetricsFault::Name);
     }
     if let Some(suffix) = RESERVED.iter().find(|suffix| family.name.ends_with(*suffix)) {
@@ -50,12 +54,16 @@ fn one(group: &Group) -> Result<(), MetricsFault> {
             return Err(MetricsFault::Unit(family.unit.clone().into_owned()));
         }
     }
-    for (i, (own, value)) in group.samples.iter().enumerate() {
+    let mut seen = HashSet::new();
+    for (own, value) in &group.samples {
         if value.kind() != family.kind {
             return Err(MetricsFault::Kind(value.kind().name()));
         }
         labels(own, family.kind)?;
-        if group.samples.iter().take(i).any(|(others, _)| same(own, others)) {
+        // In whatever order they come.
+        let mut told: Vec<_> = own.iter().collect();
+        told.sort_unstable();
+        if !seen.insert(told) {
             return Err(MetricsFault::SampleTwice);
         }
         number(value)?;
@@ -66,7 +74,7 @@ fn one(group: &Group) -> Result<(), MetricsFault> {
 fn labels(labels: &Labels, kind: Kind) -> Result<(), MetricsFault> {
     for (i, (name, _)) in labels.iter().enumerate() {
         let taken = kind == Kind::Histogram && name == "le";
-        if taken || name.starts_with("__") || !is_name(name, false) {
+        if taken || name.starts_with("__") || !is_name(name) {
             return Err(MetricsFault::Label(name.clone().into_owned()));
         }
         if labels.iter().take(i).any(|(other, _)| other == name) {
@@ -74,11 +82,6 @@ fn labels(labels: &Labels, kind: Kind) -> Result<(), MetricsFault> {
         }
     }
     Ok(())
-}
-
-/// Whether the labels are the same in any order.
-fn same(some: &Labels, others: &Labels) -> bool {
-    some.len() == others.len() && some.iter().all(|label| others.contains(label))
 }
 
 fn number(value: &Value) -> Result<(), MetricsFault> {
@@ -97,7 +100,7 @@ fn number(value: &Value) -> Result<(), MetricsFault> {
     }
 }
 
-fn is_name(name: &str, colons: bool) -> bool {
-    let letter = |c: char| c.is_ascii_alphabetic() || c == '_' || colons && c == ':';
+fn is_name(name: &str) -> bool {
+    let letter = |c: char| c.is_ascii_alphabetic() || c == '_';
     name.starts_with(letter) && name.chars().all(|c| letter(c) || c.is_ascii_digit())
 }
