@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod exit;
 pub mod logger;
 pub mod machine;
+pub mod metrics;
 pub mod run;
 pub mod signals;
 pub mod vmm;

@@ -15,7 +15,7 @@ use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
-use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
+use vmm_device_manager::set::{AddError, DeviceCounts, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
 use vmm_device_model::recipe::BuildError;
 use vmm_hypervisor::router::InterruptRouter;
@@ -125,6 +125,13 @@ impl Machine {
         let at = Instant::now();
         self.vcpus.run();
         self.trace.started(at);
+    }
+
+    /// What devices and vCPUs counted.
+    pub fn measure(&self) -> DeviceCounts {
+        let mut counts = self.devices.measure();
+        counts.samples.extend(self.vcpus.measure());
+        counts
     }
 
     /// What the boot did, and when.
