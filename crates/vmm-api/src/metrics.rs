@@ -228,17 +228,9 @@ pub enum MetricsFault {
     /// A letter or `_` at first, then also digits. Colons are for who aggregates.
     #[error("not a name of a metric")]
     Name,
-    /// The suffix is the samples'.
-    #[error("the name ends with {0:?}, which its kind's samples add")]
+    /// Such suffixes are for names of samples.
+    #[error("the name ends with {0:?}, which samples of some kind add")]
     Suffix(&'static str),
-    /// The samples of two families would have one name.
-    #[error("its samples are called {series:?}, as those of {other:?}")]
-    Clash {
-        /// The name of both.
-        series: String,
-        /// The other family.
-        other: String,
-    },
     /// The unit is the end of the name.
     #[error("the name does not end with the unit {0:?}")]
     Unit(String),

@@ -4,37 +4,16 @@ use std::collections::HashSet;
 
 use super::{Group, Kind, Labels, MetricsError, MetricsFault, Number, Value};
 
-/// What a family's samples are called, by kind.
-pub(super) const fn suffixes(kind: Kind) -> &'static [&'static str] {
-    match kind {
-        Kind::Counter => &["_total"],
-        Kind::Gauge => &[""],
-        Kind::Histogram => &["_bucket", "_count", "_sum"],
-        Kind::Info => &["_info"],
-    }
-}
-
-/// Every suffix that means something to a reader; a family whose name ends with one would be taken for another's samples.
+/// Every suffix that means something to a reader. As no family's name ends with one, samples of two families never have
+/// the same name.
 const RESERVED: [&str; 8] = ["_total", "_created", "_bucket", "_count", "_sum", "_info", "_gcount", "_gsum"];
 
 pub(super) fn all(groups: &[Group]) -> Result<(), MetricsError> {
-    let mut series: Vec<(String, &str)> = Vec::new();
-    for group in groups {
-        let name = &group.family.name;
-        let fail = |fault| MetricsError { name: name.clone().into_owned(), fault };
-        one(group).map_err(fail)?;
-        let called = suffixes(group.family.kind).iter().map(|suffix| format!("{name}{suffix}"));
-        for series_name in called.chain([name.clone().into_owned()]) {
-            if let Some((_, other)) =
-                series.iter().find(|(taken, other)| *taken == series_name && *other != name)
-            {
-                let other = (*other).to_owned();
-                return Err(fail(MetricsFault::Clash { series: series_name, other }));
-            }
-            series.push((series_name, name));
-        }
-    }
-    Ok(())
+    let fail = |group: &Group| {
+        let name = group.family.name.clone().into_owned();
+        move |fault| MetricsError { name, fault }
+    };
+    groups.iter().try_for_each(|group| one(group).map_err(fail(group)))
 }
 
 fn one(group: &Group) -> Result<(), MetricsFault> {
