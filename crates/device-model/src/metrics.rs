@@ -73,7 +73,8 @@ const LATENCY_BOUNDS_NS: [u64; 16] = [
 
 /// The same in seconds, as they are told: 5 us to 2 s.
 pub const LATENCY_BOUNDS: [f64; 16] = [
-    5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 500e-3, 2.0,
+    5e-6, 10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 500e-3,
+    2.0,
 ];
 
 /// A histogram of durations with the buckets of [`LATENCY_BOUNDS`]. Like a [`Counter`], it has one writer at a time.
@@ -354,8 +355,7 @@ mod tests {
 
     #[test]
     fn samples_carry_the_devices_id_first() {
-        static READS: Family =
-            Family { name: "test_reads", help: "Reads.", unit: "", kind: Kind::Counter };
+        static READS: Family = Family { name: "test_reads", help: "Reads.", unit: "", kind: Kind::Counter };
         let mut measures = Measures::of_device("_disk0");
         measures.counter("read_ops", 3);
         measures.sample(&READS, &[("queue", "1")], Value::Counter(3));

@@ -67,7 +67,9 @@ impl PvPanic {
                 self.left = left;
                 self.events.request(event);
                 if left == 0 {
-                    log::warn!("pvpanic: {TOLD_MAX} events; further ones are dropped until the machine is reset");
+                    log::warn!(
+                        "pvpanic: {TOLD_MAX} events; further ones are dropped until the machine is reset"
+                    );
                 }
             }
             None => log::trace!("pvpanic: {event} dropped"),
@@ -325,9 +327,8 @@ mod tests {
         rig.device.reset().unwrap();
         assert_eq!((rig.read(home), rig.read(moved)), (0xff, 0xff), "decoding is off");
         assert_eq!(rig.enable(), home);
-        let other = vmm_snapshot::Record::of(&PvPanicV1 {
-            endpoint: EndpointV1 { config: Vec::new(), msix: None },
-        });
+        let other =
+            vmm_snapshot::Record::of(&PvPanicV1 { endpoint: EndpointV1 { config: Vec::new(), msix: None } });
         rig.device.restore_record(&other).unwrap_err();
     }
 

@@ -1,6 +1,7 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+mod counts;
 mod kernel;
 mod recipes;
 
@@ -24,7 +25,7 @@ use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
 use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
-use vmm_platform_devices::ged::{Ged, GedEvent};
+use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
 use vmm_snapshot::SetError;
 use vmm_virtio_devices::rng::RngError;
@@ -34,6 +35,7 @@ pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
 
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+use recipes::Ways;
 
 /// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
 const GSI_CAPACITY: u32 = 4096;
@@ -47,7 +49,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: DeviceSet,
     memory: MemoryMap,
-    ged: Ged,
+    ways: Ways,
     number: u64,
 }
 
@@ -76,7 +78,7 @@ impl Machine {
         let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus)?;
         let memory = MemoryMap::create(Arc::clone(&vm), &zones(&spec.memory)?, vcpu_spec.cpuid.phys_bits())?;
         let mut board = Board::new(&vm, &memory, post)?;
-        let ged = recipes::add_all(&mut board, spec, ports, post)?;
+        let ways = recipes::add_all(&mut board, spec, ports, post)?;
         let entry = kernel::load(spec, &memory, &vcpu_spec.topology)?;
         let (events, ioapic) = (post.clone(), board.ioapic);
         let targets = ExitTargets {
@@ -86,7 +88,7 @@ impl Machine {
             events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
         };
         let vcpus = VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets)?;
-        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
+        Ok(Self { vcpus, devices: board.devices, memory, ways, number: post.machine })
     }
 
     /// Number of the machine, as in its events.
@@ -141,7 +143,16 @@ impl Machine {
 
     /// Presses the power button. Returns whether the guest can see it.
     pub fn power_button(&self) -> bool {
-        self.ged.raise(GedEvent::PowerButton)
+        self.ways.ged.raise(GedEvent::PowerButton)
+    }
+
+    /// Raises a non-maskable interrupt on every vCPU. A paused guest takes it when it goes on; until then it is part of
+    /// the saved state.
+    ///
+    /// # Errors
+    /// A vCPU does not answer, or the hypervisor refuses; the others have theirs.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.nmi()?)
     }
 
     /// Saves the state of every device and vCPU, resets the devices, restores all of it and compares. The
