@@ -19,6 +19,7 @@ const METAPACKAGE: &str = "linux-image-cloud-amd64";
 const GUEST_MODULES: &[&str] = &[
     "nd_pmem",
     "overlay",
+    "pvpanic_pci",
     "vfat",
     "virtio_balloon",
     "virtio_blk",

@@ -24,7 +24,7 @@ pub fn page(machine: Option<&Machine>, answers: Option<&Counts>) -> Exposition {
         answers.measure(&mut page);
     }
     if let Some(machine) = machine {
-        page.devices(machine.measure().samples);
+        page.devices(machine.metrics());
     }
     page
 }

@@ -24,6 +24,7 @@ fn the_documented_table_is_this_one() {
         "serial": { "mode": "Null" },
         "console": { "mode": "Null" },
         "debug_console": { "mode": "Null" },
+        "pvpanic": true,
     });
     let spec = parse_and_check(json.to_string().as_bytes(), UnknownFields::Refuse).unwrap().spec;
     let consoles = Consoles::open(&spec).unwrap();

@@ -17,7 +17,7 @@ pub(super) const DOCTOR: &str = "doctor";
 pub(super) const SHOWN: &[(&str, &[&str])] = &[
     ("What the VM boots", &["kernel", "initramfs", "cmdline", "firmware"]),
     ("CPUs and memory", &["cpus", "memory", "memory-zone"]),
-    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "platform"]),
+    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "pvpanic", "platform"]),
 ];
 const THIS_PROCESS: &str = "This process";
 

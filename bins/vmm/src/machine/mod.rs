@@ -1,6 +1,7 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+mod counts;
 mod kernel;
 mod recipes;
 pub mod stages;
@@ -15,7 +16,7 @@ use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
-use vmm_device_manager::set::{AddError, DeviceCounts, DeviceSet, RestoreError, StepError};
+use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
 use vmm_device_model::recipe::BuildError;
 use vmm_hypervisor::router::InterruptRouter;
@@ -25,7 +26,7 @@ use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
 use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
-use vmm_platform_devices::ged::{Ged, GedEvent};
+use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
 use vmm_snapshot::SetError;
 use vmm_virtio_devices::rng::RngError;
@@ -36,6 +37,7 @@ pub use recipes::{DiskError, Ports};
 
 use crate::boot_trace::{BootTrace, Recorder};
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+use recipes::Ways;
 use stages::{Stage, Stages};
 
 /// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
@@ -50,7 +52,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: DeviceSet,
     memory: MemoryMap,
-    ged: Ged,
+    ways: Ways,
     number: u64,
     trace: BootTrace,
 }
@@ -86,10 +88,10 @@ impl Machine {
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
         })?;
         let mut recorder = Recorder::default();
-        let (board, ged) = stages.time(Stage::Devices, || {
+        let (board, ways) = stages.time(Stage::Devices, || {
             let mut board = Board::new(&vm, &memory, post)?;
-            let ged = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
-            Ok::<_, MachineError>((board, ged))
+            let ways = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
+            Ok::<_, MachineError>((board, ways))
         })?;
         let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
         let (events, ioapic) = (post.clone(), board.ioapic);
@@ -102,7 +104,7 @@ impl Machine {
         let vcpus = stages
             .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
         let trace = BootTrace::new(post.machine, stages, recorder);
-        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine, trace })
+        Ok(Self { vcpus, devices: board.devices, memory, ways, number: post.machine, trace })
     }
 
     /// Number of the machine, as in its events.
@@ -125,13 +127,6 @@ impl Machine {
         let at = Instant::now();
         self.vcpus.run();
         self.trace.started(at);
-    }
-
-    /// What devices and vCPUs counted.
-    pub fn measure(&self) -> DeviceCounts {
-        let mut counts = self.devices.measure();
-        counts.samples.extend(self.vcpus.measure());
-        counts
     }
 
     /// What the boot did, and when.
@@ -171,7 +166,16 @@ impl Machine {
 
     /// Presses the power button. Returns whether the guest can see it.
     pub fn power_button(&self) -> bool {
-        self.ged.raise(GedEvent::PowerButton)
+        self.ways.ged.raise(GedEvent::PowerButton)
+    }
+
+    /// Raises a non-maskable interrupt on every vCPU. A paused guest takes it when it goes on; until then it is part of
+    /// the saved state.
+    ///
+    /// # Errors
+    /// A vCPU does not answer, or the hypervisor refuses; the others have theirs.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.nmi()?)
     }
 
     /// Saves the state of every device and vCPU, resets the devices, restores all of it and compares. The
