@@ -102,7 +102,7 @@ fn logs_are_objects_where_that_is_asked_for() {
         assert!(line["elapsed"].is_f64(), "{line}");
     }
     let loaded = lines.iter().find(|line| line["message"].as_str().unwrap().starts_with("loaded "));
-    assert_eq!(loaded.unwrap()["level"], "INFO", "{text}");
+    assert_eq!(loaded.unwrap()["level"], "DEBUG", "{text}");
     assert_eq!(loaded.unwrap()["thread"], "vmm", "{text}");
 }
 

@@ -11,6 +11,8 @@ pub mod exit;
 pub mod logger;
 pub mod machine;
 pub mod metrics;
+pub mod preflight;
 pub mod run;
 pub mod signals;
+pub mod validate;
 pub mod vmm;

@@ -5,6 +5,7 @@ mod counts;
 mod kernel;
 mod recipes;
 pub mod stages;
+pub(crate) mod trial;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

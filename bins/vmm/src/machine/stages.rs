@@ -54,12 +54,12 @@ pub struct Span {
 #[derive(Default)]
 pub struct Stages {
     spans: Vec<Span>,
-    watcher: Option<Box<dyn FnMut(&Span)>>,
+    watcher: Option<Box<dyn FnMut(&Span) + Send>>,
 }
 
 impl Stages {
     /// Tells `watcher` of each stage when it is over.
-    pub fn watched(watcher: impl FnMut(&Span) + 'static) -> Self {
+    pub fn watched(watcher: impl FnMut(&Span) + Send + 'static) -> Self {
         Self { spans: Vec::new(), watcher: Some(Box::new(watcher)) }
     }
 

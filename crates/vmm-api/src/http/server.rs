@@ -290,7 +290,7 @@ impl<H: 'static> Server<H> {
                 let known = self.table.iter().map(Endpoint::name).find(|known| *known == name);
                 self.counts.count(known.unwrap_or(UNKNOWN), misrouted.error.code.status());
                 if let Some(client) = self.clients.get_mut(&id) {
-                    client.finish(refusal(&misrouted.error, manner, misrouted.allow), manner, now);
+                    client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
                 }
             }
         }
