@@ -50,7 +50,7 @@ fn describe(line: &str, metrics: &mut Vec<Metric>) -> Result<()> {
     let mut words = line.splitn(3, ' ');
     let mut word = || words.next().ok_or(format!("cut short: {line}"));
     let (what, name, value) = (word()?, word()?, word()?);
-    if !metrics.last().is_some_and(|metric| metric.name == name) {
+    if metrics.last().is_none_or(|metric| metric.name != name) {
         if metrics.iter().any(|metric| metric.name == name) {
             return Err(format!("{name} comes twice"));
         }
@@ -164,7 +164,7 @@ fn check(metric: &Metric) -> Result<()> {
         }
         let value = sample.value;
         match kind.as_str() {
-            "counter" if !(value >= 0.0) => return Err(format!("{name} counts {value}")),
+            "counter" if value.is_nan() || value < 0.0 => return Err(format!("{name} counts {value}")),
             "info" if value != 1.0 => return Err(format!("{name} is {value}")),
             _ => {}
         }
