@@ -8,7 +8,7 @@ mod command;
 mod error;
 mod process;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::ArgMatches;
@@ -22,6 +22,9 @@ use crate::logger::LogOptions;
 
 use command::Help;
 pub use error::UsageError;
+
+/// The newest release of the contract that is followed, as its version is printed.
+pub const CONTRACT_VERSION: &str = "v53.0.0";
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ pub struct RunOptions {
     pub api_socket: Option<ApiSocketArg>,
     /// What is logged, and where.
     pub log: LogOptions,
+    /// Where the stages of the boot are written.
+    pub boot_trace: Option<PathBuf>,
     /// What a system call outside the filters leads to.
     pub seccomp: SeccompMode,
     /// What happens to unknown fields in the bodies of requests.
@@ -91,7 +96,8 @@ pub enum SeccompMode {
 /// All that is wrong with them, by flag and key. What clap cannot split into flags and values is reported alone.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let read = |help| command::command(help).try_get_matches_from(&args);
+    let name = args.first().map_or(OsStr::new(""), OsString::as_os_str);
+    let read = |help| command::command(help, name).try_get_matches_from(&args);
     let matches = match read(Help::Brief) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == ErrorKind::DisplayHelp => read(Help::Full),
@@ -121,9 +127,18 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
     if faults.is_empty() {
+        let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
-        let options =
-            RunOptions { config, api_socket, log, seccomp, unknown_fields, verify_state, reactions };
+        let options = RunOptions {
+            config,
+            api_socket,
+            log,
+            boot_trace,
+            seccomp,
+            unknown_fields,
+            verify_state,
+            reactions,
+        };
         Ok(Invocation::Run(Box::new(options)))
     } else {
         Err(UsageError::Faults(faults))

@@ -7,6 +7,7 @@ use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketEr
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
+use crate::boot_trace::{Startup, TraceFileError};
 use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
 use crate::console::restore_terminal;
 use crate::exit::ExitCode;
@@ -29,13 +30,17 @@ pub fn confine() {
 ///
 /// # Errors
 /// The VMM cannot be set up, or the VM of the command line does not boot.
-pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
+pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
     if options.seccomp != SeccompMode::Off {
         log::info!("filters of system calls are not built yet: none is in force");
     }
-    let hypervisor = Arc::new(Kvm::open()?);
+    if let Some(path) = &options.boot_trace {
+        startup.write_to(path)?;
+    }
+    let hypervisor = Arc::new(startup.time("kvm", Kvm::open)?);
+    startup.publish();
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
     let server =
@@ -113,6 +118,9 @@ pub enum RunError {
     /// KVM cannot be used.
     #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
     Kvm(#[from] OpenError),
+    /// The file for boot traces cannot be used.
+    #[error(transparent)]
+    BootTrace(#[from] TraceFileError),
     /// A mailbox cannot be made.
     #[error("cannot create a mailbox")]
     Mailbox(#[source] std::io::Error),

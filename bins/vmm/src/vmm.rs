@@ -201,6 +201,9 @@ impl Vmm {
                 match event {
                     SystemEvent::Reset(_) => self.guest_did(GuestEvent::Reset),
                     SystemEvent::Shutdown(_) => self.guest_did(GuestEvent::Shutdown),
+                    SystemEvent::Panicked | SystemEvent::CrashLoaded => {
+                        log::log!(configured.told.level("panic"), "the guest reports a {event}");
+                    }
                     _ => {}
                 }
             }

@@ -194,7 +194,7 @@ impl Engine for UringEngine {
                 .ok()
                 .and_then(|index| Some((index, self.slots.get_mut(usize::from(index))?)));
             let Some((index, Some(slot))) = slot else {
-                log::error!("disk {:?}: io_uring answered slot {index}, which is free", self.raw.parts.path);
+                log::error!(path:? = self.raw.parts.path; "io_uring answered slot {index}, which is free");
                 continue;
             };
             let completion = match slot.job.answer(answer, &self.raw) {
@@ -216,8 +216,8 @@ impl Drop for UringEngine {
     fn drop(&mut self) {
         if let Err(error) = self.settle() {
             log::error!(
-                "disk {:?}: {error} while requests were in flight; their memory stays allocated",
-                self.raw.parts.path
+                path:? = self.raw.parts.path;
+                "{error} while requests were in flight; their memory stays allocated"
             );
             mem::forget(mem::take(&mut self.slots));
             mem::forget(self.raw.clone());

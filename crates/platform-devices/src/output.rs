@@ -14,6 +14,9 @@ use crate::registers::lock;
 pub trait ByteSink: Send + Sync + fmt::Debug {
     /// Takes `bytes`, or loses some of what it has.
     fn put(&self, bytes: &[u8]);
+
+    /// Bytes lost so far because nobody took them in time; not those that nobody wanted.
+    fn lost(&self) -> u64;
 }
 
 /// Wakes somebody up. Never blocks; calls before the sleeper looks coalesce.
@@ -35,6 +38,10 @@ pub struct Discard;
 
 impl ByteSink for Discard {
     fn put(&self, _: &[u8]) {}
+
+    fn lost(&self) -> u64 {
+        0
+    }
 }
 
 impl Notify for Discard {
@@ -70,11 +77,6 @@ impl OutputRing {
     /// A ring of at most `capacity` bytes (at least 1) that notifies `ready` when it is no longer empty.
     pub fn new(capacity: usize, ready: Arc<dyn Notify>) -> Arc<Self> {
         Arc::new(Self { capacity: capacity.max(1), ready, ring: Mutex::default() })
-    }
-
-    /// Bytes lost so far because nobody took them in time.
-    pub fn lost(&self) -> u64 {
-        lock(&self.ring).lost
     }
 
     /// Writes out what there is. Only one thread may do so at a time; the guest does not wait meanwhile.
@@ -136,6 +138,10 @@ impl ByteSink for OutputRing {
         if was_empty && !bytes.is_empty() {
             self.ready.notify();
         }
+    }
+
+    fn lost(&self) -> u64 {
+        lock(&self.ring).lost
     }
 }
 

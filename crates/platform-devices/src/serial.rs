@@ -13,6 +13,7 @@ use vm_superio::{SerialState, Trigger};
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::{SaveState, VmDevice};
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
@@ -39,19 +40,23 @@ pub struct Serial {
     room: Arc<dyn Notify>,
     /// Input was refused: whoever has it waits for `room`. Not saved: a new process has its own input.
     starved: bool,
+    counts: Arc<ConsoleCounter>,
 }
 
 impl Serial {
     /// A port after power-on. It pulses `line`, writes to `sink`, and notifies `room` when input that was
     /// refused may be tried again.
     pub fn new(line: Arc<dyn InterruptLine>, sink: Arc<dyn ByteSink>, room: Arc<dyn Notify>) -> Self {
-        let uart = Uart::new(Edge(Arc::clone(&line)), Out(Arc::clone(&sink)));
-        Self { uart, line, sink, room, starved: false }
+        let counts = Arc::<ConsoleCounter>::default();
+        let out = Out { sink: Arc::clone(&sink), counts: Arc::clone(&counts) };
+        let uart = Uart::new(Edge(Arc::clone(&line)), out);
+        Self { uart, line, sink, room, starved: false, counts }
     }
 
     fn enqueue(&mut self, bytes: &[u8]) -> usize {
         let taken = self.uart.enqueue_raw_bytes(bytes).unwrap_or(0);
         self.starved |= taken < bytes.len();
+        self.counts.input.add(taken as u64);
         taken
     }
 
@@ -65,7 +70,8 @@ impl Serial {
 
     fn uart_of(&self, state: &SerialState) -> Option<Uart<Edge, NoEvents, Out>> {
         let line = Edge(Arc::clone(&self.line));
-        Uart::from_state(state, line, NoEvents, Out(Arc::clone(&self.sink))).ok()
+        let out = Out { sink: Arc::clone(&self.sink), counts: Arc::clone(&self.counts) };
+        Uart::from_state(state, line, NoEvents, out).ok()
     }
 }
 
@@ -93,6 +99,12 @@ impl BusDevice for Serial {
             }
         });
         self.feed();
+    }
+}
+
+impl Metered for Serial {
+    fn measure(&self, measures: &mut Measures) {
+        self.counts.measure(measures);
     }
 }
 
@@ -171,7 +183,7 @@ impl SaveState for Serial {
     type State = SerialV1;
 
     fn save(&self) -> SerialV1 {
-        let Self { uart, line: _, sink: _, room: _, starved: _ } = self;
+        let Self { uart, line: _, sink: _, room: _, starved: _, counts: _ } = self;
         let SerialState {
             baud_divisor_low,
             baud_divisor_high,
@@ -261,11 +273,16 @@ impl Trigger for Edge {
     }
 }
 
-struct Out(Arc<dyn ByteSink>);
+struct Out {
+    sink: Arc<dyn ByteSink>,
+    counts: Arc<ConsoleCounter>,
+}
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.put(bytes);
+        self.sink.put(bytes);
+        // Under the port's lock.
+        self.counts.output.add(bytes.len() as u64);
         Ok(bytes.len())
     }
 
@@ -341,6 +358,7 @@ impl SerialInput {
 
 #[cfg(test)]
 mod tests {
+    use vmm_device_model::metrics::Value;
     use vmm_device_model::testing::{TestLine, TestResources, fuzz_registers, save_reset_restore};
 
     use super::*;
@@ -506,5 +524,10 @@ mod tests {
         let mut data = [0];
         resources.pio.read(0x3f8, &mut data);
         assert_eq!(&data, b"a");
+        resources.pio.write(0x3f8, b"c");
+        let mut measures = Measures::of_device("_serial");
+        device.measure(&mut measures);
+        let values: Vec<_> = measures.into_parts().1.into_iter().map(|sample| sample.value).collect();
+        assert_eq!(values, [Value::Counter(1), Value::Counter(2)], "in and out, over a reset");
     }
 }

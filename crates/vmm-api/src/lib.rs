@@ -6,7 +6,7 @@
 //!   [`options`]: its form on the command line.
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
-//! - [`info`]: replies about the VMM and the VM.
+//! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
 
 pub mod client;
 pub mod command;
@@ -15,6 +15,7 @@ pub mod config;
 pub mod error;
 pub mod http;
 pub mod info;
+pub mod metrics;
 pub mod options;
 pub mod spec;
 

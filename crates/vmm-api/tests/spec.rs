@@ -293,6 +293,18 @@ fn consoles_need_their_places() {
 }
 
 #[test]
+fn a_panic_device_is_there_when_asked_for_and_takes_a_place_on_the_bus() {
+    assert!(!spec(&json!({})).pvpanic);
+    assert!(spec(&json!({"pvpanic": true})).pvpanic);
+    // Beside the random source and the console there is room for 29.
+    let disks =
+        |count: usize| -> Vec<_> { (0..count).map(|_| json!({"path": "/d", "image_type": "Raw"})).collect() };
+    spec(&json!({"disks": disks(29)}));
+    spec(&json!({"pvpanic": true, "disks": disks(28)}));
+    refused(FaultKind::Invalid, &[(json!({"pvpanic": true, "disks": disks(29)}), "disks")]);
+}
+
+#[test]
 fn reading_and_checking_list_all_faults_but_none_that_follows_from_another() {
     let document = json!({
         "cpus": {"boot_vcpus": "2", "max_vcpus": 0},

@@ -58,11 +58,17 @@ pub enum Guest {
     Crash,
     /// Prints `boot` and goes to the firmware's reset vector: at each boot.
     BiosReset,
+    /// Reports a panic through pvpanic, prints `panicked`, and halts. Without the device prints `no pvpanic` and powers off.
+    Panic,
+    /// Prints `ready`, halts with interrupts off, prints `nmi` at a non-maskable interrupt, and halts for good.
+    Nmi,
+    /// Prints `ready`, polls the GED until the power button is pressed, prints `button`, and powers off.
+    PowerButton,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -77,6 +83,9 @@ impl Guest {
         Self::DebugConsole,
         Self::Crash,
         Self::BiosReset,
+        Self::Panic,
+        Self::Nmi,
+        Self::PowerButton,
     ];
 
     /// A name for files.
@@ -97,6 +106,9 @@ impl Guest {
             Self::DebugConsole => "debug-console",
             Self::Crash => "crash",
             Self::BiosReset => "bios-reset",
+            Self::Panic => "panic",
+            Self::Nmi => "nmi",
+            Self::PowerButton => "power-button",
         }
     }
 

@@ -10,6 +10,7 @@ use vmm_state::Phase;
 
 use super::{Vmm, VmmError};
 use crate::console::{Console, Consoles};
+use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 
 /// A boot under way, and who waits for its end.
@@ -117,10 +118,11 @@ impl Vmm {
     fn prepare(&mut self) -> Result<(Build, bool), VmmError> {
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
         let fresh = configured.consoles.is_none();
-        let consoles = match configured.consoles.take() {
-            Some(consoles) => consoles,
-            None => Consoles::open(&configured.spec)?,
-        };
+        let mut stages = Stages::default();
+        let consoles = stages.time(Stage::Console, || match configured.consoles.take() {
+            Some(consoles) => Ok(consoles),
+            None => Consoles::open(&configured.spec),
+        })?;
         let end = |console: &Option<Console>| console.as_ref().map(Console::end);
         let ports = Ports {
             serial: end(&consoles.serial),
@@ -134,6 +136,7 @@ impl Vmm {
             spec: Arc::clone(&configured.spec),
             ports,
             post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            stages,
         };
         Ok((build, fresh))
     }
@@ -189,10 +192,11 @@ struct Build {
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
+    stages: Stages,
 }
 
 impl Build {
-    fn run(self) -> Result<Machine, MachineError> {
-        Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post)
+    fn run(mut self) -> Result<Machine, MachineError> {
+        Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &mut self.stages)
     }
 }

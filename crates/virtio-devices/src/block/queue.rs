@@ -2,16 +2,17 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, Permissions};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_disk_image::{Completion, Engine, Op, Request as Io};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{BlockConfig, F_CONFIG_WCE, F_FLUSH, segments};
-use super::counters::BlockCounters;
+use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
 use super::memory::{BufferPool, mark_dirty};
 use super::request::{Command, ID_LEN, Status, parse};
@@ -35,20 +36,21 @@ pub(super) struct Shared {
     pub(super) serial: [u8; ID_LEN],
     /// The guest may give storage back.
     pub(super) discards: bool,
-    pub(super) misuse: Once,
-    pub(super) failure: Once,
+    pub(super) misuse: Limiter,
+    pub(super) failure: Limiter,
+    pub(super) breakage: Limiter,
 }
 
 impl Shared {
     fn misused(&self, what: &dyn std::fmt::Display) {
-        if self.misuse.first() {
-            log::warn!("disk {}: its driver errs: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.misuse.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the disk's driver errs: {what}{admitted}");
         }
     }
 
     fn failed(&self, error: &std::io::Error) {
-        if self.failure.first() {
-            log::warn!("disk {}: I/O error: {error}; further ones are not logged", self.id);
+        if let Some(admitted) = self.failure.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "I/O error: {error}{admitted}");
         }
     }
 }
@@ -66,6 +68,7 @@ pub(super) struct Rings {
 #[derive(Debug)]
 pub(super) struct BlockQueue {
     shared: Arc<Shared>,
+    watch: QueueWatch,
     memory: DmaMemory,
     features: u64,
     rings: Rings,
@@ -90,6 +93,7 @@ impl BlockQueue {
     ) -> Self {
         let flights = Flights::new(rings.queue.size());
         Self {
+            watch: shared.counters.watch(rings.index),
             shared,
             memory,
             features,
@@ -112,13 +116,15 @@ impl BlockQueue {
         let end = take_heads(&mut self.rings.queue, memory, self.flights.room(), &mut heads);
         let table = Table::of(&self.rings.queue, memory);
         let taken = heads.len();
-        for head in heads.drain(..) {
-            self.begin(memory, &table, head);
+        if taken > 0 {
+            self.watch.look();
+            for head in heads.drain(..) {
+                self.begin(memory, &table, head);
+            }
+            self.kick(memory);
+            self.watch.in_flight(self.flights.len());
         }
         self.heads = heads;
-        if taken > 0 {
-            self.kick(memory);
-        }
         match end {
             Ok(()) => Ok(taken),
             Err(error) => {
@@ -174,7 +180,8 @@ impl BlockQueue {
             std::mem::swap(&mut spans, data);
         }
         // `take` saw that there is room.
-        let Some(token) = self.flights.add(Request { head, status, kind, spans }) else { return fails(self) };
+        let request = Request { head, status, kind, spans, taken: self.watch.now() };
+        let Some(token) = self.flights.add(request) else { return fails(self) };
         if let Err(rejected) = engine.submit(Io { token, op }) {
             self.shared.misused(&rejected.reason);
             if let Op::Read { buffers, .. } | Op::Write { buffers, .. } = rejected.request.op {
@@ -196,6 +203,11 @@ impl BlockQueue {
             None => Ok(()),
         };
         let count = completions.len();
+        if count > 0 {
+            self.watch.look();
+            // Before the driver can see that they are done.
+            self.watch.in_flight(self.flights.len().saturating_sub(count));
+        }
         let mut settling = false;
         for Completion { token, result, buffers } in completions.drain(..) {
             self.pool_back(buffers);
@@ -206,7 +218,10 @@ impl BlockQueue {
         self.completions = completions;
         match reaped {
             Err(error) => self.give_up(memory, &error),
-            Ok(()) if settling => self.kick(memory),
+            Ok(()) if settling => {
+                self.kick(memory);
+                self.watch.in_flight(self.flights.len());
+            }
             Ok(()) => {}
         }
         count
@@ -214,24 +229,29 @@ impl BlockQueue {
 
     /// Returns whether the request goes on.
     fn finish(&mut self, memory: &GuestRam, request: Request, result: std::io::Result<u32>) -> bool {
-        let Request { head, status, kind, spans } = request;
+        let Request { head, status, kind, spans, taken } = request;
         if kind == Kind::Read {
             // Of a read that failed, too: part of it may be there.
             mark_dirty(memory, &spans);
         }
+        let settling = match (&result, kind) {
+            (Ok(len), Kind::Write) if !self.writeback() => Some(Kind::Settling(*len)),
+            (Ok(_), Kind::Zeroes) if !self.writeback() => Some(Kind::Other),
+            _ => None,
+        };
+        if let Some(kind) = settling {
+            return self.settle(memory, Request { head, status, kind, spans, taken });
+        }
         self.flights.recycle(spans);
         match (&result, kind) {
-            (Ok(len), Kind::Write) if !self.writeback() => {
-                return self.settle(memory, head, status, Kind::Settling(*len));
-            }
-            (Ok(_), Kind::Zeroes) if !self.writeback() => {
-                return self.settle(memory, head, status, Kind::Other);
-            }
-            (Ok(len), Kind::Read) => self.shared.counters.count_read(*len),
-            (Ok(len), Kind::Write) => self.shared.counters.count_write(*len),
-            (Ok(_), Kind::Settling(len)) => self.shared.counters.count_write(len),
+            (Ok(len), Kind::Read) => self.watch.read(*len, taken),
+            (Ok(len), Kind::Write) => self.watch.written(*len, taken),
+            (Ok(_), Kind::Settling(len)) => self.watch.written(len, taken),
             (Ok(_), Kind::Zeroes | Kind::Other) => {}
-            (Err(error), _) => self.shared.failed(error),
+            (Err(error), _) => {
+                self.watch.failed();
+                self.shared.failed(error);
+            }
         }
         match (result, kind) {
             (Ok(len), Kind::Read) => self.answer(memory, head, status, Status::Ok, len),
@@ -250,10 +270,10 @@ impl BlockQueue {
         }
     }
 
-    /// Makes a write durable before it is answered, as `kind`. Returns whether that is under way.
-    fn settle(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, kind: Kind) -> bool {
-        let spans = self.flights.list();
-        let token = self.flights.add(Request { head, status, kind, spans });
+    /// Makes what `request` wrote durable before it is answered. Returns whether that is under way.
+    fn settle(&mut self, memory: &GuestRam, request: Request) -> bool {
+        let (head, status) = (request.head, request.status);
+        let token = self.flights.add(request);
         if let (Some(engine), Some(token)) = (&mut self.engine, token) {
             // The write has just left its place in the engine.
             if engine.submit(Io { token, op: Op::Flush }).is_ok() {
@@ -279,11 +299,17 @@ impl BlockQueue {
 
     /// The engine broke: from now on every request fails.
     fn give_up(&mut self, memory: &GuestRam, error: &std::io::Error) {
-        log::error!("disk {}, queue {}: the engine broke: {error}", self.shared.id, self.rings.index);
+        // A driver that resets the device may see it break again and again.
+        if let Some(admitted) = self.shared.breakage.admit(Instant::now()) {
+            let (id, queue) = (self.shared.id.as_str(), self.rings.index);
+            log::error!(device = id, queue = queue; "the engine broke: {error}{admitted}");
+        }
         // Waits until the kernel has let go of guest memory.
         self.engine = None;
+        self.watch.in_flight(0);
         while let Some(Request { head, status, spans, .. }) = self.flights.remove_any() {
             mark_dirty(memory, &spans);
+            self.watch.failed();
             self.answer(memory, head, status, Status::IoError, 0);
         }
     }

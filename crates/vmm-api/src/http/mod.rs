@@ -5,6 +5,7 @@
 //! to the host's mailbox and goes on; it never waits for the host.
 
 mod connection;
+pub mod counts;
 pub(crate) mod descriptors;
 pub mod parser;
 pub mod response;
@@ -12,5 +13,6 @@ pub mod route;
 mod server;
 mod socket;
 
+pub use counts::Counts;
 pub use server::{Config, Server, ServerError, ServerHandle};
 pub use socket::{ApiSocket, SocketError};

@@ -3,16 +3,19 @@
 use crate::command::{ApiRequest, Endpoint, Incoming, Outcome, ReplySlot};
 use crate::config::UnknownFields;
 use crate::http::connection::{Connection, Step};
+use crate::http::counts::{Counts, UNKNOWN};
 use crate::http::parser::{Limits, Request};
-use crate::http::response::{answer, refusal};
-use crate::http::route::route;
+use crate::http::response::{answer, refusal, status};
+use crate::http::route::{ROOT, route};
 use crate::http::socket::ApiSocket;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use vmm_device_model::limiter::Limiter;
 use vmm_epoll::{Inbox, Mailbox, mailbox};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -76,6 +79,7 @@ pub struct Server<H: 'static> {
     config: Config,
     table: &'static [Endpoint<H>],
     requests: Mailbox<ApiRequest<H>>,
+    counts: Arc<Counts>,
     notes: Mailbox<Note>,
     inbox: Inbox<Note>,
     epoll: Epoll,
@@ -158,9 +162,25 @@ impl<H: 'static> Server<H> {
         watch(&epoll, socket.listener().as_raw_fd(), LISTENER).map_err(fail("watch the socket"))?;
         watch(&epoll, inbox.as_raw_fd(), INBOX).map_err(fail("watch a mailbox"))?;
         let door = Some(Door { socket, state: DoorState::Open });
-        let clients = HashMap::new();
-        let next_client = FIRST_CLIENT;
-        Ok(Self { config, table, requests, notes, inbox, epoll, door, clients, next_client, ends_at: None })
+        Ok(Self {
+            config,
+            table,
+            requests,
+            counts: Arc::default(),
+            notes,
+            inbox,
+            epoll,
+            door,
+            clients: HashMap::new(),
+            next_client: FIRST_CLIENT,
+            ends_at: None,
+        })
+    }
+
+    /// Where it counts its answers.
+    #[must_use]
+    pub fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 
     /// Starts the thread `http-server`, which calls `prologue` first (to confine itself, for instance).
@@ -251,8 +271,9 @@ impl<H: 'static> Server<H> {
         match route(self.table, manner.verb, &request.path) {
             Ok(endpoint) => {
                 log::debug!("API request {}", endpoint.name());
-                let notes = self.notes.clone();
+                let (notes, counts, name) = (self.notes.clone(), Arc::clone(&self.counts), endpoint.name());
                 let slot = ReplySlot::new(move |outcome| {
+                    counts.count(name, status(&outcome));
                     // The server may have ended; then nobody waits.
                     let _ = notes.send(Note::Reply { client: id, outcome });
                 });
@@ -265,6 +286,9 @@ impl<H: 'static> Server<H> {
             }
             Err(misrouted) => {
                 log::debug!("API request refused: {}", misrouted.error);
+                let name = request.path.strip_prefix(ROOT).unwrap_or_default();
+                let known = self.table.iter().map(Endpoint::name).find(|known| *known == name);
+                self.counts.count(known.unwrap_or(UNKNOWN), misrouted.error.code.status());
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
                 }
@@ -302,7 +326,11 @@ impl<H: 'static> Server<H> {
             Ok((stream, _)) => self.admit(stream, now),
             Err(error) if is_passing(&error) => {}
             Err(error) => {
-                log::warn!("cannot accept an API connection: {error}");
+                // As often as clients come while there are no descriptors.
+                static TOLD: Limiter = Limiter::for_guest();
+                if let Some(admitted) = TOLD.admit(now) {
+                    log::warn!("cannot accept an API connection: {error}{admitted}");
+                }
                 self.close_door(rest(now));
             }
         }
@@ -315,7 +343,7 @@ impl<H: 'static> Server<H> {
             return log::warn!("cannot watch an API connection: {error}");
         }
         self.next_client = self.next_client.saturating_add(1);
-        self.clients.insert(id, Connection::new(stream, &self.config, now));
+        self.clients.insert(id, Connection::new(stream, &self.config, Arc::clone(&self.counts), now));
     }
 
     /// All places are taken: the connection idle for longest gives way if it was idle long enough. Otherwise the door

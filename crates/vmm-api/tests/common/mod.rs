@@ -10,14 +10,14 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_api::client::Client;
 use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
-use vmm_api::http::{ApiSocket, Config, Server, ServerHandle};
+use vmm_api::http::{ApiSocket, Config, Counts, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_epoll::{ControlLoop, Mailbox, Stopper, mailbox};
 use vmm_state::{Phase, VmSlot};
@@ -179,6 +179,7 @@ pub(crate) struct Rig {
     server: Option<ServerHandle>,
     host: Option<JoinHandle<()>>,
     stopper: Stopper,
+    pub(crate) counts: Arc<Counts>,
     releases: Mailbox<()>,
 }
 
@@ -216,9 +217,11 @@ impl Rig {
             control_loop.run().unwrap();
         });
         let socket = ApiSocket::bind(&path).unwrap();
-        let server = Server::new(socket, &TABLE, requests, config).unwrap().start(|| ()).unwrap();
+        let server = Server::new(socket, &TABLE, requests, config).unwrap();
+        let counts = server.counts();
+        let server = server.start(|| ()).unwrap();
         let stopper = stopper.recv().unwrap();
-        Self { path, folder: Some(folder), server: Some(server), host: Some(host), stopper, releases }
+        Self { path, folder: Some(folder), server: Some(server), host: Some(host), stopper, counts, releases }
     }
 
     pub(crate) fn client(&self) -> Client {
