@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
-use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
+use vmm_api::http::{self, ApiSocket, Counts, Server, ServerError, ServerHandle, SocketError};
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
@@ -45,13 +45,18 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
     let server =
         options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
+    let (server, answers) = server.unzip();
 
     let policy = Policy {
         serves_clients: server.is_some(),
         verify_state: options.verify_state,
         reactions: options.reactions,
     };
-    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
+    let mut vmm = Vmm::new(hypervisor, post, policy);
+    if let Some(answers) = answers {
+        vmm.tell_answers(answers);
+    }
+    let mut control_loop = ControlLoop::new(vmm)?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
         control.add_mailbox("machine", machines, |vmm, control, message| {
@@ -96,7 +101,7 @@ fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
     unknown_fields: vmm_api::config::UnknownFields,
-) -> Result<ServerHandle, RunError> {
+) -> Result<(ServerHandle, Arc<Counts>), RunError> {
     let socket = match socket {
         ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
         ApiSocketArg::Fd(fd) => {
@@ -105,7 +110,9 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    Ok(Server::new(socket, &TABLE, requests, config)?.start(|| ())?)
+    let server = Server::new(socket, &TABLE, requests, config)?;
+    let counts = server.counts();
+    Ok((server.start(|| ())?, counts))
 }
 
 /// The VMM cannot run.

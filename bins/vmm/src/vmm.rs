@@ -15,6 +15,7 @@ use vmm_api::command::Endpoint;
 use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::http::Counts;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -63,14 +64,14 @@ pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
-    /// Machines built so far.
-    machines: u64,
     boot: Boot,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    /// Counts of the API's answers, where there is an API.
+    answers: Option<Arc<Counts>>,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -92,12 +93,12 @@ impl Vmm {
             hypervisor,
             slot: VmSlot::Empty,
             post,
-            machines: 0,
             boot: Boot::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
             policy,
+            answers: None,
         }
     }
 
@@ -108,7 +109,12 @@ impl Vmm {
 
     /// Number of the machine that was built last; 0 before the first.
     pub fn machines(&self) -> u64 {
-        self.machines
+        self.boot.machines
+    }
+
+    /// The API's answers are counted there; metrics tell of them.
+    pub fn tell_answers(&mut self, counts: Arc<Counts>) {
+        self.answers = Some(counts);
     }
 
     /// Ends the process: the VM is switched off.
@@ -144,6 +150,10 @@ impl Vmm {
         self.slot.resume().map_err(|_| VmmError::NoVm)?;
         self.catch_up();
         Ok(())
+    }
+
+    fn raise_nmi(&self) -> Result<(), VmmError> {
+        Ok(self.slot.machine().ok_or(VmmError::NoVm)?.nmi()?)
     }
 
     fn press_power_button(&self) -> Result<(), VmmError> {

@@ -16,6 +16,8 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
 pub(super) struct Boot {
+    /// Machines built so far, or tried.
+    pub(super) machines: u64,
     job: Option<Job>,
     /// In the order in which they came.
     waiting: Vec<ApiRequest<Vmm>>,
@@ -87,7 +89,7 @@ impl Vmm {
 
     /// A boot thread is done. What is not waited for any more is dropped.
     pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>) {
-        if self.slot.phase() != Phase::Booting || number != self.machines {
+        if self.slot.phase() != Phase::Booting || number != self.boot.machines {
             return;
         }
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
@@ -130,12 +132,12 @@ impl Vmm {
             debug: end(&consoles.debug),
         };
         configured.consoles = Some(consoles);
-        self.machines += 1;
+        self.boot.machines += 1;
         let build = Build {
             hypervisor: Arc::clone(&self.hypervisor),
             spec: Arc::clone(&configured.spec),
             ports,
-            post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            post: EventPost { machine: self.boot.machines, mailbox: self.post.clone() },
             stages,
         };
         Ok((build, fresh))
