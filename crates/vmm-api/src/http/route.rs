@@ -4,6 +4,7 @@ use crate::command::{Endpoint, Method};
 use crate::commands::later::LATER;
 use crate::error::{ApiError, Code};
 use crate::http::parser::Verb;
+use crate::http::stream::StreamRoute;
 
 /// The path every route is below.
 pub const ROOT: &str = "/api/v1/";
@@ -36,6 +37,21 @@ pub fn route<H: 'static>(
     let later = LATER.iter().find(|later| later.name == name).ok_or_else(unknown)?;
     check_method(later.method, verb, name)?;
     Err(misrouted(ApiError::new(Code::NotBuilt, format!("{name} is not supported by this build yet")), None))
+}
+
+/// The stream of `routes` for `verb` and `path`; `None` if there is none of that path.
+///
+/// # Errors
+/// It has another method.
+pub fn stream_route<'a>(
+    routes: &'a [Box<dyn StreamRoute>],
+    verb: Verb,
+    path: &str,
+) -> Result<Option<&'a dyn StreamRoute>, Box<Misrouted>> {
+    let name = path.strip_prefix(ROOT);
+    let Some(route) = routes.iter().find(|route| Some(route.name()) == name) else { return Ok(None) };
+    check_method(Method::Get, verb, route.name())?;
+    Ok(Some(&**route))
 }
 
 fn check_method(wanted: Method, verb: Verb, name: &str) -> Result<(), Box<Misrouted>> {
