@@ -1,6 +1,7 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
 mod inputs;
+mod told;
 mod tree;
 
 use std::collections::BTreeSet;
@@ -12,6 +13,7 @@ use vmm_api::command::{Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{self, vm, vmm};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{Event, RebootCause};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_api::spec::MachineSpec;
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -21,6 +23,7 @@ use vmm_platform_devices::events::SystemEvent;
 use vmm_state::{EventCell, GuestEvent, Phase, VmSlot, on_guest_event};
 
 use crate::console::{Console, ConsoleError, Consoles};
+use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
@@ -63,6 +66,7 @@ pub struct Vmm {
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    events: Events,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -76,8 +80,13 @@ pub struct Policy {
 }
 
 impl Vmm {
-    /// A VMM without a VM. Machines post their events to `post`.
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, post: Mailbox<MachineMessage>, policy: Policy) -> Self {
+    /// A VMM without a VM. Machines post their events to `post`; what happens is told to `events`.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        post: Mailbox<MachineMessage>,
+        policy: Policy,
+        events: Events,
+    ) -> Self {
         Self {
             hypervisor,
             slot: VmSlot::Empty,
@@ -87,6 +96,7 @@ impl Vmm {
             inputs: Inputs::default(),
             ending: None,
             policy,
+            events,
         }
     }
 
@@ -98,6 +108,9 @@ impl Vmm {
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
+        if self.ending.is_none() {
+            self.events.tell(NO_MACHINE, &Event::VmmShutdown);
+        }
         self.ending.get_or_insert(code);
     }
 
@@ -107,8 +120,9 @@ impl Vmm {
             log::warn!("{warning}");
         }
         if self.slot.create(Configured { wire, spec, consoles: None, told: Told::default() }).is_err() {
-            log::error!("a VM exists already");
+            return log::error!("a VM exists already");
         }
+        self.events.tell(NO_MACHINE, &Event::Created);
     }
 
     /// Boots the VM that is configured.
@@ -117,10 +131,17 @@ impl Vmm {
     /// The machine cannot be built; the VM is as it was.
     pub fn boot(&mut self) -> Result<(), VmmError> {
         self.machines += 1;
+        let told = told::Boot::begin(&self.events, self.machines);
+        let mut stages = told.stages();
+        let result = self.build_and_start(&mut stages);
+        told.end(&stages, result.as_ref());
+        result
+    }
+
+    fn build_and_start(&mut self, stages: &mut Stages) -> Result<(), VmmError> {
         let post = EventPost { machine: self.machines, mailbox: self.post.clone() };
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        let mut stages = Stages::default();
-        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post, &mut stages)?;
+        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post, stages)?;
         consoles.attach();
         machine.start();
         self.inputs.want(consoles);
@@ -131,6 +152,7 @@ impl Vmm {
 
     /// Stops the guest; what it did meanwhile waits.
     fn pause(&mut self) -> Result<(), VmmError> {
+        self.tell(&Event::Pausing);
         let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
         machine.pause()?;
         if self.policy.verify_state
@@ -140,12 +162,19 @@ impl Vmm {
             self.stop();
             return Err(error.into());
         }
-        self.slot.pause().map_err(|_| VmmError::NoVm)
+        self.slot.pause().map_err(|_| VmmError::NoVm)?;
+        self.tell(&Event::Paused);
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
-        self.slot.machine_mut().ok_or(VmmError::NoVm)?.resume()?;
+        self.tell(&Event::Resuming);
+        let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
+        let resumed = machine.resume();
+        told::changes(&self.events, machine);
+        resumed?;
         self.slot.resume().map_err(|_| VmmError::NoVm)?;
+        self.tell(&Event::Resumed);
         if let Some(event) = self.deferred.take() {
             self.guest_did(event);
         }
@@ -154,9 +183,13 @@ impl Vmm {
 
     /// Switches the machine off; the configuration and the consoles stay, the user's terminal is given back.
     fn stop(&mut self) {
+        let number = self.slot.machine().map(Machine::number);
         self.drop_machine();
         if let Some(consoles) = self.slot.config_mut().and_then(|c| c.consoles.as_mut()) {
             consoles.detach();
+        }
+        if let Some(number) = number {
+            self.events.tell(number, &Event::Shutdown);
         }
     }
 
@@ -169,13 +202,27 @@ impl Vmm {
     fn remove(&mut self) {
         self.stop();
         self.inputs.drop_all();
-        self.slot.clear();
+        if let (Some(_), _) = self.slot.clear() {
+            self.events.tell(NO_MACHINE, &Event::Deleted);
+        }
     }
 
     /// The consoles go from one machine to the next; if there is no next one, they are given back.
-    fn reboot(&mut self) -> Result<(), VmmError> {
+    fn reboot(&mut self, cause: RebootCause) -> Result<(), VmmError> {
+        let old = self.machines;
+        self.events.tell(old, &Event::Rebooting { cause });
         self.drop_machine();
-        self.boot()
+        let result = self.boot();
+        match result {
+            Ok(()) => self.tell(&Event::Rebooted),
+            Err(_) => self.events.tell(old, &Event::Shutdown),
+        }
+        result
+    }
+
+    /// Tells what happens to the machine that is there.
+    fn tell(&self, event: &Event) {
+        self.events.tell(self.slot.machine().map_or(NO_MACHINE, Machine::number), event);
     }
 
     fn guest_did(&mut self, event: GuestEvent) {
@@ -187,7 +234,7 @@ impl Vmm {
             EventCell::Run(_) => match event {
                 GuestEvent::Reset | GuestEvent::TripleFault => {
                     log::info!("the guest resets");
-                    if let Err(error) = self.reboot() {
+                    if let Err(error) = self.reboot(RebootCause::Guest) {
                         log::error!("the VM does not come back: {}", crate::exit::chain(&error));
                         if !self.policy.serves_clients {
                             self.end(ExitCode::VmmError);
@@ -214,6 +261,10 @@ impl Vmm {
         if current.number() != machine {
             return;
         }
+        // While the VM is paused only the first way in which its guest ends counts.
+        if let Some(exit) = told::exit(&event).filter(|_| self.deferred.is_none()) {
+            self.events.tell(machine, &exit);
+        }
         match event {
             MachineEvent::Vcpu(event) => {
                 let (what, level) = match &event.kind {
@@ -235,7 +286,9 @@ impl Vmm {
             }
             MachineEvent::Attention { device, pending } => {
                 pending.store(false, Ordering::SeqCst);
-                if let Err(error) = current.service(&device) {
+                let serviced = current.service(&device);
+                told::changes(&self.events, current);
+                if let Err(error) = serviced {
                     let level = configured.told.level(&device);
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }
@@ -334,7 +387,7 @@ macro_rules! handle {
 handle!(vm::Boot, BootFailed, |vmm| if vmm.phase() == Phase::Paused { vmm.resume() } else { vmm.boot() });
 handle!(vm::Pause, Internal, |vmm| vmm.pause());
 handle!(vm::Resume, Internal, |vmm| vmm.resume());
-handle!(vm::Reboot, BootFailed, |vmm| vmm.reboot());
+handle!(vm::Reboot, BootFailed, |vmm| vmm.reboot(RebootCause::Client));
 handle!(vm::Shutdown, Internal, |vmm| {
     vmm.stop();
     Ok(())

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 
 use serde_json::json;
+use vmm::events::Events;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
 use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
@@ -37,7 +38,8 @@ impl Rig {
         Guest::Halt.write(folder.path()).unwrap();
         let (post, inbox) = mailbox().unwrap();
         let policy = Policy { serves_clients: true, verify_state: false };
-        Self { folder, vmm: Vmm::new(Arc::new(fake), post, policy), serial, machines: 0, _inbox: inbox }
+        let vmm = Vmm::new(Arc::new(fake), post, policy, Events::new());
+        Self { folder, vmm, serial, machines: 0, _inbox: inbox }
     }
 
     fn in_phase(phase: Phase) -> Self {

@@ -50,11 +50,13 @@ pub struct Span {
     pub duration: Duration,
 }
 
+type Watcher = Box<dyn FnMut(&Span)>;
+
 /// The stages of one boot, in the order in which they began. It has one entry a stage, so it stays small.
 #[derive(Default)]
 pub struct Stages {
     spans: Vec<Span>,
-    watcher: Option<Box<dyn FnMut(&Span)>>,
+    watcher: Option<Watcher>,
 }
 
 impl Stages {
