@@ -116,15 +116,18 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Reads and writes of a descriptor do not block from now on, whoever shares it.
+/// Writes to a descriptor do not block from now on, whoever shares it.
 ///
 /// # Errors
-/// A call failed.
-pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+/// It is not open for writing, or a call failed.
+pub fn write_without_blocking(fd: &OwnedFd) -> io::Result<()> {
     // SAFETY: a valid descriptor; the call takes nothing else.
     let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
     if flags < 0 {
         return Err(io::Error::last_os_error());
+    }
+    if !matches!(flags & libc::O_ACCMODE, libc::O_WRONLY | libc::O_RDWR) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not open for writing"));
     }
     // SAFETY: a valid descriptor and its own flags, with one more.
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } != 0 {

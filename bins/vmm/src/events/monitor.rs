@@ -81,7 +81,10 @@ impl Monitor {
     /// # Errors
     /// The target cannot be opened, or the thread not started.
     pub fn start(target: &MonitorTarget, journal: Journal) -> Result<Self, MonitorError> {
-        let out = open(target)?;
+        Self::on(open(target)?, journal)
+    }
+
+    fn on(out: File, journal: Journal) -> Result<Self, MonitorError> {
         let fail = |what| move |source| MonitorError::Start { what, source };
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail("create an eventfd"));
         let (ready, stop) = (event()?, event()?);
@@ -135,7 +138,7 @@ fn open(target: &MonitorTarget) -> Result<File, MonitorError> {
         }
         MonitorTarget::Fd(fd) => {
             let descriptor = signals::inherited(*fd).and_then(|fd| {
-                signals::set_nonblocking(&fd)?;
+                signals::write_without_blocking(&fd)?;
                 Ok(fd)
             });
             descriptor.map(File::from).map_err(|source| MonitorError::Descriptor { fd: *fd, source })
@@ -246,5 +249,89 @@ impl Writer {
         if watched {
             let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use vmm_api::events::Bounds;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// A monitor that writes into a socket, whose room is no multiple of a line.
+    fn monitor(journal: &Journal) -> (Monitor, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_read_timeout(Some(LIMIT)).unwrap();
+        (Monitor::on(File::from(OwnedFd::from(ours)), journal.clone()).unwrap(), theirs)
+    }
+
+    /// A line that says which it is at both ends.
+    fn line(seq: u64) -> Vec<u8> {
+        format!("{seq} {} {seq}\n", "x".repeat(3000)).into_bytes()
+    }
+
+    /// CPU time of the thread so far, in clock ticks of 10 ms.
+    fn ticks() -> u64 {
+        // Threads name themselves a moment after they began.
+        let stat = std::iter::repeat_with(|| {
+            std::fs::read_dir("/proc/self/task").unwrap().find_map(|task| {
+                let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
+                stat.contains("(event-monitor)").then_some(stat)
+            })
+        });
+        let stat = stat.flatten().next().unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    fn rests() {
+        let before = ticks();
+        std::thread::sleep(Duration::from_millis(400));
+        let spent = ticks() - before;
+        assert!(spent <= 3, "the thread was busy for {spent} of 40 ticks");
+    }
+
+    /// One test, for it counts the time of the one thread of this name.
+    #[test]
+    fn lines_are_whole_and_the_thread_rests_whatever_its_reader_does() {
+        let journal = Journal::new(Bounds { events: 50, bytes: 1 << 20 });
+        let (writer, mut reader) = monitor(&journal);
+        (0..1000).for_each(|_| journal.push(line));
+        rests();
+        journal.push(line);
+        let mut text = String::new();
+        while !text.ends_with(" 1001\n") {
+            let mut bytes = [0; 4096];
+            let count = reader.read(&mut bytes).unwrap();
+            assert!(count > 0, "it ended");
+            text.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+        }
+        let whole = |text: &str| {
+            let (first, last) = (text.split(' ').next().unwrap(), text.rsplit(' ').next().unwrap());
+            assert!(first == last && text.len() > 3000, "{text}");
+            first.parse::<u64>().unwrap()
+        };
+        let seen: Vec<u64> = text.lines().map(whole).collect();
+        assert!(seen.is_sorted_by(|a, b| a < b) && seen.len() < 1000, "{seen:?}");
+        assert_eq!(seen[seen.len() - 50..], (952..=1001).collect::<Vec<_>>(), "the journal's are there");
+        // The reader goes, in the middle of a line and between two.
+        (0..200).for_each(|_| journal.push(line));
+        rests();
+        drop(reader);
+        (0..200).for_each(|_| journal.push(line));
+        rests();
+        drop(writer);
+        let (writer, reader) = monitor(&journal);
+        drop(reader);
+        (0..200).for_each(|_| journal.push(line));
+        rests();
+        drop(writer);
     }
 }
