@@ -162,6 +162,7 @@ fn a_monitors_reader_that_never_reads_does_not_hold_the_end() {
     }
     api.puts(&["vmm.shutdown"]);
     vmm.expect_exit(0);
+    assert_eq!(vmm.stderr.text(), "", "the thread was not stuck");
 }
 
 #[test]

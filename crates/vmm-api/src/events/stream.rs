@@ -84,8 +84,4 @@ impl Stream for EventStream {
             (true, false) => Pulled::End,
         }
     }
-
-    fn finish(&mut self) {
-        self.follow = false;
-    }
 }

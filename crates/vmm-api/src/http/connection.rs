@@ -172,13 +172,6 @@ impl Connection {
         matches!(self.stage, Stage::Streaming(_))
     }
 
-    /// A stream gives what is there, and ends.
-    pub(crate) fn finish_stream(&mut self) {
-        if let Stage::Streaming(stream) = &mut self.stage {
-            stream.finish();
-        }
-    }
-
     /// What to wait for. While a request is parked that stays what it was, for most clients wait for their answer; the
     /// server mutes one that sends on meanwhile.
     pub(crate) fn interest(&self) -> EventSet {

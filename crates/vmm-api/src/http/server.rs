@@ -334,10 +334,7 @@ impl<H: 'static> Server<H> {
         let Some(client) = self.clients.get_mut(&id) else { return };
         match opened {
             Err(error) => client.finish(refusal(&error, manner, None), manner, now),
-            Ok((head, mut stream)) => {
-                if self.ends_at.is_some() {
-                    stream.finish();
-                }
+            Ok((head, stream)) => {
                 if !client.stream(head, stream, now) {
                     self.drop_client(id);
                 }
@@ -348,13 +345,11 @@ impl<H: 'static> Server<H> {
     /// A stream that had nothing has something; which one is not known.
     fn feed_streams(&mut self, now: Instant) {
         let _ = self.streams.ready.read();
-        for id in self.streaming() {
+        let streaming = self.clients.iter().filter(|(_, client)| client.is_streaming());
+        let ids: Vec<u64> = streaming.map(|(id, _)| *id).collect();
+        for id in ids {
             self.advance(id, now);
         }
-    }
-
-    fn streaming(&self) -> Vec<u64> {
-        self.clients.iter().filter(|(_, client)| client.is_streaming()).map(|(id, _)| *id).collect()
     }
 
     fn read_notes(&mut self, now: Instant) {
@@ -364,12 +359,8 @@ impl<H: 'static> Server<H> {
                 Note::Stop => {
                     self.ends_at = Some(now.checked_add(self.config.stop_grace).unwrap_or(now));
                     self.door = None;
-                    for id in self.streaming() {
-                        if let Some(client) = self.clients.get_mut(&id) {
-                            client.finish_stream();
-                        }
-                        self.advance(id, now);
-                    }
+                    // What was told before is still sent.
+                    self.feed_streams(now);
                 }
             }
         }

@@ -36,9 +36,6 @@ pub trait Stream: Send + fmt::Debug {
     /// Appends the next bytes to `to`, which is empty: about as many as `room` at most. If there is nothing yet, `waker` is
     /// written to when there is.
     fn pull(&mut self, room: usize, to: &mut Vec<u8>, waker: &Arc<EventFd>) -> Pulled;
-
-    /// The server stops: what is there is the last.
-    fn finish(&mut self);
 }
 
 /// What pulling gave.
