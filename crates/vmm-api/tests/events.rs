@@ -221,7 +221,7 @@ fn a_journal_is_bounded_in_bytes_too() {
     // One that does not fit at all is lost like any other.
     journal.push(|_| vec![b'x'; 101]);
     assert_eq!(read(&journal, 20, 1000), (String::new(), Taken { lost: 2, next: 22 }));
-    journal.push(|seq| number(seq));
+    journal.push(number);
     assert_eq!(read(&journal, 22, 1000), ("22\n".into(), Taken { lost: 0, next: 23 }));
 }
 
