@@ -3,18 +3,19 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm::events::Events;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
-use vmm_api::command::{Incoming, Outcome, ReplySlot};
+use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
 use vmm_api::events::{Journal, Received, StreamItem};
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake};
 use vmm_platform_devices::events::{Cause, SystemEvent};
+use vmm_state::Phase;
 use vmm_tests::harness::LIMIT;
 use vmm_tests::tiny::Guest;
 
@@ -33,7 +34,7 @@ impl Rig {
         let folder = tempfile::tempdir().unwrap();
         Guest::Halt.write(folder.path()).unwrap();
         let (post, inbox) = mailbox().unwrap();
-        let policy = Policy { serves_clients: true, verify_state: false };
+        let policy = Policy { serves_clients: true, ..Policy::default() };
         let (fake, events) = (Fake::new(), Events::new());
         let stream = events.stream();
         let vmm = Vmm::new(Arc::new(fake.clone()), post, policy, events);
@@ -60,7 +61,21 @@ impl Rig {
         let (sender, outcome) = mpsc::channel();
         let slot = ReplySlot::new(move |outcome| sender.send(outcome).unwrap());
         endpoint.prepare(Incoming { body, ..Incoming::default() }, slot).unwrap().dispatch(&mut self.vmm);
-        outcome.try_recv().unwrap()
+        let start = Instant::now();
+        loop {
+            match outcome.recv_timeout(Duration::from_millis(1)) {
+                Ok(outcome) => return outcome,
+                Err(_) => assert!(start.elapsed() < LIMIT, "no answer to {name}"),
+            }
+            self.pump();
+        }
+    }
+
+    /// Does what the control thread does.
+    fn pump(&mut self) {
+        for message in self.inbox.take_all() {
+            self.vmm.machine_says(message);
+        }
     }
 
     fn asks(&mut self, names: &[&str]) {
@@ -71,6 +86,17 @@ impl Rig {
 
     fn guest(&mut self, machine: u64, event: MachineEvent) {
         self.vmm.machine_says(MachineMessage { machine, event });
+        self.end_boot();
+    }
+
+    /// Waits for a boot that no client asked for.
+    fn end_boot(&mut self) {
+        let start = Instant::now();
+        while self.vmm.phase() == Phase::Booting {
+            assert!(start.elapsed() < LIMIT, "the boot does not end");
+            std::thread::sleep(Duration::from_millis(1));
+            self.pump();
+        }
     }
 
     /// Events that were not looked at yet.
@@ -236,6 +262,7 @@ fn what_a_guest_did_during_a_pause_is_told_at_once_and_acted_on_later() {
     rig.guest(1, MachineEvent::System(SystemEvent::Reset(Cause::I8042)));
     assert_eq!(rig.told(), ["guest/exit 1"]);
     rig.asks(&["vm.resume"]);
+    rig.end_boot();
     let resumed = "vm/resuming 1, vm/resumed 1, vm/rebooting 1, vm/booting 2, vm/booted 2, vm/rebooted 2";
     assert_eq!(rig.told().join(", "), resumed);
 }
@@ -258,7 +285,7 @@ struct Driver {
 impl Driver {
     /// Finds the device and lets its memory be decoded.
     fn of(rig: &mut Rig) -> Self {
-        let info: Value = serde_json::from_slice(&rig.ask("vm.info").unwrap()).unwrap();
+        let info: Value = serde_json::from_slice(&rig.ask("vm.info").unwrap().bytes).unwrap();
         let node = &info["device_tree"]["_rng"];
         let bars = node["resources"].as_array().unwrap().iter();
         let bar = bars.filter_map(|resource| resource["MmioAddressRange"]["base"].as_u64()).next().unwrap();
@@ -299,9 +326,7 @@ impl Driver {
 fn next_told(rig: &mut Rig) -> Vec<Received> {
     let start = Instant::now();
     loop {
-        for message in rig.inbox.take_all() {
-            rig.vmm.machine_says(message);
-        }
+        rig.pump();
         let told = rig.fresh();
         if !told.is_empty() {
             return told;

@@ -24,7 +24,7 @@ fn one_of_each(text: &str) -> Vec<Event> {
         Event::Booting,
         Event::BootStage { stage: text(), duration_us: u64::MAX },
         Event::Booted { duration_us: 1200 },
-        Event::BootFailed { stage: text(), reason: text() },
+        Event::BootFailed { stage: Some(text()), reason: text() },
         Event::Pausing,
         Event::Paused,
         Event::Resuming,

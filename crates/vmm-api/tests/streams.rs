@@ -16,7 +16,7 @@ use vmm_api::http::Config;
 /// As long as a line may be.
 fn fat() -> Event {
     Event::BootFailed {
-        stage: "\u{1}".repeat(256).as_str().into(),
+        stage: Some("\u{1}".repeat(256).as_str().into()),
         reason: "\u{1}".repeat(256).as_str().into(),
     }
 }

@@ -4,6 +4,7 @@ mod adapters;
 mod kernel;
 mod recipes;
 pub mod stages;
+pub(crate) mod trial;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -50,7 +50,7 @@ pub struct Span {
     pub duration: Duration,
 }
 
-type Watcher = Box<dyn FnMut(&Span)>;
+type Watcher = Box<dyn FnMut(&Span) + Send>;
 
 /// The stages of one boot, in the order in which they began. It has one entry a stage, so it stays small.
 #[derive(Default)]
@@ -61,7 +61,7 @@ pub struct Stages {
 
 impl Stages {
     /// Tells `watcher` of each stage when it is over.
-    pub fn watched(watcher: impl FnMut(&Span) + 'static) -> Self {
+    pub fn watched(watcher: impl FnMut(&Span) + Send + 'static) -> Self {
         Self { spans: Vec::new(), watcher: Some(Box::new(watcher)) }
     }
 

@@ -1,56 +1,40 @@
 //! What happens, as events.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia};
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_device_model::device::DeviceChange;
 use vmm_platform_devices::events::{Cause, SystemEvent};
+use vmm_state::GuestEvent;
 
 use super::VmmError;
 use crate::events::Events;
 use crate::machine::stages::{Span, Stages};
 use crate::machine::{Machine, MachineEvent};
 
-/// A boot that is going on.
-pub(super) struct Boot {
-    events: Events,
-    machine: u64,
-    start: Instant,
+/// Stages of the boot of the machine of this number, which are told as they end.
+pub(super) fn stages(events: &Events, machine: u64) -> Stages {
+    let events = events.clone();
+    Stages::watched(move |span: &Span| {
+        let duration_us = micros(span.duration);
+        events.tell(machine, &Event::BootStage { stage: span.stage.name().into(), duration_us });
+    })
 }
 
-impl Boot {
-    /// A boot of the machine of this number begins.
-    pub(super) fn begin(events: &Events, machine: u64) -> Self {
-        events.tell(machine, &Event::Booting);
-        Self { events: events.clone(), machine, start: Instant::now() }
-    }
-
-    /// Stages that are told as they end.
-    pub(super) fn stages(&self) -> Stages {
-        let (events, machine) = (self.events.clone(), self.machine);
-        Stages::watched(move |span: &Span| {
-            let duration_us = micros(span.duration);
-            events.tell(machine, &Event::BootStage { stage: span.stage.name().into(), duration_us });
-        })
-    }
-
-    /// What became of it.
-    pub(super) fn end(self, stages: &Stages, result: Result<&(), &VmmError>) {
-        let event = match result {
-            Ok(()) => Event::Booted { duration_us: micros(self.start.elapsed()) },
-            Err(error) => {
-                // The causes of these errors may hold paths, which are not for events.
-                let reason = match error {
-                    VmmError::Machine(error) => error.to_string(),
-                    other => other.to_string(),
-                };
-                let stage = stages.spans().last().map_or("", |span| span.stage.name());
-                Event::BootFailed { stage: stage.into(), reason: reason.as_str().into() }
-            }
-        };
-        self.events.tell(self.machine, &event);
-    }
+/// The end of a boot.
+pub(super) fn boot_end(stages: &Stages, error: Option<&VmmError>) -> Event {
+    let Some(error) = error else {
+        let start = stages.spans().first().map(|span| span.start);
+        return Event::Booted { duration_us: start.map_or(0, |start| micros(start.elapsed())) };
+    };
+    // The causes of these errors may hold paths, which are not for events.
+    let reason = match error {
+        VmmError::Machine(error) => error.to_string(),
+        other => other.to_string(),
+    };
+    let stage = stages.spans().last().map(|span| span.stage.name().into());
+    Event::BootFailed { stage, reason: reason.as_str().into() }
 }
 
 fn micros(time: Duration) -> u64 {
@@ -72,13 +56,15 @@ pub(super) fn changes(events: &Events, machine: &mut Machine) {
 }
 
 /// The end of a guest, if that is what a machine's thread tells.
-pub(super) fn exit(event: &MachineEvent) -> Option<Event> {
-    match event {
-        MachineEvent::Vcpu(event) => Some(vcpu_exit(event)),
-        MachineEvent::System(SystemEvent::Reset(cause)) => Some(asked(ExitCause::Reset, *cause)),
-        MachineEvent::System(SystemEvent::Shutdown(cause)) => Some(asked(ExitCause::Shutdown, *cause)),
-        _ => None,
-    }
+pub(super) fn exit(event: &MachineEvent) -> Option<(GuestEvent, Event)> {
+    Some(match event {
+        MachineEvent::Vcpu(event) => vcpu_exit(event),
+        MachineEvent::System(SystemEvent::Reset(by)) => (GuestEvent::Reset, asked(ExitCause::Reset, *by)),
+        MachineEvent::System(SystemEvent::Shutdown(by)) => {
+            (GuestEvent::Shutdown, asked(ExitCause::Shutdown, *by))
+        }
+        _ => return None,
+    })
 }
 
 fn asked(cause: ExitCause, by: Cause) -> Event {
@@ -91,7 +77,7 @@ fn asked(cause: ExitCause, by: Cause) -> Event {
     Event::GuestExit { cause, via, vcpu: None, reason: None, code: None }
 }
 
-fn vcpu_exit(event: &VcpuEvent) -> Event {
+fn vcpu_exit(event: &VcpuEvent) -> (GuestEvent, Event) {
     let (reason, code) = match &event.kind {
         VcpuEventKind::TripleFault => (None, None),
         VcpuEventKind::SystemEvent(number) => (Some(CrashReason::SystemEvent), Some(u64::from(*number))),
@@ -103,6 +89,9 @@ fn vcpu_exit(event: &VcpuEvent) -> Event {
         // Its text may hold what the guest wrote.
         _ => (Some(CrashReason::UnexpectedExit), None),
     };
-    let cause = if reason.is_none() { ExitCause::TripleFault } else { ExitCause::Crash };
-    Event::GuestExit { cause, via: None, vcpu: Some(event.vcpu.into()), reason, code }
+    let (what, cause) = match reason {
+        None => (GuestEvent::TripleFault, ExitCause::TripleFault),
+        Some(_) => (GuestEvent::Crash, ExitCause::Crash),
+    };
+    (what, Event::GuestExit { cause, via: None, vcpu: Some(event.vcpu.into()), reason, code })
 }

@@ -289,8 +289,8 @@ events! {
     } = "vm" "booted" monitor [];
     /// A boot failed. After a reboot the VM is off; else it is as it was.
     BootFailed {
-        /// The stage that failed, as in `boot-stage`.
-        stage: Text,
+        /// The stage that failed, as in `boot-stage`; absent if it was none of them.
+        stage: Option<Text>,
         /// What failed, in short; the log and the reply to the client say more.
         reason: Text,
     } = "vm" "boot-failed";
@@ -330,7 +330,8 @@ events! {
         /// What it told.
         event: PanicEvent,
     } = "guest" "panic" monitor [event];
-    /// The guest ended. What comes of it (`rebooting`, `shutdown`) follows; while the VM is paused, after the resume.
+    /// The guest ended. What comes of it (`rebooting`, `pausing`, `shutdown`, nothing) follows; while the VM is paused,
+    /// after the resume.
     GuestExit {
         /// How.
         cause: ExitCause,

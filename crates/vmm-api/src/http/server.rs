@@ -306,7 +306,7 @@ impl<H: 'static> Server<H> {
     fn refuse(&mut self, id: u64, misrouted: &Misrouted, manner: Manner, now: Instant) {
         log::debug!("API request refused: {}", misrouted.error);
         if let Some(client) = self.clients.get_mut(&id) {
-            client.finish(refusal(&misrouted.error, manner, misrouted.allow), manner, now);
+            client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
         }
     }
 
@@ -333,7 +333,7 @@ impl<H: 'static> Server<H> {
     ) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         match opened {
-            Err(error) => client.finish(refusal(&error, manner, None), manner, now),
+            Err(error) => client.finish(refusal(&error, manner, &[]), manner, now),
             Ok((head, stream)) => {
                 if !client.stream(head, stream, now) {
                     self.drop_client(id);
