@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm::events::Events;
+use vmm::exit::ExitCode;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
 use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
@@ -45,7 +46,8 @@ impl Rig {
         self.folder.path().join(Guest::Halt.name())
     }
 
-    fn ask(&mut self, name: &str) -> Outcome {
+    /// Sends a request; its outcome may come later.
+    fn begin(&mut self, name: &str) -> mpsc::Receiver<Outcome> {
         let body = match name {
             "vm.create" => json!({
                 "payload": { "kernel": self.kernel() },
@@ -59,8 +61,14 @@ impl Rig {
         };
         let endpoint = TABLE.iter().find(|endpoint| endpoint.name() == name).unwrap();
         let (sender, outcome) = mpsc::channel();
-        let slot = ReplySlot::new(move |outcome| sender.send(outcome).unwrap());
+        let slot = ReplySlot::new(move |outcome| drop(sender.send(outcome)));
         endpoint.prepare(Incoming { body, ..Incoming::default() }, slot).unwrap().dispatch(&mut self.vmm);
+        outcome
+    }
+
+    /// Sends a request and waits for its outcome.
+    fn ask(&mut self, name: &str) -> Outcome {
+        let outcome = self.begin(name);
         let start = Instant::now();
         loop {
             match outcome.recv_timeout(Duration::from_millis(1)) {
@@ -265,6 +273,21 @@ fn what_a_guest_did_during_a_pause_is_told_at_once_and_acted_on_later() {
     rig.end_boot();
     let resumed = "vm/resuming 1, vm/resumed 1, vm/rebooting 1, vm/booting 2, vm/booted 2, vm/rebooted 2";
     assert_eq!(rig.told().join(", "), resumed);
+}
+
+#[test]
+fn a_boot_that_the_end_of_the_vmm_overtakes_does_not_end() {
+    for (name, told) in [("vm.boot", "vm/booting 2"), ("vm.reboot", "vm/rebooting 1, vm/booting 2")] {
+        let mut rig = Rig::new();
+        rig.asks(&["vm.create", "vm.boot"]);
+        if name == "vm.boot" {
+            rig.asks(&["vm.shutdown"]);
+        }
+        rig.told();
+        drop(rig.begin(name));
+        rig.vmm.end(ExitCode::Success);
+        assert_eq!(rig.told().join(", "), format!("{told}, vm/deleted, vmm/shutdown"));
+    }
 }
 
 /// Offsets in the common configuration (virtio 1.3, section 4.1.4.3).
