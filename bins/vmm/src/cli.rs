@@ -18,6 +18,7 @@ use vmm_api::options::{Arity, FLAGS, VmFlags};
 use vmm_api::spec::{Checked, MachineSpec, fill_ids};
 use vmm_state::Reactions;
 
+use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 use command::Help;
@@ -54,6 +55,8 @@ pub struct RunOptions {
     pub config: Option<Checked>,
     /// Where commands are taken.
     pub api_socket: Option<ApiSocketArg>,
+    /// Where the contract's events are written.
+    pub event_monitor: Option<MonitorTarget>,
     /// What is logged, and where.
     pub log: LogOptions,
     /// Where the stages of the boot are written.
@@ -117,6 +120,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
 
     let mut faults = process::later(&matches);
     let api_socket = process::api_socket(&matches, &mut faults);
+    let event_monitor = process::event_monitor(&matches, &mut faults);
     let seccomp = process::seccomp(&matches, &mut faults);
     let unknown_fields = process::unknown_fields(&matches, &mut faults);
     let log = process::log_options(&matches, &mut faults);
@@ -132,6 +136,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         let options = RunOptions {
             config,
             api_socket,
+            event_monitor,
             log,
             boot_trace,
             seccomp,

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusTarget;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::interrupt::{InterruptLine, MsiMessage};
 use vmm_device_model::limiter::Limiter;
 use vmm_device_model::metrics::Metered;
@@ -442,6 +442,10 @@ impl Lifecycle for Back {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusDevice;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_pci::config::{BARS, Bar, BarKind, ConfigSpace, Identity};
@@ -146,6 +146,10 @@ impl Lifecycle for Back {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

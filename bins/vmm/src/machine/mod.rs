@@ -19,6 +19,7 @@ use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
+use vmm_device_model::device::DeviceChange;
 use vmm_device_model::recipe::BuildError;
 use vmm_hypervisor::router::InterruptRouter;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
@@ -163,6 +164,11 @@ impl Machine {
     /// The device's; the guest sees it in the device's status.
     pub fn service(&mut self, device: &str) -> Result<(), StepError> {
         self.devices.service(device)
+    }
+
+    /// What the guest made of its devices since the last call: each with its id.
+    pub fn take_changes(&mut self) -> Vec<(String, DeviceChange)> {
+        self.devices.take_changes()
     }
 
     /// Presses the power button. Returns whether the guest can see it.
