@@ -6,7 +6,7 @@
 //!   [`options`]: its form on the command line.
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
-//! - [`info`]: replies about the VMM and the VM.
+//! - [`info`]: replies about the VMM and the VM. [`socket`]: listening UNIX sockets with a path.
 
 pub mod client;
 pub mod command;
@@ -16,6 +16,7 @@ pub mod error;
 pub mod http;
 pub mod info;
 pub mod options;
+pub mod socket;
 pub mod spec;
 
 #[cfg(doctest)]
