@@ -57,8 +57,12 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         })?;
         control.add_fd("signals", signals, |vmm, control, signals, _| {
             for signal in signals::take(signals)? {
-                log::info!("ended by signal {signal}");
-                vmm.end(ExitCode::Success);
+                if signal == signals::WINDOW_CHANGED {
+                    vmm.window_changed();
+                } else {
+                    log::info!("ended by signal {signal}");
+                    vmm.end(ExitCode::Success);
+                }
             }
             vmm.settle(control);
             Ok(())

@@ -10,6 +10,9 @@ use std::ptr;
 /// What ends the VMM in an orderly way.
 const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
+/// The user's terminal has another size.
+pub const WINDOW_CHANGED: u32 = libc::SIGWINCH as u32;
+
 /// Signals cannot be received.
 #[derive(Debug, thiserror::Error)]
 #[error("{call} failed")]
@@ -23,8 +26,8 @@ fn last(call: &'static str) -> SignalError {
     SignalError { call, source: io::Error::last_os_error() }
 }
 
-/// Blocks the signals that end the VMM, for this thread and all that it will start, and gives the
-/// descriptor where they arrive (signalfd(2)).
+/// Blocks the signals that end the VMM and the one of its terminal's size, for this thread and all that it will
+/// start, and gives the descriptor where they arrive (signalfd(2)). A hang-up that is ignored (nohup(1)) stays so.
 ///
 /// # Errors
 /// A call failed.
@@ -32,7 +35,8 @@ pub fn block() -> Result<File, SignalError> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: a valid place to write to.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    for signal in ENDING {
+    let asked_for = ENDING.into_iter().filter(|signal| *signal != libc::SIGHUP || !is_ignored(*signal));
+    for signal in asked_for.chain([libc::SIGWINCH]) {
         // SAFETY: the set was initialised above.
         unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
     }
@@ -49,6 +53,15 @@ pub fn block() -> Result<File, SignalError> {
     }
     // SAFETY: the call just returned the descriptor, and nobody else has it.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Whether whoever started this process has it ignore the signal.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: only asks; `action` is a valid place to write to.
+    let asked = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 /// Signals that have arrived.

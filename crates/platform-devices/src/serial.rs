@@ -449,7 +449,11 @@ mod tests {
         assert_eq!(rig.room.take(), 1);
         assert_eq!(rig.serial.enqueue(b"b"), 1);
         rig.write(MCR, 0);
-        assert_eq!(rig.serial.enqueue(b"c"), 1, "who closed the port, or never set a line, is sent what comes");
+        assert_eq!(
+            rig.serial.enqueue(b"c"),
+            1,
+            "who closed the port, or never set a line, is sent what comes"
+        );
     }
 
     #[test]

@@ -58,11 +58,16 @@ pub enum Guest {
     Crash,
     /// Prints `boot` and goes to the firmware's reset vector: at each boot.
     BiosReset,
+    /// Counts for ever as fast as it can, as `Ticker`; a dot on port 0xe9 for every 16 lines.
+    Flood,
+    /// Prints the size of virtio-console's window, rows and columns as four hexadecimal digits each, at first and whenever it is
+    /// another one.
+    ConsoleSize,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -77,6 +82,8 @@ impl Guest {
         Self::DebugConsole,
         Self::Crash,
         Self::BiosReset,
+        Self::Flood,
+        Self::ConsoleSize,
     ];
 
     /// A name for files.
@@ -97,6 +104,8 @@ impl Guest {
             Self::DebugConsole => "debug-console",
             Self::Crash => "crash",
             Self::BiosReset => "bios-reset",
+            Self::Flood => "flood",
+            Self::ConsoleSize => "console-size",
         }
     }
 

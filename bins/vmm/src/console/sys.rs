@@ -76,12 +76,12 @@ pub fn restore_terminal() {
     }
 }
 
-/// Columns and rows of standard output's terminal.
-pub(super) fn terminal_size() -> Option<(u16, u16)> {
+/// Columns and rows of a terminal's window, from either side of a pty; `None` where there is no terminal, or it has none.
+pub(super) fn window_size(of: &impl AsRawFd) -> Option<(u16, u16)> {
     // SAFETY: all zeroes is a valid winsize.
     let mut size: libc::winsize = unsafe { std::mem::zeroed() };
     // SAFETY: a valid place to write to; the call fails harmlessly where there is no terminal.
-    let result = unsafe { libc::ioctl(1, libc::TIOCGWINSZ, &raw mut size) };
+    let result = unsafe { libc::ioctl(of.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
     (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
@@ -130,16 +130,26 @@ pub(super) fn open_pty() -> io::Result<PtyPair> {
     Ok(PtyPair { main, other, path })
 }
 
-/// Waits until one of `readable` is readable, or `writable` is writable or in error, which a write then tells.
-/// Without a time limit if there is no `timeout`. Whether it came to that.
-pub(super) fn wait(
-    readable: &[RawFd],
-    writable: Option<RawFd>,
-    timeout: Option<Duration>,
-) -> io::Result<bool> {
-    let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
-    let mut fds: Vec<_> = readable.iter().map(|fd| entry(*fd, libc::POLLIN)).collect();
-    fds.extend(writable.map(|fd| entry(fd, libc::POLLOUT)));
+/// What a descriptor is waited for. An error or a hang-up always ends the wait, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Interest {
+    Readable,
+    Writable,
+    HangUp,
+}
+
+/// Waits until it has come to one of the descriptors' interests. Without a time limit if there is no `timeout`. Whether it
+/// came to that.
+pub(super) fn wait(descriptors: &[(RawFd, Interest)], timeout: Option<Duration>) -> io::Result<bool> {
+    let entry = |(fd, interest): &(RawFd, Interest)| {
+        let events = match interest {
+            Interest::Readable => libc::POLLIN,
+            Interest::Writable => libc::POLLOUT,
+            Interest::HangUp => 0,
+        };
+        libc::pollfd { fd: *fd, events, revents: 0 }
+    };
+    let mut fds: Vec<_> = descriptors.iter().map(entry).collect();
     let timeout = timeout.map_or(-1, |t| i32::try_from(t.as_millis()).unwrap_or(i32::MAX));
     // SAFETY: a valid array of that length.
     match unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } {
