@@ -21,8 +21,8 @@ use vmm_api::spec::{MachineSpec, Sink};
 use vmm_platform_devices::output::{ByteSink, Discard, Notify};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-pub use outlet::Link;
 use outlet::Outlet;
+pub use outlet::{ClientInput, Link};
 use output::OutputThread;
 pub use sys::{RawTerminal, restore_terminal};
 

@@ -1,8 +1,8 @@
 //! Where a console's output goes: always to the same file, or to the client of a socket, if there is one.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -81,19 +81,18 @@ impl Link {
     ///
     /// # Errors
     /// The system refuses; the client is sent away.
-    pub fn admit(&self, client: UnixStream) -> io::Result<Option<File>> {
+    pub fn admit(&self, client: UnixStream) -> io::Result<Option<ClientInput>> {
         client.set_nonblocking(true)?;
-        let output = Arc::new(File::from(OwnedFd::from(client)));
-        let input = output.try_clone()?;
+        let client = Arc::new(File::from(OwnedFd::from(client)));
         let mut current = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         if current.as_ref().is_some_and(|client| !has_left(client)) {
             return Ok(None);
         }
-        *current = Some(output);
+        *current = Some(Arc::clone(&client));
         drop(current);
         // A full counter is a signal already.
         let _ = self.changed.write(1);
-        Ok(Some(input))
+        Ok(Some(ClientInput(client)))
     }
 
     /// The client, unless it has left.
@@ -103,9 +102,28 @@ impl Link {
         client.clone()
     }
 
+    /// `gone` does not listen any more; what it sends is not waited for either.
     fn leave(&self, gone: &Arc<File>) {
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.take_if(|client| Arc::ptr_eq(client, gone));
+        if let Some(client) = client.take_if(|client| Arc::ptr_eq(client, gone)) {
+            sys::hang_up(&client);
+        }
+    }
+}
+
+/// What a client sends.
+#[derive(Debug)]
+pub struct ClientInput(Arc<File>);
+
+impl Read for ClientInput {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(buffer)
+    }
+}
+
+impl AsFd for ClientInput {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

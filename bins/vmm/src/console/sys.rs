@@ -130,6 +130,12 @@ pub(super) fn open_pty() -> io::Result<PtyPair> {
     Ok(PtyPair { main, other, path })
 }
 
+/// Closes a connection in both directions, whoever else has its descriptor. What has arrived can still be read.
+pub(super) fn hang_up(socket: &File) {
+    // SAFETY: a valid descriptor; the call fails harmlessly if nothing is connected.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
 /// What a descriptor is waited for. An error or a hang-up always ends the wait, too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Interest {

@@ -1,7 +1,7 @@
 //! Console input on the control loop: from descriptors into devices, never faster than they take it.
 
-use std::fs::File;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use vmm_epoll::{Control, HandlerError, Input, LoopError, SourceId};
 
 use super::Vmm;
-use crate::console::{Consoles, End, InputSource, Link};
+use crate::console::{ClientInput, Consoles, End, InputSource, Link};
 
 /// How long a socket takes no clients when the system refuses one (no descriptor is left).
 const REST: Duration = Duration::from_secs(1);
@@ -29,10 +29,12 @@ pub(super) struct Inputs {
 struct Pump {
     /// Where bytes come from; a socket without a client has none, nor has what is at its end.
     source: Option<SourceId>,
+    /// The client that is connected, while a former one's input is not yet taken.
+    next: Option<ClientInput>,
     door: Option<Door>,
     room: SourceId,
     end: Arc<End>,
-    /// What the device did not take. While there is any, the source is masked.
+    /// What the device did not take. While there is any, the source is there, and masked.
     waiting: Vec<u8>,
 }
 
@@ -96,7 +98,7 @@ impl Pump {
         let room = control.add_event("console room", end.room_event()?, move |vmm, control, _| {
             flow(vmm, control, &of_room, &[])
         })?;
-        let mut pump = Self { source: None, door: None, room, end, waiting: Vec::new() };
+        let mut pump = Self { source: None, next: None, door: None, room, end, waiting: Vec::new() };
         let added = match source {
             InputSource::Stream(file) => {
                 watch(control, file, &pump.end).map(|source| pump.source = Some(source))
@@ -118,20 +120,23 @@ impl Pump {
     }
 }
 
-/// Reads `file` into the console.
-fn watch(control: &mut Control<'_, Vmm>, file: File, end: &Arc<End>) -> Result<SourceId, LoopError> {
+/// Reads `input` into the console.
+fn watch(
+    control: &mut Control<'_, Vmm>,
+    input: impl AsFd + Read + 'static,
+    end: &Arc<End>,
+) -> Result<SourceId, LoopError> {
     let end = Arc::clone(end);
-    control.add_reader("console input", file, move |vmm, control, input| match input {
+    control.add_reader("console input", input, move |vmm, control, input| match input {
         Input::Data(bytes) => {
             end.resized();
             flow(vmm, control, &end, bytes)
         }
-        // It is removed already. A socket's next client brings another one; for all others that was it.
+        // It is removed already, and all that it gave is taken. Only a socket has another one.
         Input::End(_) => {
-            let ended = control.current();
-            if let Some(pump) = vmm.inputs.pump(&end) {
-                pump.source.take_if(|source| Some(*source) == ended);
-            }
+            let Some(pump) = vmm.inputs.pump(&end) else { return Ok(()) };
+            let next = pump.next.take();
+            pump.source = next.map(|next| watch(control, next, &end)).transpose()?;
             Ok(())
         }
     })
@@ -185,15 +190,11 @@ fn admit(
             return Err(error.into());
         }
     };
-    // What the former client sent and nobody has read goes with its connection.
-    if let Some(former) = pump.source.take() {
-        control.remove(former);
+    if pump.source.is_some() {
+        pump.next = Some(input);
+    } else {
+        pump.source = Some(watch(control, input, end)?);
     }
-    let source = watch(control, input, end)?;
-    if !pump.waiting.is_empty() {
-        control.mask(source)?;
-    }
-    pump.source = Some(source);
     Ok(())
 }
 
