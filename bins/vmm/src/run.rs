@@ -13,8 +13,8 @@ use crate::exit::ExitCode;
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
-/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
-/// panic restores the terminal and says where it happened.
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic or
+/// crash restores the terminal, and a panic says where it happened.
 pub fn confine() {
     signals::private_files();
     signals::one_heap();
@@ -23,6 +23,7 @@ pub fn confine() {
         restore_terminal();
         report(info);
     }));
+    signals::restore_terminal_in_crashes();
 }
 
 /// Runs until the guest, a client or a signal ends it.

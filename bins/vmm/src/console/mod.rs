@@ -24,6 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use outlet::Outlet;
 pub use outlet::{ClientInput, Link};
 use output::OutputThread;
+pub(crate) use sys::restore_terminal_in_handler;
 pub use sys::{RawTerminal, restore_terminal};
 
 /// Puts bytes into a device; returns how many it took.

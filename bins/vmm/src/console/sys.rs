@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::Duration;
 
 /// A descriptor of its own for an open file.
@@ -33,7 +33,8 @@ pub(super) fn for_writing(of: &impl AsFd) -> io::Result<File> {
 }
 
 /// What standard input was like before raw mode; restored on every way out but SIGKILL.
-static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
+/// A box that belongs to who takes it out; no lock, as a signal's handler may.
+static SAVED: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
 
 /// Standard input's terminal in raw mode, until dropped.
 #[derive(Debug)]
@@ -50,7 +51,12 @@ impl RawTerminal {
         }
         // SAFETY: the call succeeded, so it is initialised.
         let saved = unsafe { termios.assume_init() };
-        SAVED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(saved);
+        let ours = Box::into_raw(Box::new(saved));
+        if SAVED.compare_exchange(ptr::null_mut(), ours, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // It is in raw mode already.
+            // SAFETY: made from a box above, and nobody else has seen it.
+            drop(unsafe { Box::from_raw(ours) });
+        }
         let mut raw = saved;
         // SAFETY: `raw` is an initialised termios.
         unsafe { libc::cfmakeraw(&raw mut raw) };
@@ -70,10 +76,26 @@ impl Drop for RawTerminal {
 
 /// Brings standard input's terminal back to how it was. Any thread, any time, any number of times.
 pub fn restore_terminal() {
-    if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        // SAFETY: `saved` is an initialised termios.
-        unsafe { libc::tcsetattr(0, libc::TCSANOW, &raw const saved) };
+    let saved = restore();
+    if !saved.is_null() {
+        // SAFETY: made from a box, and taken out by this thread alone.
+        drop(unsafe { Box::from_raw(saved) });
     }
+}
+
+/// The same for a signal's handler, after which the process ends (signal-safety(7)): frees nothing.
+pub(crate) fn restore_terminal_in_handler() {
+    let _ = restore();
+}
+
+/// Returns what was saved, which is the caller's now; null if nothing was.
+fn restore() -> *mut libc::termios {
+    let saved = SAVED.swap(ptr::null_mut(), Ordering::AcqRel);
+    if !saved.is_null() {
+        // SAFETY: an initialised termios that nobody else has.
+        unsafe { libc::tcsetattr(0, libc::TCSANOW, saved) };
+    }
+    saved
 }
 
 /// Columns and rows of a terminal's window, from either side of a pty; `None` where there is no terminal, or it has none.
