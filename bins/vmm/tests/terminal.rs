@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
 use serde_json::json;
@@ -83,13 +83,15 @@ fn a_boot_that_fails_leaves_it() {
 fn a_hang_up_that_is_ignored_ends_nothing() {
     let scratch = Scratch::new();
     let socket = scratch.path("api.sock");
-    let mut vmm = Command::new("sh")
+    let vmm = Command::new("sh")
         .args(["-c", "trap '' HUP; exec \"$0\" --api-socket \"$1\""])
         .args([binary(), socket.clone()])
         .spawn()
         .unwrap();
+    let mut vmm = Killed(vmm);
+    let pid = vmm.0.id();
     let signal = |name: &str| {
-        let line = format!("kill -{name} {}", vmm.id());
+        let line = format!("kill -{name} {pid}");
         assert!(Command::new("sh").args(["-c", &line]).status().unwrap().success());
     };
     wait_until(SOON, || UnixStream::connect(&socket).ok(), || "the API socket".to_owned());
@@ -98,7 +100,17 @@ fn a_hang_up_that_is_ignored_ends_nothing() {
         assert_eq!(Api::connect(&socket).get("vmm.ping").status, 200);
     }
     signal("TERM");
-    assert_eq!(vmm.wait().unwrap().code(), Some(0));
+    assert_eq!(vmm.0.wait().unwrap().code(), Some(0));
+}
+
+/// A process that does not outlive the test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Set for the process that is to fail.
