@@ -184,6 +184,19 @@ fn what_was_sent_before_a_client_left_arrives_before_what_the_next_one_sends() {
 }
 
 #[test]
+fn info_tells_where_each_console_is() {
+    let all = |scratch: &Scratch| {
+        let pty = json!({ "mode": "Pty" });
+        let socket = json!({ "mode": "Socket", "socket": scratch.path("console.sock") });
+        json!({ "serial": pty, "console": socket, "debug_console": pty })
+    };
+    let mut rig = Rig::boot(Guest::Halt, &all);
+    let (serial, debug) = (rig.place("serial"), rig.place("debug_console"));
+    assert!(serial.starts_with("/dev/pts") && debug.starts_with("/dev/pts") && serial != debug);
+    assert_eq!(rig.place("console"), rig.scratch.path("console.sock"));
+}
+
+#[test]
 fn ptys_and_sockets_go_from_boot_to_boot() {
     for consoles in [serial_socket, serial_pty] {
         let mut rig = Rig::boot(Guest::Echo, &consoles);

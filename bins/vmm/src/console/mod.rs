@@ -216,8 +216,9 @@ impl Consoles {
         Ok(Self { serial, console, debug, reads_stdin: stdin.0, raw: None })
     }
 
-    /// A guest has them: the user's terminal is in raw mode.
+    /// A guest has them: the user's terminal is in raw mode, and a device that was restored learns the size of its window.
     pub fn attach(&mut self) {
+        self.resized();
         if self.reads_stdin && self.raw.is_none() {
             self.raw = RawTerminal::enter();
         }
