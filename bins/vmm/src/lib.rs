@@ -9,6 +9,8 @@ pub mod doctor;
 pub mod exit;
 pub mod logger;
 pub mod machine;
+pub mod preflight;
 pub mod run;
 pub mod signals;
+pub mod validate;
 pub mod vmm;

@@ -42,7 +42,11 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     let server =
         options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
 
-    let policy = Policy { serves_clients: server.is_some(), verify_state: options.verify_state };
+    let policy = Policy {
+        serves_clients: server.is_some(),
+        verify_state: options.verify_state,
+        reactions: options.reactions,
+    };
     let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
@@ -72,8 +76,8 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     })?;
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
-            vmm.create(checked.config, checked.spec);
-            let booted = vmm.boot();
+            vmm.create(checked);
+            let booted = vmm.boot_now();
             vmm.settle(control);
             booted
         })?;

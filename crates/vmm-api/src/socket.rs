@@ -54,6 +54,23 @@ impl ListeningSocket {
         Ok(Self { listener, _file: file })
     }
 
+    /// Whether [`bind`](Self::bind) would find somebody or something at `path`, or nowhere to make a socket; changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(path: &Path) -> Result<(), BindError> {
+        let fail = |source| BindError::Io { what: "bind", path: path.to_owned(), source };
+        if is_free(path)? {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let folder = fs::metadata(parent.unwrap_or(Path::new("."))).map_err(fail)?;
+            if !folder.is_dir() {
+                return Err(fail(io::ErrorKind::NotADirectory.into()));
+            }
+        }
+        Ok(())
+    }
+
     /// The socket itself.
     pub const fn listener(&self) -> &UnixListener {
         &self.listener
@@ -85,9 +102,18 @@ impl Drop for SocketFile {
 }
 
 fn remove_stale(path: &Path) -> Result<(), BindError> {
+    if is_free(path)? {
+        return Ok(());
+    }
+    let fail = |source| BindError::Io { what: "remove the stale", path: path.to_owned(), source };
+    fs::remove_file(path).map_err(fail)
+}
+
+/// Whether nothing is at `path`; if not, it is a socket that nobody has any more.
+fn is_free(path: &Path) -> Result<bool, BindError> {
     let fail = |what| move |source| BindError::Io { what, path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
         Err(error) => return Err(fail("look at")(error)),
         Ok(metadata) if !metadata.file_type().is_socket() => {
             return Err(BindError::NotASocket(path.to_owned()));
@@ -97,9 +123,7 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
     // Asked as a datagram socket: who lives is seen and, having a socket of another type, notices nothing (connect(2),
     // EPROTOTYPE). A console would take a connection for its client.
     match UnixDatagram::unbound().and_then(|probe| probe.connect(path)) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(fail("remove the stale"))
-        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
         Err(error) if error.raw_os_error() == Some(libc::EPROTOTYPE) => {
             Err(BindError::InUse(path.to_owned()))
         }
@@ -140,6 +164,23 @@ mod tests {
         fs::write(&path, "precious").unwrap();
         assert!(matches!(ListeningSocket::bind(&path), Err(BindError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_check_tells_what_a_bind_would_find_and_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        ListeningSocket::check(&path).unwrap();
+        assert!(!path.exists());
+        assert!(matches!(ListeningSocket::check(&path.join("x")), Err(BindError::Io { what: "bind", .. })));
+        drop(UnixListener::bind(&path).unwrap());
+        ListeningSocket::check(&path).unwrap();
+        assert!(path.exists(), "a stale file is left for the bind");
+        let socket = ListeningSocket::bind(&path).unwrap();
+        assert!(matches!(ListeningSocket::check(&path), Err(BindError::InUse(_))));
+        drop(socket);
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(ListeningSocket::check(&path), Err(BindError::NotASocket(_))));
     }
 
     #[test]
