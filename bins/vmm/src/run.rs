@@ -16,8 +16,8 @@ use crate::exit::ExitCode;
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
-/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
-/// panic restores the terminal and says where it happened.
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic or
+/// crash restores the terminal, and a panic says where it happened.
 pub fn confine() {
     signals::private_files();
     signals::one_heap();
@@ -26,6 +26,7 @@ pub fn confine() {
         restore_terminal();
         report(info);
     }));
+    signals::restore_terminal_in_crashes();
 }
 
 /// Runs until the guest, a client or a signal ends it.
@@ -77,8 +78,12 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
         })?;
         control.add_fd("signals", signals, |vmm, control, signals, _| {
             for signal in signals::take(signals)? {
-                log::info!("ended by signal {signal}");
-                vmm.end(ExitCode::Success);
+                if signal == signals::WINDOW_CHANGED {
+                    vmm.window_changed();
+                } else {
+                    log::info!("ended by signal {signal}");
+                    vmm.end(ExitCode::Success);
+                }
             }
             vmm.settle(control);
             Ok(())

@@ -342,6 +342,9 @@ impl Configured {
             if config.console.mode == ConsoleMode::Pty {
                 config.console.file = path(&consoles.console);
             }
+            if config.debug_console.mode == ConsoleMode::Pty {
+                config.debug_console.file = path(&consoles.debug);
+            }
         }
         config
     }

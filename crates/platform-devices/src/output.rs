@@ -117,6 +117,17 @@ impl Ring {
         self.forget(written.min(self.bytes.len()));
     }
 
+    /// Adds `bytes`; what is too much for `capacity` goes, the oldest first.
+    fn put(&mut self, bytes: &[u8], capacity: usize) {
+        let (skipped, kept) = bytes.split_at(bytes.len().saturating_sub(capacity));
+        let oldest = (self.bytes.len() + kept.len()).saturating_sub(capacity);
+        self.forget(oldest);
+        // Where any are skipped, the ring is empty now.
+        self.start = self.start.wrapping_add(skipped.len() as u64);
+        self.lost = self.lost.saturating_add((oldest + skipped.len()) as u64);
+        self.bytes.extend(kept);
+    }
+
     fn forget(&mut self, count: usize) {
         self.bytes.drain(..count);
         self.start = self.start.wrapping_add(count as u64);
@@ -127,13 +138,7 @@ impl ByteSink for OutputRing {
     fn put(&self, bytes: &[u8]) {
         let mut ring = lock(&self.ring);
         let was_empty = ring.bytes.is_empty();
-        for byte in bytes {
-            if ring.bytes.len() == self.capacity {
-                ring.forget(1);
-                ring.lost += 1;
-            }
-            ring.bytes.push_back(*byte);
-        }
+        ring.put(bytes, self.capacity);
         drop(ring);
         if was_empty && !bytes.is_empty() {
             self.ready.notify();
@@ -203,6 +208,17 @@ mod tests {
         ring.drain(&mut out).unwrap();
         assert_eq!(out, b"abcd");
         assert!(lock(&ring.ring).bytes.capacity() < 64, "memory is bounded");
+    }
+
+    #[test]
+    fn of_more_than_the_ring_holds_the_end_stays() {
+        let ring = OutputRing::new(4, Arc::new(Discard));
+        ring.put(b"ab");
+        ring.put(b"cdefghi");
+        assert_eq!((ring.lost(), lock(&ring.ring).start), (5, 5));
+        let mut out = Vec::new();
+        ring.drain(&mut out).unwrap();
+        assert_eq!(out, b"fghi");
     }
 
     #[test]

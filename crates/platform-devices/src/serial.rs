@@ -1,7 +1,8 @@
 //! The serial port: a 16550A, whose registers are `vm-superio`'s.
 //!
 //! Output goes byte by byte to a [`ByteSink`], input comes through a [`SerialInput`] as far as the receive
-//! FIFO has room.
+//! FIFO has room and the guest wants it: a driver that has opened the port (DTR) and takes RTS back is sent nothing, as by
+//! the other end of a cable with hardware flow control.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -30,6 +31,8 @@ pub const COM1_GSI: u32 = 4;
 const FIFO: usize = 64;
 
 const MCR: u8 = 4;
+const MCR_DTR: u8 = 1;
+const MCR_RTS: u8 = 1 << 1;
 const MCR_LOOP: u8 = 1 << 4;
 
 /// A 16550A.
@@ -54,15 +57,21 @@ impl Serial {
     }
 
     fn enqueue(&mut self, bytes: &[u8]) -> usize {
-        let taken = self.uart.enqueue_raw_bytes(bytes).unwrap_or(0);
+        let taken = if self.holds() { 0 } else { self.uart.enqueue_raw_bytes(bytes).unwrap_or(0) };
         self.starved |= taken < bytes.len();
         self.counts.input.add(taken as u64);
         taken
     }
 
+    /// Whether the guest wants no input now. Without DTR nothing is held back: not every program sets the lines.
+    fn holds(&mut self) -> bool {
+        let control = self.uart.read(MCR);
+        control & MCR_LOOP != 0 || control & (MCR_DTR | MCR_RTS) == MCR_DTR
+    }
+
     /// Tells who waits once the guest took all that was there: a driver reads in bursts.
     fn feed(&mut self) {
-        if self.starved && self.uart.fifo_capacity() == FIFO && self.uart.read(MCR) & MCR_LOOP == 0 {
+        if self.starved && self.uart.fifo_capacity() == FIFO && !self.holds() {
             self.starved = false;
             self.room.notify();
         }
@@ -443,6 +452,26 @@ mod tests {
         assert_eq!(rig.room.take(), 0);
         rig.write(MCR, 0);
         assert_eq!(rig.room.take(), 1);
+    }
+
+    #[test]
+    fn a_driver_holds_input_back_by_its_lines() {
+        let mut rig = rig();
+        rig.write(MCR, MCR_DTR | MCR_RTS);
+        assert_eq!(rig.serial.enqueue(b"a"), 1);
+        rig.write(MCR, MCR_DTR);
+        assert_eq!(rig.serial.enqueue(b"b"), 0);
+        rig.read(0);
+        assert_eq!(rig.room.take(), 0, "there is room, but the driver wants nothing");
+        rig.write(MCR, MCR_DTR | MCR_RTS);
+        assert_eq!(rig.room.take(), 1);
+        assert_eq!(rig.serial.enqueue(b"b"), 1);
+        rig.write(MCR, 0);
+        assert_eq!(
+            rig.serial.enqueue(b"c"),
+            1,
+            "who closed the port, or never set a line, is sent what comes"
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
 //! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
+//! - [`socket`]: listening UNIX sockets with a path.
 
 pub mod client;
 pub mod command;
@@ -19,6 +20,7 @@ pub mod http;
 pub mod info;
 pub mod metrics;
 pub mod options;
+pub mod socket;
 pub mod spec;
 
 #[cfg(doctest)]

@@ -14,6 +14,8 @@
 .set LAPIC, 0xfee00000
 .set CONFIG_ADDRESS, 0xcf8
 .set CONFIG_DATA, 0xcfc
+.set CONSOLE_BAR, 0xd0000000        # in the window for 32-bit BARs
+.set CONSOLE_CONFIG, 0x4000         # of virtio-console's own configuration in its BAR
 .set TRAMPOLINE, 0x40000            # of application processors; nothing of the boot data is there
 .set STARTED, 0x800                 # in the trampoline's page: how many came up
 .set GED_EVENTS, 0xf9000000         # where the ACPI tables say
@@ -29,7 +31,7 @@ tiny_guests_start:
 blob:
     .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
-    .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob
+    .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -390,6 +392,76 @@ select_config:
     mov $CONFIG_ADDRESS, %dx
     out %eax, (%dx)
     mov $CONFIG_DATA, %dx
+    ret
+
+# Counts for ever as fast as it can, eight digits a line; a dot on the debug console for every 16 lines.
+flood:
+    mov $STACK, %esp
+    xor %edi, %edi
+1:  mov %edi, %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    inc %edi
+    test $15, %edi
+    jnz 1b
+    mov $'.', %al
+    mov $DEBUG_CONSOLE, %dx
+    out %al, (%dx)
+    jmp 1b
+
+# Puts virtio-console's registers where 32 bits reach them, and prints the size of its window, rows and columns as four hexadecimal
+# digits each, at first and whenever it is another one.
+console_size:
+    mov $STACK, %esp
+    mov $0x80000000, %edi           # configuration address of the function
+1:  add $0x800, %edi
+    cmp $0x80010000, %edi
+    jae power_off
+    xor %ecx, %ecx
+    call config_read
+    cmp $0x10431af4, %eax
+    jne 1b
+    mov $4, %ecx                    # command: decode nothing
+    xor %eax, %eax
+    call config_write
+    mov $0x10, %ecx
+    mov $CONSOLE_BAR, %eax
+    call config_write
+    mov $0x14, %ecx
+    xor %eax, %eax
+    call config_write
+    mov $4, %ecx
+    mov $2, %eax                    # command: decode memory
+    call config_write
+    xor %edi, %edi
+2:  mov CONSOLE_BAR + CONSOLE_CONFIG, %eax
+    cmp %edi, %eax
+    je 2b
+    mov %eax, %edi
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    jmp 2b
+
+# Reads register ecx of the function edi into eax. Clobbers edx.
+config_read:
+    lea (%edi, %ecx), %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov $CONFIG_DATA, %dx
+    in (%dx), %eax
+    ret
+
+# Writes eax to register ecx of the function edi. Clobbers eax, edx, esi.
+config_write:
+    mov %eax, %esi
+    lea (%edi, %ecx), %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov %esi, %eax
+    mov $CONFIG_DATA, %dx
+    out %eax, (%dx)
     ret
 
 power_off:

@@ -64,11 +64,16 @@ pub enum Guest {
     Nmi,
     /// Prints `ready`, polls the GED until the power button is pressed, prints `button`, and powers off.
     PowerButton,
+    /// Counts for ever as fast as it can, as `Ticker`; a dot on port 0xe9 for every 16 lines.
+    Flood,
+    /// Prints the size of virtio-console's window, rows and columns as four hexadecimal digits each, at first and whenever it is
+    /// another one.
+    ConsoleSize,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -86,6 +91,8 @@ impl Guest {
         Self::Panic,
         Self::Nmi,
         Self::PowerButton,
+        Self::Flood,
+        Self::ConsoleSize,
     ];
 
     /// A name for files.
@@ -109,6 +116,8 @@ impl Guest {
             Self::Panic => "panic",
             Self::Nmi => "nmi",
             Self::PowerButton => "power-button",
+            Self::Flood => "flood",
+            Self::ConsoleSize => "console-size",
         }
     }
 

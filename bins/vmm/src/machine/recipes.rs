@@ -172,9 +172,10 @@ fn console_recipe(identity: &DeviceIdentity, end: &Arc<End>) -> Result<VirtioPci
     let output = Box::new(SinkWriter(end.sink()));
     let device =
         ConsoleDevice::new(identity.id.clone(), output, end.size()).map_err(MachineError::Console)?;
-    let (input, room) = (device.input(), end.room());
+    let (input, window, room) = (device.input(), device.input(), end.room());
     device.on_room(Box::new(move || room.notify()));
-    end.connect(Box::new(move |bytes| input.enqueue(bytes)));
+    let resize = Box::new(move |columns, rows| window.resize(columns, rows));
+    end.connect_window(Box::new(move |bytes| input.enqueue(bytes)), resize);
     Ok(virtio(identity, Box::new(device)))
 }
 

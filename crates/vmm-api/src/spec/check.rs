@@ -51,6 +51,7 @@ impl Checker {
         let rng = identity.map(|identity| RngSpec { identity, source: config.rng.src.clone() });
         let serial = consoles::serial(&config.serial, &mut self);
         let console = consoles::console(&config.console, &mut self);
+        consoles::together(serial.as_ref(), console.as_ref().map(|console| &console.sink), &mut self);
         let debug_console = consoles::debug_console(&config.debug_console, &mut self);
         let pvpanic = config.pvpanic;
         self.count_devices(disks.len() + 1 + usize::from(console.is_some()) + usize::from(pvpanic));

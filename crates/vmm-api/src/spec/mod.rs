@@ -239,6 +239,8 @@ pub enum Sink {
     Pty,
     /// A file; there is no input.
     File(PathBuf),
+    /// A UNIX socket that the VMM listens on; it has one client at a time.
+    Socket(PathBuf),
 }
 
 /// The virtio-console.
