@@ -10,6 +10,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
@@ -33,6 +34,7 @@ pub(crate) struct UringEngine {
     /// Requests that ended without the kernel.
     ready: Vec<Completion>,
     answers: Vec<(u64, i32)>,
+    announces: bool,
     notifier: Notifier,
     raw: Arc<Raw>,
 }
@@ -57,6 +59,7 @@ impl UringEngine {
             free: (0..depth).rev().collect(),
             ready: Vec::new(),
             answers: Vec::with_capacity(depth.into()),
+            announces: true,
             notifier,
             raw,
         })
@@ -117,8 +120,15 @@ impl UringEngine {
 
     /// The kernel is short of something: makes the owner call `reap`, which enters again.
     fn enter_later(&self) -> io::Result<()> {
-        self.notifier.set();
+        self.tell();
         Ok(())
+    }
+
+    /// There is something for `reap` that the kernel does not announce.
+    fn tell(&self) {
+        if self.announces {
+            self.notifier.set();
+        }
     }
 
     /// Waits until the kernel has given every slot back; what is left of the requests is dropped.
@@ -168,7 +178,7 @@ impl Engine for UringEngine {
         }
         if let Some(completion) = self.advance(index) {
             self.ready.push(completion);
-            self.notifier.set();
+            self.tell();
         }
         Ok(())
     }
@@ -181,9 +191,28 @@ impl Engine for UringEngine {
         self.notifier.as_fd()
     }
 
+    fn announce(&mut self, on: bool) -> bool {
+        if self.announces != on {
+            let completion = self.ring.completion();
+            if on {
+                completion.enable_eventfd();
+                // The kernel looks at the switch after it has posted; here it is the other way round.
+                fence(Ordering::SeqCst);
+            } else {
+                completion.disable_eventfd();
+                drop(completion);
+                self.notifier.clear();
+            }
+            self.announces = on;
+        }
+        !self.ready.is_empty() || !self.ring.completion().is_empty() || !self.ring.submission().is_empty()
+    }
+
     fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
-        // Cleared first: what completes after the look at the queue sets it again.
-        self.notifier.clear();
+        if self.announces {
+            // Cleared first: what completes after the look at the queue sets it again.
+            self.notifier.clear();
+        }
         out.append(&mut self.ready);
         self.collect();
         let answers = mem::take(&mut self.answers);
@@ -239,7 +268,7 @@ impl fmt::Debug for UringEngine {
 
 /// A ring with room for `depth` operations.
 fn build(depth: u32) -> io::Result<IoUring> {
-    // The kernel need not interrupt a running thread: `reap` makes a system call before it looks.
+    // The kernel need not interrupt a running thread, which makes a system call sooner or later: it sleeps at least.
     let ring = match IoUring::builder().dontfork().setup_coop_taskrun().build(depth) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             // Before Linux 5.19.
@@ -314,7 +343,7 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::OwnedFd;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
     use std::thread;
 
     use super::*;

@@ -451,6 +451,10 @@ impl Engine for HeldEngine {
         self.completion.as_fd()
     }
 
+    fn announce(&mut self, _: bool) -> bool {
+        !self.state.lock().unwrap().done.is_empty()
+    }
+
     fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         let _ = (&self.completion).read(&mut [0; 64]);
