@@ -410,6 +410,44 @@ mod tests {
         kernel.join().unwrap();
     }
 
+    /// Whether there is an announcement within 10 s, or now.
+    fn announced(engine: &UringEngine, wait: bool) -> bool {
+        let mut poll = libc::pollfd { fd: engine.notifier.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        loop {
+            // SAFETY: one pollfd, as said.
+            match unsafe { libc::poll(&raw mut poll, 1, if wait { 10_000 } else { 0 }) } {
+                // Interrupted by the kernel's own work.
+                -1 => assert_eq!(io::Error::last_os_error().kind(), io::ErrorKind::Interrupted),
+                ready => return ready == 1,
+            }
+        }
+    }
+
+    #[test]
+    fn what_ends_is_announced_as_long_as_the_owner_wants_it() {
+        let (mut engine, mut writer) = on_pipe(2);
+        let mut done = Vec::new();
+        for token in 0..3 {
+            assert!(!engine.announce(false));
+            engine.submit(read(token, Buffers::zeroed(8).unwrap())).unwrap();
+            engine.kick().unwrap();
+            assert!(!engine.announce(true), "nothing has ended yet");
+            writer.write_all(&[1; 8]).unwrap();
+            assert!(announced(&engine, true), "an owner that sleeps is woken");
+            assert!(engine.announce(true), "it is there, too");
+            engine.announce(false);
+            engine.reap(&mut done).unwrap();
+
+            engine.submit(read(token, Buffers::zeroed(8).unwrap())).unwrap();
+            writer.write_all(&[1; 8]).unwrap();
+            engine.kick().unwrap();
+            engine.ring.submit_and_wait(1).unwrap();
+            assert!(!announced(&engine, false), "an owner that is awake is not told");
+            engine.reap(&mut done).unwrap();
+            assert_eq!(done.drain(..).count(), 2);
+        }
+    }
+
     #[test]
     fn a_short_read_is_continued_by_reap() {
         let (mut engine, mut writer) = on_pipe(1);
