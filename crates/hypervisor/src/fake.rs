@@ -513,13 +513,13 @@ impl Vcpu for FakeVcpu {
 
     fn events(&self) -> Result<VcpuEvents> {
         drop(self.fake.enter("KVM_GET_VCPU_EVENTS")?);
-        Ok(VcpuEvents { nmi_pending: self.pending_nmis.get(), ..self.registers.events.clone() })
+        Ok(VcpuEvents { nmi_pending: self.pending_nmis.get(), ..self.registers.events })
     }
 
     fn set_events(&mut self, events: &VcpuEvents) -> Result<()> {
         drop(self.fake.enter("KVM_SET_VCPU_EVENTS")?);
         self.pending_nmis.set(events.nmi_pending);
-        self.registers.events = events.clone();
+        self.registers.events = *events;
         Ok(())
     }
 

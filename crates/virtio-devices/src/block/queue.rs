@@ -16,7 +16,7 @@ use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
 use super::memory::{BufferPool, mark_dirty};
 use super::request::{Command, ID_LEN, Status, parse};
-use crate::chain::{self, Chain, RingError, Span, Table, take_heads, wants_interrupt};
+use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
 use crate::worker::{Next, Task};
 
@@ -79,8 +79,7 @@ pub(super) struct BlockQueue {
     heads: Vec<u16>,
     chain: Chain,
     completions: Vec<Completion>,
-    /// Something was used since the driver was last interrupted, or found not to want it.
-    news: bool,
+    used: Used,
 }
 
 impl BlockQueue {
@@ -104,7 +103,7 @@ impl BlockQueue {
             heads: Vec::new(),
             chain: Chain::default(),
             completions: Vec::new(),
-            news: false,
+            used: Used::default(),
         }
     }
 
@@ -139,11 +138,11 @@ impl BlockQueue {
         let limit = usize::from(segments(self.rings.queue.max_size())) + 2;
         if let Err(error) = self.chain.collect(table, head, limit) {
             self.shared.misused(&error);
-            return self.used(memory, head, 0);
+            return self.used.add(head, 0);
         }
         let Some(status) = self.chain.take_last_byte() else {
             self.shared.misused(&"request without a status byte");
-            return self.used(memory, head, 0);
+            return self.used.add(head, 0);
         };
         match parse(&mut self.chain, memory, self.features) {
             Ok(Command::GetId) => {
@@ -317,25 +316,62 @@ impl BlockQueue {
     /// Writes the status byte and gives the chain back; `len` is what was written besides.
     fn answer(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, answer: Status, len: u32) {
         match chain::write(memory, &[Span { address: status, len: 1 }], &[answer as u8]) {
-            Ok(_) => self.used(memory, head, len.saturating_add(1)),
+            Ok(_) => self.used.add(head, len.saturating_add(1)),
             Err(error) => {
                 self.shared.misused(&error);
-                self.used(memory, head, 0);
+                self.used.add(head, 0);
             }
         }
     }
 
-    fn used(&mut self, memory: &GuestRam, head: u16, len: u32) {
-        self.news = true;
-        if let Err(error) = self.rings.queue.add_used(memory, head, len) {
+    fn publish(&mut self, memory: &GuestRam) {
+        if let Err(error) = self.used.publish(&mut self.rings.queue, memory) {
             self.shared.misused(&error);
         }
     }
 
     fn interrupt(&mut self, memory: &GuestRam) {
-        if std::mem::take(&mut self.news) && wants_interrupt(&mut self.rings.queue, memory) {
+        if self.used.wants_interrupt(&self.rings.queue, memory) {
             self.rings.interrupt.queue(self.rings.index);
         }
+    }
+
+    /// Rounds of work until there is nothing to do, or other things want to be looked at.
+    fn rounds(&mut self, stopping: bool) -> Next {
+        let memory = self.memory.view().into_inner();
+        // How often in a row there was nothing to do.
+        let mut idle = 0;
+        for _ in 0..ROUNDS {
+            let reaped = self.reap(&memory);
+            // Before what is new is begun, which may take its time.
+            self.publish(&memory);
+            let taken = if stopping { Ok(0) } else { self.take(&memory) };
+            self.publish(&memory);
+            self.interrupt(&memory);
+            match taken {
+                _ if reaped > 0 => idle = 0,
+                Ok(0) if stopping => return if self.flights.is_empty() { Next::Idle } else { Next::Wait },
+                Ok(0) if self.flights.room() == 0 => return Next::Wait,
+                // The driver has just been answered, and is likely to come back before a sleep is worth it.
+                Ok(0) if idle < POLLS && self.flights.is_empty() => {
+                    idle += 1;
+                    std::thread::yield_now();
+                }
+                Ok(0) => match self.rings.queue.enable_notification(&*memory) {
+                    Ok(true) if idle <= POLLS => idle = POLLS + 1,
+                    _ => return Next::Wait,
+                },
+                Ok(_) => idle = 0,
+                // The driver's next kick may come with sense.
+                Err(_) => return Next::Wait,
+            }
+        }
+        Next::Again
+    }
+
+    /// See [`Engine::announce`].
+    fn announce(&mut self, on: bool) -> bool {
+        self.engine.as_mut().is_some_and(|engine| engine.announce(on))
     }
 }
 
@@ -377,32 +413,12 @@ impl Task for BlockQueue {
     }
 
     fn work(&mut self, stopping: bool) -> Next {
-        let memory = self.memory.view().into_inner();
-        // How often in a row there was nothing to do.
-        let mut idle = 0;
-        for _ in 0..ROUNDS {
-            let reaped = self.reap(&memory);
-            let taken = if stopping { Ok(0) } else { self.take(&memory) };
-            self.interrupt(&memory);
-            match taken {
-                _ if reaped > 0 => idle = 0,
-                Ok(0) if stopping => return if self.flights.is_empty() { Next::Idle } else { Next::Wait },
-                Ok(0) if self.flights.room() == 0 => return Next::Wait,
-                // The driver has just been answered, and is likely to come back before a sleep is worth it.
-                Ok(0) if idle < POLLS && self.flights.is_empty() => {
-                    idle += 1;
-                    std::thread::yield_now();
-                }
-                Ok(0) => match self.rings.queue.enable_notification(&*memory) {
-                    Ok(true) if idle <= POLLS => idle = POLLS + 1,
-                    _ => return Next::Wait,
-                },
-                Ok(_) => idle = 0,
-                // The driver's next kick may come with sense.
-                Err(_) => return Next::Wait,
-            }
+        // As long as it works it looks by itself.
+        self.announce(false);
+        match self.rounds(stopping) {
+            Next::Wait if self.announce(true) => Next::Again,
+            next => next,
         }
-        Next::Again
     }
 
     fn into_queues(self) -> Vec<Queue> {
