@@ -66,6 +66,13 @@ fn of_the_server(rig: &Rig) -> Vec<Code> {
         raw(rig, &format!("PUT /api/v1/vm.create HTTP/1.1\r\n{ASKS}Content-Length: 99999999\r\n\r\n")),
         raw(rig, &format!("GET /{long} HTTP/1.1\r\n\r\n")),
         raw(rig, "GET /api/v1/vmm.ping HTTP/2.0\r\n\r\n"),
+        {
+            // One stream is all that there may be.
+            let mut stream = rig.wire();
+            stream.send("GET /api/v1/vmm.events HTTP/1.1\r\n\r\n");
+            assert!(stream.answer_or_end());
+            request(rig, "GET", "vmm.events", "", "")
+        },
         // The rest never comes.
         raw(rig, "GET /api/v1/vmm.ping HTT"),
     ]
@@ -107,7 +114,8 @@ fn of_devices() -> [Code; 3] {
 
 #[test]
 fn every_code_is_produced_or_reserved() {
-    let rig = Rig::new(Config { request_timeout: Duration::from_millis(300), ..Config::default() });
+    let rig =
+        Rig::new(Config { request_timeout: Duration::from_millis(300), max_streams: 1, ..Config::default() });
     let lists = [of_the_server(&rig), of_the_vm(&rig), of_devices().to_vec()];
     let produced: BTreeSet<Code> = lists.into_iter().flatten().collect();
     let expected = Code::ALL.into_iter().filter(|code| !code.is_reserved()).collect();

@@ -2,8 +2,7 @@
 
 use super::command;
 use crate::config::LogLevelConfig;
-use crate::info::{OpenMetrics, PingReply};
-use crate::openapi::Document;
+use crate::info::{JsonText, OpenMetrics, PingReply};
 
 command! {
     /// Says that the VMM is there, and its version.
@@ -17,7 +16,7 @@ command! {
 
 command! {
     /// Gives the OpenAPI document of this API.
-    OpenApi(()) -> Document, Get "vmm.openapi", OpenApi
+    OpenApi(()) -> JsonText, Get "vmm.openapi", OpenApi
 }
 
 command! {

@@ -13,9 +13,9 @@ pub use errors::errors_markdown;
 pub use operation::Operation;
 pub use schema::Components;
 
-use crate::command::{Decode, Encode, Incoming, JSON, decode_json};
 use crate::config::wire::Wire;
-use crate::error::{ApiError, Code};
+use crate::error::Code;
+use crate::events::EVENTS_ROUTE;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -63,7 +63,7 @@ impl<T: Wire> Described for T {
     }
 }
 
-/// The document of a table: the same rows in any order give the same document.
+/// The document of a table, and of the stream of events: the same rows in any order give the same document.
 #[must_use]
 pub fn document(operations: &[Operation]) -> Value {
     let mut components = Components::default();
@@ -72,6 +72,8 @@ pub fn document(operations: &[Operation]) -> Value {
         let path = paths.entry(format!("/{}", operation.name)).or_default();
         path.insert(operation.method.name().to_ascii_lowercase(), operation.describe(&mut components));
     }
+    let events = Map::from_iter([("get".to_owned(), operation::events(&mut components))]);
+    paths.insert(format!("/{EVENTS_ROUTE}"), events);
     json!({
         "openapi": "3.0.3",
         "info": {
@@ -87,50 +89,4 @@ pub fn document(operations: &[Operation]) -> Value {
         "paths": paths,
         "components": components.finish(),
     })
-}
-
-/// The document as a reply: text that is made once, for making it takes milliseconds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Document {
-    json: Vec<u8>,
-}
-
-impl Document {
-    /// The document of a table.
-    #[must_use]
-    pub fn of(operations: &[Operation]) -> Self {
-        Self { json: document(operations).to_string().into_bytes() }
-    }
-
-    /// The document, read.
-    ///
-    /// # Errors
-    /// What another VMM sent is not JSON.
-    pub fn value(&self) -> Result<Value, ApiError> {
-        decode_json(&self.json)
-    }
-}
-
-impl Decode for Document {
-    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
-        Ok(Self { json: incoming.body })
-    }
-}
-
-impl Encode for Document {
-    const MEDIA_TYPE: &'static str = JSON;
-
-    fn encode(&self) -> Result<Vec<u8>, ApiError> {
-        Ok(self.json.clone())
-    }
-}
-
-impl Described for Document {
-    fn form(_components: &mut Components) -> Form {
-        Form::Always(json!({
-            "type": "object",
-            "description": "This document.",
-            "required": ["openapi", "info", "paths"],
-        }))
-    }
 }

@@ -2,6 +2,8 @@
 
 use crate::command::{Command, Method};
 use crate::error::{Code, Problem, reason_phrase};
+use crate::events::{EventRoute, Journal};
+use crate::http::stream::StreamRoute;
 use crate::openapi::{Components, Described, Form};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -114,15 +116,46 @@ impl Operation {
                 add(200, content(media_type, json!({ "type": "string" })));
             }
         }
-        let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
-        for code in self.codes() {
-            by_status.entry(code.status()).or_default().push(code);
-        }
-        for (status, codes) in by_status {
-            add(status, error_response(status, &codes, components));
-        }
+        responses.extend(errors(self.codes(), components));
         responses
     }
+}
+
+/// The stream of events. It is no command: it does not pass the host, and has parameters.
+pub(super) fn events(components: &mut Components) -> Value {
+    let parameter = |name: &str, description: &str, schema: Value| json!({ "name": name, "in": "query", "description": description, "schema": schema });
+    let route = EventRoute(Journal::default());
+    let codes = ANY_REQUEST.iter().chain(&[Code::TooManyStreams]).copied().collect();
+    let mut responses = Map::new();
+    responses.extend(errors(codes, components));
+    responses.insert(
+        "200".to_owned(),
+        json!({
+            "description": "A JSON object a line, for each event.",
+            "content": { route.media_type(): { "schema": { "type": "string" } } },
+        }),
+    );
+    json!({
+        "summary": route.doc(),
+        "operationId": "get-eventsVMM",
+        "parameters": [
+            parameter("from", "The number of the first event that is told, or `next`.", json!({ "type": "string", "pattern": "^([0-9]+|next)$", "default": "1" })),
+            parameter("follow", "Whether the stream goes on after what is there.", json!({ "type": "boolean", "default": true })),
+        ],
+        "x-phases": Phase::ALL.map(Phase::name),
+        "responses": responses,
+    })
+}
+
+/// The responses for `codes`, by status.
+fn errors(codes: BTreeSet<Code>, components: &mut Components) -> Vec<(String, Value)> {
+    let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
+    for code in codes {
+        by_status.entry(code.status()).or_default().push(code);
+    }
+    let response =
+        |(status, codes): (u16, Vec<Code>)| (status.to_string(), error_response(status, &codes, components));
+    by_status.into_iter().map(response).collect()
 }
 
 fn request_body(body: Form) -> Option<Value> {

@@ -8,7 +8,7 @@ use crate::commands::device::Added;
 use crate::commands::vm::{CreateRequest, ValidateRequest};
 use crate::config::{FaultKind, VmConfig};
 use crate::error::{Code, Problem};
-use crate::info::{CountersReply, JsonDocument, OpenMetrics, PingReply, ValidateReply, VmInfo, VmState};
+use crate::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo, VmState};
 use crate::openapi::{Components, Described, Form, TABLE_FAULTS};
 use serde_json::{Map, Value, json};
 use vmm_state::Phase;
@@ -189,7 +189,7 @@ impl Described for Added {
     }
 }
 
-impl Described for JsonDocument {
+impl Described for JsonText {
     fn form(_components: &mut Components) -> Form {
         Form::Always(json!({ "type": "object", "description": "A document of a form that others define." }))
     }
