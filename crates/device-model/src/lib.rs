@@ -9,6 +9,7 @@
 //! - [`interrupt`]: lines, MSI vectors, and who gives them;
 //! - [`doorbell`]: guest writes that become an eventfd signal without leaving the kernel;
 //! - [`dirty`]: sources of dirty guest pages;
+//! - [`thread`]: what a thread is for, and what is done to it before it begins;
 //! - [`recipe`]: a checked description of a device that can be built, and the resources it is built from.
 //!
 //! Lock order, for everybody: bus map (writers only), then PCI configuration space, then the device.
@@ -23,6 +24,7 @@ pub mod interrupt;
 pub mod once;
 pub mod recipe;
 pub mod testing;
+pub mod thread;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -12,6 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
 use vmm_device_model::once::Once;
+use vmm_device_model::thread::ThreadKind;
 use vmm_snapshot::RecordError;
 
 use crate::chain::{self, Chain, RingError, Table, take_head, wants_interrupt};
@@ -21,6 +22,9 @@ use crate::worker::{Next, Task, Workers};
 
 /// Where entropy comes from unless something else is asked for.
 pub const DEFAULT_SOURCE: &str = "/dev/urandom";
+
+/// What its thread is.
+pub const THREAD: ThreadKind = ThreadKind("virtio-rng");
 
 const DEVICE_TYPE: u32 = 4;
 const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -86,13 +90,13 @@ impl VirtioDevice for RngDevice {
     }
 
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
-        let Start { memory, features: _, queues, interrupt } = start;
+        let Start { memory, features: _, queues, interrupt, threads } = start;
         for queue in queues {
             let (id, source, once) = (self.id.clone(), Arc::clone(&self.source), Arc::clone(&self.once));
             let (memory, interrupt) = (memory.clone(), Arc::clone(&interrupt));
             let bytes = vec![0; MAX_REQUEST];
             let task = RngTask { id, memory, queue, interrupt, source, once, chain: Chain::default(), bytes };
-            self.workers.spawn(&self.id, task)?;
+            self.workers.spawn(&self.id, (&threads, THREAD), task)?;
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::time::Instant;
 use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::once::Once;
+use vmm_device_model::thread::ThreadKind;
 use vmm_snapshot::RecordError;
 
 pub use input::ConsoleInput;
@@ -24,6 +25,9 @@ use crate::chain::Chain;
 use crate::device::{DeviceConfig, Start, VirtioDevice};
 use crate::transport::{VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1};
 use crate::worker::Workers;
+
+/// What its thread is.
+pub const THREAD: ThreadKind = ThreadKind("virtio-console");
 
 const DEVICE_TYPE: u32 = 3;
 const F_SIZE: u64 = 1;
@@ -86,7 +90,7 @@ impl VirtioDevice for ConsoleDevice {
     }
 
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
-        let Start { memory, features, queues, interrupt } = start;
+        let Start { memory, features, queues, interrupt, threads } = start;
         let task = ConsoleTask {
             id: self.id.clone(),
             memory,
@@ -97,7 +101,7 @@ impl VirtioDevice for ConsoleDevice {
             once: Arc::clone(&self.once),
             chain: Chain::default(),
         };
-        self.workers.spawn(&self.id, task)?;
+        self.workers.spawn(&self.id, (&threads, THREAD), task)?;
         if features & F_SIZE != 0 {
             self.input.attach(interrupt);
         }

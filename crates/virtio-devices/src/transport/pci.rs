@@ -8,6 +8,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::once::Once;
+use vmm_device_model::thread::ThreadHook;
 use vmm_pci::bdf::Bdf;
 use vmm_pci::host_bridge::Attachment;
 use vmm_snapshot::RecordError;
@@ -29,12 +30,20 @@ pub struct VirtioPci {
     device: Box<dyn VirtioDevice>,
     front: Arc<Mutex<Front>>,
     attachment: Attachment,
-    memory: DmaMemory,
-    attention: Arc<dyn Attention>,
+    host: Host,
     threads: Threads,
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
     slow_stop: Once,
+}
+
+/// What a device works with, whatever its driver does.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) memory: DmaMemory,
+    pub(super) attention: Arc<dyn Attention>,
+    /// What the device's threads go through.
+    pub(super) threads: Arc<dyn ThreadHook>,
 }
 
 /// Who has the queues.
@@ -54,16 +63,14 @@ impl VirtioPci {
         device: Box<dyn VirtioDevice>,
         front: Arc<Mutex<Front>>,
         attachment: Attachment,
-        memory: DmaMemory,
-        attention: Arc<dyn Attention>,
+        host: Host,
     ) -> Self {
         Self {
             id,
             device,
             front,
             attachment,
-            memory,
-            attention,
+            host,
             threads: Threads::Idle,
             quiesced: false,
             slow_stop: Once::new(),
@@ -119,7 +126,7 @@ impl VirtioPci {
                 if self.slow_stop.first() {
                     log::warn!("virtio device {} takes long to stop: {e}", self.id);
                 }
-                self.attention.request();
+                self.host.attention.request();
                 Ok(())
             }
             done => done,
@@ -150,7 +157,7 @@ impl VirtioPci {
     fn frozen(&self) -> Result<Start, DeviceError> {
         let front = self.front();
         let features = front.common.agreed();
-        let view = self.memory.view();
+        let view = self.host.memory.view();
         let mut queues = Vec::new();
         let configured = (0_u16..).zip(&front.common.queues).zip(&front.kicks);
         for ((index, config), kick) in configured.filter(|((_, config), _)| config.enabled) {
@@ -162,7 +169,8 @@ impl VirtioPci {
             queues.push(StartQueue { index, queue, kick });
         }
         let interrupt = Arc::clone(&front.interrupt) as _;
-        Ok(Start { memory: self.memory.clone(), features, queues, interrupt })
+        let Host { memory, threads, .. } = &self.host;
+        Ok(Start { memory: memory.clone(), features, queues, interrupt, threads: Arc::clone(threads) })
     }
 
     fn begin_stop(&mut self) {
@@ -249,7 +257,7 @@ impl SaveState for VirtioPci {
             return Err(RecordError::invalid::<VirtioPciV1>("the device is running"));
         }
         self.quiesced = true;
-        self.front().restore(self.device.device_type(), &state, &self.memory)?;
+        self.front().restore(self.device.device_type(), &state, &self.host.memory)?;
         self.device.restore_record(&state.device)?;
         self.attachment.sync_bars();
         Ok(())

@@ -179,7 +179,7 @@ impl Rig {
             control_loop.run().unwrap();
         });
         let socket = ApiSocket::bind(&path).unwrap();
-        let server = Server::new(socket, &TABLE, requests, config).unwrap().start(|| ()).unwrap();
+        let server = Server::new(socket, &TABLE, requests, config).unwrap().start(|| Ok(())).unwrap();
         let stopper = stopper.recv().unwrap();
         Self { path, folder: Some(folder), server: Some(server), host: Some(host), stopper, releases }
     }
