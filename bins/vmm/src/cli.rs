@@ -47,6 +47,8 @@ pub struct RunOptions {
     pub log: LogOptions,
     /// What a system call outside the filters leads to.
     pub seccomp: SeccompMode,
+    /// Paths are not confined where nobody asks for it.
+    pub no_landlock: bool,
     /// What happens to unknown fields in the bodies of requests.
     pub unknown_fields: UnknownFields,
     /// At every pause, all state is saved, reset, restored and compared.
@@ -65,9 +67,11 @@ pub enum ApiSocketArg {
 /// What a system call outside the filters leads to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SeccompMode {
-    /// The end of the process, by SIGSYS.
+    /// The end of the process, with a status of its own.
     #[default]
     Enforce,
+    /// The error EPERM.
+    Errno,
     /// A line in the kernel's audit log.
     Log,
     /// Nothing: there are no filters.
@@ -107,7 +111,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
     if faults.is_empty() {
         let verify_state = matches.get_flag("verify-state");
-        let options = RunOptions { config, api_socket, log, seccomp, unknown_fields, verify_state };
+        let no_landlock = matches.get_flag("no-landlock");
+        let options =
+            RunOptions { config, api_socket, log, seccomp, no_landlock, unknown_fields, verify_state };
         Ok(Invocation::Run(Box::new(options)))
     } else {
         Err(UsageError::Faults(faults))

@@ -10,5 +10,6 @@ pub mod exit;
 pub mod logger;
 pub mod machine;
 pub mod run;
+pub mod sandbox;
 pub mod signals;
 pub mod vmm;

@@ -7,6 +7,7 @@
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::thread;
@@ -47,17 +48,27 @@ pub enum LogError {
     Again,
 }
 
+/// Where the log is, for who cannot use it: a signal's handler.
+#[derive(Debug, Clone, Copy)]
+pub struct LogPlace {
+    /// Where lines are written to. It stays open.
+    pub descriptor: RawFd,
+    /// From when times count.
+    pub start: Instant,
+}
+
 /// Sets up the log of this process, once. Times count from here.
 ///
 /// # Errors
 ///
 /// The file cannot be opened, or there is a log already.
-pub fn init(options: &LogOptions) -> Result<(), LogError> {
+pub fn init(options: &LogOptions) -> Result<LogPlace, LogError> {
     let logger = Logger { start: Instant::now(), level: options.level, output: Output::open(options)? };
+    let place = LogPlace { descriptor: logger.output.descriptor(), start: logger.start };
     // It lives as long as the process, as every log does.
     log::set_logger(Box::leak(Box::new(logger))).map_err(|_| LogError::Again)?;
     log::set_max_level(options.level);
-    Ok(())
+    Ok(place)
 }
 
 #[derive(Debug)]
@@ -98,6 +109,13 @@ impl Output {
         };
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
         file.map(Self::File).map_err(|source| LogError::Open { path: path.clone(), source })
+    }
+
+    fn descriptor(&self) -> RawFd {
+        match self {
+            Self::Stderr => libc::STDERR_FILENO,
+            Self::File(file) => file.as_raw_fd(),
+        }
     }
 
     /// Both are unbuffered: a line is one write(2), unless the system takes only a part.

@@ -4,18 +4,24 @@ use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
 use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
+use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
-use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
+use crate::cli::{ApiSocketArg, RunOptions};
 use crate::console::restore_terminal;
 use crate::exit::ExitCode;
+use crate::logger::LogPlace;
+use crate::sandbox::{API_THREAD, CONTROL_THREAD, PathPolicy, Sandbox, filters, report_violations};
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
 /// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
-/// panic restores the terminal and says where it happened.
-pub fn confine() {
+/// panic or a forbidden system call restores the terminal and says where it happened.
+///
+/// # Errors
+/// The signal of a forbidden system call cannot be received.
+pub fn confine(log: LogPlace) -> Result<(), RunError> {
     signals::private_files();
     signals::one_heap();
     let report = std::panic::take_hook();
@@ -23,6 +29,7 @@ pub fn confine() {
         restore_terminal();
         report(info);
     }));
+    report_violations(log).map_err(RunError::Violations)
 }
 
 /// Runs until the guest, a client or a signal ends it.
@@ -32,17 +39,21 @@ pub fn confine() {
 pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
-    if options.seccomp != SeccompMode::Off {
-        log::info!("filters of system calls are not built yet: none is in force");
-    }
+    let threads = filters::hook(options.seccomp);
     let hypervisor = Arc::new(Kvm::open()?);
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
-    let server =
-        options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
+    let api = |socket| serve(socket, requests, options.unknown_fields, Arc::clone(&threads));
+    let server = options.api_socket.map(api).transpose()?;
 
     let policy = Policy { serves_clients: server.is_some(), verify_state: options.verify_state };
-    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
+    let paths = match (&server, options.no_landlock) {
+        (Some(_), _) => PathPolicy::AsConfigured,
+        (None, false) => PathPolicy::Always,
+        (None, true) => PathPolicy::Never,
+    };
+    let sandbox = Sandbox::new(Arc::clone(&threads), paths);
+    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy).confined(sandbox))?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
         control.add_mailbox("machine", machines, |vmm, control, message| {
@@ -65,6 +76,7 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         })?;
         Ok(())
     })?;
+    threads.begin(CONTROL_THREAD).map_err(RunError::Confine)?;
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
             vmm.create(checked.config, checked.spec);
@@ -87,6 +99,7 @@ fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
     unknown_fields: vmm_api::config::UnknownFields,
+    threads: Arc<dyn ThreadHook>,
 ) -> Result<ServerHandle, RunError> {
     let socket = match socket {
         ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
@@ -96,7 +109,7 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    Ok(Server::new(socket, &TABLE, requests, config)?.start(|| ())?)
+    Ok(Server::new(socket, &TABLE, requests, config)?.start(move || threads.begin(API_THREAD))?)
 }
 
 /// The VMM cannot run.
@@ -106,6 +119,12 @@ pub enum RunError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[from] SignalError),
+    /// The signal of a forbidden system call cannot be received.
+    #[error("cannot receive SIGSYS")]
+    Violations(#[source] std::io::Error),
+    /// The control thread cannot be confined.
+    #[error("cannot confine the control thread (`--seccomp false` runs without filters)")]
+    Confine(#[source] std::io::Error),
     /// KVM cannot be used.
     #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
     Kvm(#[from] OpenError),

@@ -15,6 +15,7 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_api::spec::MachineSpec;
 use vmm_cpu_manager::set::VcpuEventKind;
+use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{Control, Mailbox};
 use vmm_hypervisor::Hypervisor;
 use vmm_platform_devices::events::SystemEvent;
@@ -23,6 +24,8 @@ use vmm_state::{EventCell, GuestEvent, Phase, VmSlot, on_guest_event};
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::exit::ExitCode;
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
+use crate::sandbox::Sandbox;
+use crate::sandbox::landlock::LandlockError;
 use inputs::Inputs;
 
 /// The commands that this VMM carries out.
@@ -62,6 +65,7 @@ pub struct Vmm {
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    sandbox: Sandbox,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -86,7 +90,14 @@ impl Vmm {
             inputs: Inputs::default(),
             ending: None,
             policy,
+            sandbox: Sandbox::default(),
         }
+    }
+
+    /// The same, in a sandbox.
+    #[must_use]
+    pub fn confined(self, sandbox: Sandbox) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Why the process is to end, if it is.
@@ -115,10 +126,21 @@ impl Vmm {
     /// # Errors
     /// The machine cannot be built; the VM is as it was.
     pub fn boot(&mut self) -> Result<(), VmmError> {
+        self.try_boot().map_err(|error| match self.sandbox.may_have_refused(&error) {
+            true => VmmError::Refused { source: Box::new(error) },
+            false => error,
+        })
+    }
+
+    fn try_boot(&mut self) -> Result<(), VmmError> {
         self.machines += 1;
         let post = EventPost { machine: self.machines, mailbox: self.post.clone() };
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post)?;
+        let confined = self.sandbox.confine_paths(&configured.spec);
+        let threads = self.sandbox.threads();
+        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post, threads)?;
+        // Without one of its paths the machine was not built, which said more of the reason.
+        confined?;
         consoles.attach();
         machine.start();
         self.inputs.want(consoles);
@@ -270,10 +292,11 @@ impl Configured {
         &mut self,
         hypervisor: &dyn Hypervisor,
         post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
     ) -> Result<(Machine, &mut Consoles), VmmError> {
         let (mut consoles, fresh) = match self.consoles.take() {
             Some(consoles) => (consoles, false),
-            None => (Consoles::open(&self.spec)?, true),
+            None => (Consoles::open(&self.spec, threads)?, true),
         };
         let end = |console: &Option<Console>| console.as_ref().map(Console::end);
         let ports = Ports {
@@ -281,7 +304,7 @@ impl Configured {
             console: end(&consoles.console),
             debug: end(&consoles.debug),
         };
-        match Machine::build(hypervisor, &self.spec, &ports, post) {
+        match Machine::build(hypervisor, &self.spec, &ports, post, threads) {
             Ok(machine) => Ok((machine, self.consoles.insert(consoles))),
             Err(error) => {
                 consoles.detach();
@@ -377,6 +400,16 @@ pub enum VmmError {
     /// There is nothing to act on; admission keeps this from happening.
     #[error("there is no VM")]
     NoVm,
+    /// The paths of the VM cannot be confined.
+    #[error("cannot confine the VM's paths")]
+    Landlock(#[from] LandlockError),
+    /// A path was refused while Landlock is in force.
+    #[error("landlock confines this process to the paths of its VM's first boot (see docs/security.md)")]
+    Refused {
+        /// What was refused.
+        #[source]
+        source: Box<VmmError>,
+    },
     /// The consoles cannot be opened.
     #[error("consoles")]
     Console(#[from] ConsoleError),

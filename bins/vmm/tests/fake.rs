@@ -2,10 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 use std::path::Path;
+use std::sync::Arc;
 
 use vmm::machine::{EventPost, Machine, MachineError, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::{MachineSpec, parse_and_check};
+use vmm_device_model::thread::{ThreadHook, Unconfined};
 use vmm_epoll::mailbox;
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_tests::tiny::Guest;
@@ -28,7 +30,8 @@ fn spec(folder: &Path) -> MachineSpec {
 
 fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
     let (mailbox, _inbox) = mailbox().unwrap();
-    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox })
+    let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
+    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox }, &threads)
 }
 
 fn life(fake: &Fake, spec: &MachineSpec) -> Result<(), MachineError> {

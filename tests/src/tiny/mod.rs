@@ -58,11 +58,14 @@ pub enum Guest {
     Crash,
     /// Prints `boot` and goes to the firmware's reset vector: at each boot.
     BiosReset,
+    /// Drives every virtio disk, random source and console: prints `disk ` and the status of a read, a write, a flush, a discard
+    /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
+    Drivers,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -77,6 +80,7 @@ impl Guest {
         Self::DebugConsole,
         Self::Crash,
         Self::BiosReset,
+        Self::Drivers,
     ];
 
     /// A name for files.
@@ -97,6 +101,7 @@ impl Guest {
             Self::DebugConsole => "debug-console",
             Self::Crash => "crash",
             Self::BiosReset => "bios-reset",
+            Self::Drivers => "drivers",
         }
     }
 

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_api::spec::{MachineSpec, Sink};
+use vmm_device_model::thread::ThreadHook;
 use vmm_platform_devices::output::{ByteSink, Discard, Notify};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use output::OutputThread;
-pub use sys::{RawTerminal, restore_terminal};
+pub use sys::{RawTerminal, restore_terminal, restore_terminal_in_handler};
 
 /// Puts bytes into a device; returns how many it took.
 pub type Enqueue = Box<dyn Fn(&[u8]) -> usize + Send + Sync>;
@@ -119,16 +120,16 @@ impl Consoles {
     ///
     /// # Errors
     /// A file or terminal cannot be opened; what was opened is closed again.
-    pub fn open(spec: &MachineSpec) -> Result<Self, ConsoleError> {
-        let mut stdin = StdinOnce(false);
+    pub fn open(spec: &MachineSpec, threads: &Arc<dyn ThreadHook>) -> Result<Self, ConsoleError> {
+        let mut from = Origin { stdin: StdinOnce(false), threads };
         // The interactive console gets the terminal's input before the serial port.
-        let console = spec.console.as_ref().map(|c| Console::open("console", &c.sink, &mut stdin));
+        let console = spec.console.as_ref().map(|c| Console::open("console", &c.sink, &mut from));
         let console = console.transpose()?;
         let serial =
-            spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut stdin)).transpose()?;
-        let debug = spec.debug_console.as_ref().map(|c| Console::open("debug-console", &c.sink, &mut stdin));
+            spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut from)).transpose()?;
+        let debug = spec.debug_console.as_ref().map(|c| Console::open("debug-console", &c.sink, &mut from));
         let debug = debug.transpose()?;
-        Ok(Self { serial, console, debug, reads_stdin: stdin.0, raw: None })
+        Ok(Self { serial, console, debug, reads_stdin: from.stdin.0, raw: None })
     }
 
     /// A guest has them: the user's terminal is in raw mode.
@@ -150,6 +151,12 @@ impl Consoles {
     }
 }
 
+/// What consoles are opened with.
+struct Origin<'a> {
+    stdin: StdinOnce,
+    threads: &'a Arc<dyn ThreadHook>,
+}
+
 /// Standard input goes to one console.
 struct StdinOnce(bool);
 
@@ -163,24 +170,25 @@ impl StdinOnce {
 }
 
 impl Console {
-    fn open(name: &'static str, sink: &Sink, stdin: &mut StdinOnce) -> Result<Self, ConsoleError> {
+    fn open(name: &'static str, sink: &Sink, from: &mut Origin<'_>) -> Result<Self, ConsoleError> {
+        let threads = from.threads;
         let failed = |what| move |source| ConsoleError { name, what, source };
         match sink {
             Sink::Null => Self::silent().map_err(failed("set up")),
             Sink::Tty => {
                 let out = sys::for_writing(&io::stdout()).map_err(failed("use the terminal for"))?;
-                Self::with(name, out, stdin.take(), None).map_err(failed("set up"))
+                Self::with((name, threads), out, from.stdin.take(), None).map_err(failed("set up"))
             }
             Sink::File(path) => {
                 let out = create(path).map_err(failed("open the file of"))?;
-                Self::with(name, out, None, None).map_err(failed("set up"))
+                Self::with((name, threads), out, None, None).map_err(failed("set up"))
             }
             Sink::Pty => {
                 let pair = sys::open_pty().map_err(failed("create a pty for"))?;
                 let out = pair.main.try_clone().map_err(failed("create a pty for"))?;
                 let pty = Pty { path: pair.path, _other: pair.other };
                 log::info!("{name}: {}", pty.path.display());
-                Self::with(name, out, Some(pair.main), Some(pty)).map_err(failed("set up"))
+                Self::with((name, threads), out, Some(pair.main), Some(pty)).map_err(failed("set up"))
             }
         }
     }
@@ -194,8 +202,13 @@ impl Console {
         Ok(Self { end: Arc::new(end), input: None, pty: None, _output: None })
     }
 
-    fn with(name: &str, out: File, input: Option<File>, pty: Option<Pty>) -> io::Result<Self> {
-        let (output, ring) = OutputThread::start(name, out)?;
+    fn with(
+        (name, threads): (&str, &Arc<dyn ThreadHook>),
+        out: File,
+        input: Option<File>,
+        pty: Option<Pty>,
+    ) -> io::Result<Self> {
+        let (output, ring) = OutputThread::start(name, out, threads)?;
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let end = Arc::new(End { sink: ring, room, device: Mutex::default() });
         Ok(Self { end, input, pty, _output: Some(output) })

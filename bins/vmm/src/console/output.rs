@@ -8,10 +8,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use vmm_device_model::thread::{self, ThreadHook};
 use vmm_platform_devices::output::{Drained, OutputRing};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::sys;
+use crate::sandbox::OUTPUT_THREAD;
 
 /// Bytes that wait for a slow reader before the oldest are lost.
 const RING: usize = 256 << 10;
@@ -30,7 +32,11 @@ pub(super) struct OutputThread {
 }
 
 impl OutputThread {
-    pub(super) fn start(name: &str, out: File) -> io::Result<(Self, Arc<OutputRing>)> {
+    pub(super) fn start(
+        name: &str,
+        out: File,
+        hook: &Arc<dyn ThreadHook>,
+    ) -> io::Result<(Self, Arc<OutputRing>)> {
         let flags = EFD_NONBLOCK | EFD_CLOEXEC;
         let ready = Arc::new(EventFd::new(flags)?);
         let stop = EventFd::new(flags)?;
@@ -39,7 +45,7 @@ impl OutputThread {
         let stop_seen = stop.try_clone()?;
         let writer =
             Writer { ring: Arc::clone(&ring), ready, stop: stop_seen, out, complained: false, _alive: alive };
-        let thread = std::thread::Builder::new().name(format!("{name}-out")).spawn(move || writer.run())?;
+        let thread = thread::spawn(hook, OUTPUT_THREAD, &format!("{name}-out"), move || writer.run())?;
         Ok((Self { stop, ended, thread: Some(thread) }, ring))
     }
 }
@@ -162,7 +168,7 @@ mod tests {
         let pty = sys::open_pty().unwrap();
         let mut main = pty.main.try_clone().unwrap();
         io::Write::write_all(&mut main, &ODD).unwrap();
-        let (output, ring) = OutputThread::start("test", main).unwrap();
+        let (output, ring) = OutputThread::start("test", main, &(Arc::new(thread::Unconfined) as _)).unwrap();
         ring.put(&FLOOD);
         assert_ends(output);
         drop(pty.other);

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// A descriptor of its own for an open file.
@@ -70,7 +70,20 @@ impl Drop for RawTerminal {
 
 /// Brings standard input's terminal back to how it was. Any thread, any time, any number of times.
 pub fn restore_terminal() {
-    if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+    restore(SAVED.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// The same from a signal's handler, which may not wait: this very thread may be the one that it would wait for.
+pub fn restore_terminal_in_handler() {
+    match SAVED.try_lock() {
+        Ok(saved) => restore(saved),
+        Err(TryLockError::Poisoned(saved)) => restore(saved.into_inner()),
+        Err(TryLockError::WouldBlock) => {}
+    }
+}
+
+fn restore(mut saved: MutexGuard<'_, Option<libc::termios>>) {
+    if let Some(saved) = saved.take() {
         // SAFETY: `saved` is an initialised termios.
         unsafe { libc::tcsetattr(0, libc::TCSANOW, &raw const saved) };
     }

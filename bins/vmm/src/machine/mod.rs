@@ -17,6 +17,7 @@ use vmm_device_manager::node::DeviceNode;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
 use vmm_device_model::recipe::BuildError;
+use vmm_device_model::thread::ThreadHook;
 use vmm_hypervisor::router::InterruptRouter;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
 use vmm_memory_manager::layout;
@@ -61,7 +62,7 @@ struct Board {
 }
 
 impl Machine {
-    /// Builds a machine and loads what it boots; its vCPUs do not run yet.
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet. All its threads begin with `threads`.
     ///
     /// # Errors
     /// A part cannot be had; nothing is left behind.
@@ -70,12 +71,13 @@ impl Machine {
         spec: &MachineSpec,
         ports: &Ports,
         post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
     ) -> Result<Self, MachineError> {
         let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
         let vm = hypervisor.create_vm(&options)?;
-        let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus)?;
+        let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus, threads)?;
         let memory = MemoryMap::create(Arc::clone(&vm), &zones(&spec.memory)?, vcpu_spec.cpuid.phys_bits())?;
-        let mut board = Board::new(&vm, &memory, post)?;
+        let mut board = Board::new(&vm, &memory, post, threads)?;
         let ged = recipes::add_all(&mut board, spec, ports, post)?;
         let entry = kernel::load(spec, &memory, &vcpu_spec.topology)?;
         let (events, ioapic) = (post.clone(), board.ioapic);
@@ -163,7 +165,12 @@ impl Machine {
 }
 
 impl Board {
-    fn new(vm: &Arc<dyn Vm>, memory: &MemoryMap, post: &EventPost) -> Result<Self, MachineError> {
+    fn new(
+        vm: &Arc<dyn Vm>,
+        memory: &MemoryMap,
+        post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
+    ) -> Result<Self, MachineError> {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let router = InterruptRouter::new(Arc::clone(vm), PINS.into(), GSI_CAPACITY);
         let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
@@ -180,6 +187,7 @@ impl Board {
             lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
             msi: Arc::new(MsiBlocks(router)),
             attentions: Box::new(post.clone()),
+            threads: Arc::clone(threads),
             bridge: Arc::clone(&bridge),
             windows,
         };
@@ -188,7 +196,11 @@ impl Board {
     }
 }
 
-fn vcpu_spec(hypervisor: &dyn Hypervisor, cpus: &CpuSpec) -> Result<VcpuSpec, MachineError> {
+fn vcpu_spec(
+    hypervisor: &dyn Hypervisor,
+    cpus: &CpuSpec,
+    threads: &Arc<dyn ThreadHook>,
+) -> Result<VcpuSpec, MachineError> {
     if cpus.max > hypervisor.max_vcpus() {
         return Err(MachineError::TooManyVcpus { wanted: cpus.max, most: hypervisor.max_vcpus() });
     }
@@ -212,7 +224,8 @@ fn vcpu_spec(hypervisor: &dyn Hypervisor, cpus: &CpuSpec) -> Result<VcpuSpec, Ma
         vmm_api::spec::CoreScheduling::Vm => CoreScheduling::Vm,
         vmm_api::spec::CoreScheduling::Vcpu => CoreScheduling::Vcpu,
     };
-    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling })
+    let threads = Arc::clone(threads);
+    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling, threads })
 }
 
 fn zones(memory: &MemorySpec) -> Result<Vec<ZoneConfig>, MachineError> {

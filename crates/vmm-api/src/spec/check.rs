@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     DeviceIdentity, Fault, FaultKind, MachineSpec, RngSpec, VmConfig, Warning, consoles, cpus, disks, ids,
+    landlock,
 };
 use super::{memory, payload};
 use crate::config::record;
@@ -52,6 +53,7 @@ impl Checker {
         let serial = consoles::serial(&config.serial, &mut self);
         let console = consoles::console(&config.console, &mut self);
         let debug_console = consoles::debug_console(&config.debug_console, &mut self);
+        let landlock = landlock::check(config, &mut self);
         self.count_devices(disks.len() + 1 + usize::from(console.is_some()));
 
         let spec =
@@ -64,6 +66,7 @@ impl Checker {
                 serial,
                 console,
                 debug_console,
+                landlock,
                 warnings: self.warnings,
             });
         (spec, self.faults)

@@ -1,0 +1,165 @@
+//! Filters of system calls (seccomp(2)), one for each kind of thread, compiled at build time from `seccomp/*.json`.
+//!
+//! A thread inherits the filters of the thread that started it, and a call must pass all of them. So the control
+//! thread's allows all that those of its children do.
+
+use std::io;
+use std::sync::Arc;
+
+use seccompiler::{BpfProgram, sock_filter};
+use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
+
+use crate::cli::SeccompMode;
+
+/// One filter.
+#[derive(Debug)]
+pub struct Filter {
+    /// Which threads it is for.
+    pub kind: &'static str,
+    /// How many system calls it allows.
+    pub syscalls: usize,
+    /// Refuses by SECCOMP_RET_TRAP.
+    program: &'static [sock_filter],
+}
+
+include!(concat!(env!("OUT_DIR"), "/filters.rs"));
+
+/// `BPF_RET | BPF_K`: the end of a filter.
+const RETURN: u16 = 0x06;
+
+impl Filter {
+    /// All of them, by kind.
+    pub fn all() -> &'static [Self] {
+        FILTERS
+    }
+
+    /// The one for threads of `kind`.
+    pub fn of(kind: &str) -> Option<&'static Self> {
+        FILTERS.iter().find(|filter| filter.kind == kind)
+    }
+
+    /// Its program, which does `refusal` (SECCOMP_RET_*) where a call is not allowed.
+    fn program(&self, refusal: u32) -> BpfProgram {
+        let changed = |instruction: &sock_filter| {
+            let mut instruction = instruction.clone();
+            if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_TRAP) {
+                instruction.k = refusal;
+            }
+            instruction
+        };
+        self.program.iter().map(changed).collect()
+    }
+}
+
+/// What every thread begins with.
+pub fn hook(mode: SeccompMode) -> Arc<dyn ThreadHook> {
+    let refusal = match mode {
+        SeccompMode::Enforce => libc::SECCOMP_RET_TRAP,
+        SeccompMode::Errno => libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs(),
+        SeccompMode::Log => libc::SECCOMP_RET_LOG,
+        SeccompMode::Off => return Arc::new(Unconfined),
+    };
+    Arc::new(Filters { refusal })
+}
+
+/// Puts the filter of its kind on each thread.
+#[derive(Debug)]
+struct Filters {
+    /// What happens to a call that is not allowed (SECCOMP_RET_*).
+    refusal: u32,
+}
+
+impl ThreadHook for Filters {
+    fn begin(&self, kind: ThreadKind) -> io::Result<()> {
+        let filter = Filter::of(kind.0).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::NotFound, format!("there is no filter for threads of kind {kind}"))
+        })?;
+        let applied = match self.refusal {
+            libc::SECCOMP_RET_TRAP => seccompiler::apply_filter(filter.program),
+            other => seccompiler::apply_filter(&filter.program(other)),
+        };
+        applied.map_err(|error| io::Error::other(format!("cannot filter system calls: {error}")))
+    }
+}
+
+/// The name of a system call.
+pub(super) fn name(number: i32) -> &'static str {
+    let name = usize::try_from(number).ok().and_then(|number| NAMES.get(number));
+    name.filter(|name| !name.is_empty()).copied().unwrap_or("unknown")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_calls_have_their_names() {
+        for (number, expected) in [
+            (libc::SYS_read, "read"),
+            (libc::SYS_ioctl, "ioctl"),
+            (libc::SYS_io_uring_enter, "io_uring_enter"),
+            (libc::SYS_landlock_restrict_self, "landlock_restrict_self"),
+            (libc::SYS_clone3, "clone3"),
+            (libc::SYS_futex_waitv, "futex_waitv"),
+        ] {
+            assert_eq!(name(i32::try_from(number).unwrap()), expected);
+        }
+        for nobody in [-1, 400, i32::MAX] {
+            assert_eq!(name(nobody), "unknown");
+        }
+    }
+
+    #[test]
+    fn each_kind_of_thread_has_a_small_filter_of_its_own() {
+        use vmm_cpu_manager::set;
+        use vmm_virtio_devices::{block, console, rng};
+
+        use crate::sandbox::{API_THREAD, CONTROL_THREAD, OUTPUT_THREAD};
+        let limits = [
+            (CONTROL_THREAD, 80),
+            (API_THREAD, 45),
+            (set::THREAD, 30),
+            (block::THREAD, 45),
+            (rng::THREAD, 30),
+            (console::THREAD, 30),
+            (OUTPUT_THREAD, 30),
+        ];
+        for (kind, most) in limits {
+            let filter = Filter::of(kind.0).unwrap_or_else(|| panic!("{kind} has no filter"));
+            assert!(filter.syscalls <= most, "{kind} may make {} system calls", filter.syscalls);
+        }
+    }
+
+    #[test]
+    fn the_mode_changes_what_is_refused_and_nothing_else() {
+        for filter in Filter::all() {
+            let (trap, log) = (filter.program(libc::SECCOMP_RET_TRAP), filter.program(libc::SECCOMP_RET_LOG));
+            assert_eq!(trap, filter.program);
+            let ends = |program: &[sock_filter], k| {
+                program.iter().filter(|i| (i.code, i.k) == (RETURN, k)).count()
+            };
+            let refusals = ends(&trap, libc::SECCOMP_RET_TRAP);
+            assert!(refusals > 0, "{}", filter.kind);
+            assert_eq!(ends(&log, libc::SECCOMP_RET_LOG), refusals);
+            assert_eq!(ends(&log, libc::SECCOMP_RET_TRAP), 0);
+            assert_eq!(ends(&log, libc::SECCOMP_RET_ALLOW), ends(&trap, libc::SECCOMP_RET_ALLOW));
+        }
+    }
+
+    #[test]
+    fn a_thread_without_a_filter_does_not_begin() {
+        let error = hook(SeccompMode::Enforce).begin(ThreadKind("stranger")).unwrap_err();
+        assert_eq!(error.to_string(), "there is no filter for threads of kind stranger");
+        hook(SeccompMode::Off).begin(ThreadKind("stranger")).unwrap();
+    }
+
+    #[test]
+    fn the_documented_table_is_this_one() {
+        let page = include_str!("../../../../docs/security.md");
+        for filter in Filter::all() {
+            let row = |line: &&str| line.starts_with(&format!("| `{}` |", filter.kind));
+            let row = page.lines().find(row).unwrap_or_else(|| panic!("{} is not documented", filter.kind));
+            assert!(row.ends_with(&format!("| {} |", filter.syscalls)), "{row} has not {}", filter.syscalls);
+        }
+    }
+}
