@@ -1,17 +1,19 @@
 //! The control thread: what it does when a boot fails, when nobody reads, when a path is a trap.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
-#![expect(unsafe_code, reason = "terminals are C's")]
 
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command};
-use std::ptr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_tests::harness::{Api, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
+
+#[path = "common/terminal.rs"]
+mod terminal;
+
+use terminal::{is_raw, open_terminal};
 
 /// As long as something that must not block may take on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
@@ -183,25 +185,4 @@ impl Drop for Killed {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// The far side of a new terminal, and the side that programs use.
-fn open_terminal() -> (OwnedFd, OwnedFd) {
-    let (mut main, mut other) = (-1, -1);
-    // SAFETY: two valid places to write to; nothing else is given.
-    let result =
-        unsafe { libc::openpty(&raw mut main, &raw mut other, ptr::null_mut(), ptr::null(), ptr::null()) };
-    assert_eq!(result, 0);
-    // SAFETY: the call just made it, and nobody else has it.
-    let main = unsafe { OwnedFd::from_raw_fd(main) };
-    // SAFETY: as above.
-    (main, unsafe { OwnedFd::from_raw_fd(other) })
-}
-
-fn is_raw(terminal: &OwnedFd) -> bool {
-    // SAFETY: all zeroes is a valid termios.
-    let mut termios: libc::termios = unsafe { std::mem::zeroed() };
-    // SAFETY: a valid place to write to.
-    assert_eq!(unsafe { libc::tcgetattr(terminal.as_raw_fd(), &raw mut termios) }, 0);
-    termios.c_lflag & libc::ICANON == 0
 }

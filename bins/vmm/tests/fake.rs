@@ -1,15 +1,21 @@
 //! The assembly on the scripted hypervisor: whatever call of boot and pause fails, nothing is left behind.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use vmm::exit::chain;
 use vmm::machine::{EventPost, Machine, MachineError, Ports};
-use vmm_api::config::UnknownFields;
-use vmm_api::spec::{MachineSpec, parse_and_check};
-use vmm_device_model::thread::{ThreadHook, Unconfined};
+use vmm::sandbox::{PathPolicy, Sandbox};
+use vmm::vmm::{Policy, Vmm};
+use vmm_api::command::Host;
+use vmm_api::config::{UnknownFields, VmConfig};
+use vmm_api::spec::{MachineSpec, Sink, parse_and_check};
+use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_epoll::mailbox;
 use vmm_hypervisor::fake::{Exit, Fake, Live};
+use vmm_state::Phase;
 use vmm_tests::tiny::Guest;
 
 /// A machine with a disk, a random source and both consoles.
@@ -29,8 +35,15 @@ fn spec(folder: &Path) -> MachineSpec {
 }
 
 fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
+    build_with(fake, spec, Arc::new(Unconfined))
+}
+
+fn build_with(
+    fake: &Fake,
+    spec: &MachineSpec,
+    threads: Arc<dyn ThreadHook>,
+) -> Result<Machine, MachineError> {
     let (mailbox, _inbox) = mailbox().unwrap();
-    let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
     Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox }, &threads)
 }
 
@@ -106,4 +119,42 @@ fn a_guest_that_does_odd_things_is_answered() {
     }
     machine.pause().unwrap();
     machine.save_reset_restore().unwrap();
+}
+
+/// Confines no thread of a kind.
+#[derive(Debug)]
+struct Refuses(&'static str);
+
+impl ThreadHook for Refuses {
+    fn begin(&self, kind: ThreadKind) -> io::Result<()> {
+        if kind.0 == self.0 { Err(io::Error::other("told to refuse")) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_vcpu_that_cannot_be_confined_fails_the_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let (fake, spec) = (Fake::new(), spec(folder.path()));
+    let error = build_with(&fake, &spec, Arc::new(Refuses("vcpu"))).unwrap_err();
+    assert!(
+        chain(&error).ends_with("cannot confine the thread of vcpu0: told to refuse"),
+        "{}",
+        chain(&error)
+    );
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn a_console_that_cannot_be_confined_fails_the_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path());
+    spec.serial = Some(Sink::File(folder.path().join("serial")));
+    let sandbox = Sandbox::new(Arc::new(Refuses("console-output")), PathPolicy::Never);
+    let (post, _inbox) = mailbox().unwrap();
+    let fake = Arc::new(Fake::new());
+    let mut vmm = Vmm::new(Arc::clone(&fake) as _, post, Policy::default()).confined(sandbox);
+    vmm.create(VmConfig::default(), spec);
+    let error = vmm.boot().unwrap_err();
+    assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
+    assert_eq!((vmm.phase(), fake.live()), (Phase::Created, Live::default()));
 }

@@ -262,4 +262,22 @@ mod tests {
         drop(workers);
         assert_eq!(ended.load(Ordering::SeqCst), ALL);
     }
+    #[derive(Debug)]
+    struct Refuses;
+
+    impl ThreadHook for Refuses {
+        fn begin(&self, _: ThreadKind) -> io::Result<()> {
+            Err(io::Error::other("told to refuse"))
+        }
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_confined_does_not_work() {
+        let (told, ended) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let task = Together { told, counted: false, ended: Arc::clone(&ended) };
+        let hook: Arc<dyn ThreadHook> = Arc::new(Refuses);
+        let error = Workers::default().spawn("worker", (&hook, ThreadKind("test")), task).unwrap_err();
+        assert_eq!(error.to_string(), "cannot start the thread worker");
+        assert_eq!(Arc::strong_count(&ended), 1, "the task is dropped");
+    }
 }

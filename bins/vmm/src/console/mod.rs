@@ -125,8 +125,7 @@ impl Consoles {
         // The interactive console gets the terminal's input before the serial port.
         let console = spec.console.as_ref().map(|c| Console::open("console", &c.sink, &mut from));
         let console = console.transpose()?;
-        let serial =
-            spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut from)).transpose()?;
+        let serial = spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut from)).transpose()?;
         let debug = spec.debug_console.as_ref().map(|c| Console::open("debug-console", &c.sink, &mut from));
         let debug = debug.transpose()?;
         Ok(Self { serial, console, debug, reads_stdin: from.stdin.0, raw: None })

@@ -116,10 +116,10 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 80),
-            (API_THREAD, 45),
+            (CONTROL_THREAD, 70),
+            (API_THREAD, 35),
             (set::THREAD, 30),
-            (block::THREAD, 45),
+            (block::THREAD, 40),
             (rng::THREAD, 30),
             (console::THREAD, 30),
             (OUTPUT_THREAD, 30),
@@ -135,9 +135,8 @@ mod tests {
         for filter in Filter::all() {
             let (trap, log) = (filter.program(libc::SECCOMP_RET_TRAP), filter.program(libc::SECCOMP_RET_LOG));
             assert_eq!(trap, filter.program);
-            let ends = |program: &[sock_filter], k| {
-                program.iter().filter(|i| (i.code, i.k) == (RETURN, k)).count()
-            };
+            let ends =
+                |program: &[sock_filter], k| program.iter().filter(|i| (i.code, i.k) == (RETURN, k)).count();
             let refusals = ends(&trap, libc::SECCOMP_RET_TRAP);
             assert!(refusals > 0, "{}", filter.kind);
             assert_eq!(ends(&log, libc::SECCOMP_RET_LOG), refusals);

@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
+    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus,
 };
 use vmm_api::spec::PathAccess;
 
@@ -48,7 +49,8 @@ pub fn restrict(rules: &[PathRule]) -> Result<bool, LandlockError> {
     }
     let status = ruleset.restrict_self()?;
     match (status.ruleset, status.landlock) {
-        (RulesetStatus::NotEnforced, _) | (_, LandlockStatus::NotEnabled | LandlockStatus::NotImplemented) => {
+        (RulesetStatus::NotEnforced, _)
+        | (_, LandlockStatus::NotEnabled | LandlockStatus::NotImplemented) => {
             log::warn!("this kernel has no Landlock: paths are not confined");
             Ok(false)
         }
@@ -68,7 +70,8 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     if rule.usage == Usage::Output && !path.exists() {
         // A rule is about a file that is there. Without it all of its folder would have to be writable.
         let mut options = OpenOptions::new();
-        let made = options.write(true).create(true).mode(0o600).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let made =
+            options.write(true).create(true).mode(0o600).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         made.open(path).map_err(failed)?;
     }
     let named = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?;

@@ -125,7 +125,8 @@ mod tests {
             let line = line(&place, thread, 257);
             String::from_utf8(line.bytes().to_vec()).unwrap()
         };
-        let (time, rest) = text("vcpu0").split_once("s: ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        let (time, rest) =
+            text("vcpu0").split_once("s: ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
         assert!(time.starts_with("vmm: 0.") && time.len() == "vmm: 0.000000".len(), "{time}");
         let expected = "<vcpu0> ERROR:vmm::sandbox::violation -- forbidden system call openat (257): the process \
                         ends (see docs/security.md)\n";
