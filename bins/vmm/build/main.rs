@@ -1,18 +1,19 @@
 //! Compiles the filters of system calls, `seccomp/*.json`, into the programs that the binary holds, so that nothing of
 //! it is left to be done at run time. `docs/security.md` explains the files.
 
+mod bpf;
+
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
-};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use bpf::{Permissions, Test, Tests};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -53,21 +54,9 @@ struct Conditional {
     without: Option<String>,
 }
 
-/// When a call is allowed: one of these holds for its argument; an empty set is always.
-type Tests = BTreeSet<(u8, Test)>;
-
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Test {
-    Equals(u32),
-    Without(u32),
-}
-
-/// What a thread may do, by number of the system call.
-type Permissions = BTreeMap<i64, Tests>;
-
 struct Sources {
     files: BTreeMap<String, Source>,
-    syscalls: BTreeMap<String, i64>,
+    syscalls: BTreeMap<String, u32>,
     constants: BTreeMap<String, String>,
 }
 
@@ -79,9 +68,8 @@ fn main() -> Result<()> {
         let mut permissions = Permissions::new();
         sources.collect(kind, &mut permissions).map_err(|error| format!("seccomp/{kind}.json: {error}"))?;
         let count = permissions.len();
-        let program = compile(permissions)?;
         writeln!(text, "Filter {{ kind: {kind:?}, syscalls: {count}, program: &[")?;
-        for seccompiler::sock_filter { code, jt, jf, k } in program {
+        for (code, jt, jf, k) in bpf::program(&permissions) {
             write!(text, "sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},")?;
         }
         writeln!(text, "] }},")?;
@@ -119,40 +107,45 @@ impl Sources {
         }
     }
 
-    /// Adds what `file` and the files that it includes allow.
+    /// Adds what `file` and the files that it includes allow. Tests are made in this order.
     fn collect(&self, file: &str, all: &mut Permissions) -> Result<()> {
         let source = self.files.get(file).ok_or_else(|| format!("there is no {file}.json"))?;
-        for included in &source.includes {
-            self.collect(included, all)?;
-        }
+        let twice = |name: &str| format!("{name} is allowed always, and for some arguments");
         for name in source.allow.values().flatten() {
-            let tests = all.entry(self.number(name)?).or_default();
-            if !tests.is_empty() {
-                return Err(format!("{name} is allowed always, and for some arguments").into());
+            if !all.entry(self.number(name)?).or_default().is_empty() {
+                return Err(twice(name).into());
             }
         }
         for rule in &source.allow_if {
-            let name = &rule.syscall;
-            let tests = all.entry(self.number(name)?);
-            let new = matches!(tests, std::collections::btree_map::Entry::Vacant(_));
-            let tests = tests.or_default();
-            if !new && tests.is_empty() {
-                return Err(format!("{name} is allowed always, and for some arguments").into());
-            }
-            for constant in &rule.one_of {
-                tests.insert((rule.argument, Test::Equals(self.constant(constant)?)));
-            }
-            if let Some(constant) = &rule.without {
-                tests.insert((rule.argument, Test::Without(self.constant(constant)?)));
-            }
-            if tests.is_empty() {
-                return Err(format!("a rule for {name} says neither one_of nor without").into());
+            let tests = self.tests(rule)?;
+            match all.entry(self.number(&rule.syscall)?) {
+                Entry::Vacant(entry) => drop(entry.insert(tests)),
+                Entry::Occupied(entry) if entry.get().is_empty() => return Err(twice(&rule.syscall).into()),
+                Entry::Occupied(mut entry) => {
+                    let known = entry.get_mut();
+                    let new: Tests = tests.into_iter().filter(|test| !known.contains(test)).collect();
+                    known.extend(new);
+                }
             }
         }
-        Ok(())
+        source.includes.iter().try_for_each(|included| self.collect(included, all))
     }
 
-    fn number(&self, name: &str) -> Result<i64> {
+    fn tests(&self, rule: &Conditional) -> Result<Tests> {
+        let mut tests = Tests::new();
+        for constant in &rule.one_of {
+            tests.push((rule.argument, Test::Equals(self.constant(constant)?)));
+        }
+        if let Some(constant) = &rule.without {
+            tests.push((rule.argument, Test::Without(self.constant(constant)?)));
+        }
+        match tests.is_empty() || rule.argument > 5 {
+            true => Err(format!("a rule for {} tests nothing that there is", rule.syscall).into()),
+            false => Ok(tests),
+        }
+    }
+
+    fn number(&self, name: &str) -> Result<u32> {
         Ok(*self.syscalls.get(name).ok_or_else(|| format!("there is no system call {name}"))?)
     }
 
@@ -168,28 +161,8 @@ fn parse<T: DeserializeOwned>(folder: &Path, stem: &str) -> Result<T> {
     serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
-/// The program that allows these and traps all others.
-fn compile(permissions: Permissions) -> Result<BpfProgram> {
-    let mut rules = BTreeMap::new();
-    for (number, tests) in permissions {
-        let tests: Result<Vec<SeccompRule>> = tests.into_iter().map(rule).collect();
-        rules.insert(number, tests?);
-    }
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?;
-    Ok(filter.try_into()?)
-}
-
-fn rule((argument, test): (u8, Test)) -> Result<SeccompRule> {
-    let (operator, value) = match test {
-        Test::Equals(value) => (SeccompCmpOp::Eq, value),
-        Test::Without(bits) => (SeccompCmpOp::MaskedEq(bits.into()), 0),
-    };
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value.into())?;
-    Ok(SeccompRule::new(vec![condition])?)
-}
-
 /// Names by number; numbers without a system call have none.
-fn names(syscalls: &BTreeMap<String, i64>) -> Result<Vec<&str>> {
+fn names(syscalls: &BTreeMap<String, u32>) -> Result<Vec<&str>> {
     let mut names = Vec::new();
     for (name, number) in syscalls {
         let number = usize::try_from(*number)?;
