@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::filters;
+use super::{CONTROL_THREAD, filters};
 use crate::console::restore_terminal_in_handler;
 use crate::exit::ExitCode;
 use crate::logger::LogPlace;
@@ -56,7 +56,14 @@ extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     unsafe { libc::_exit(ExitCode::ForbiddenCall as i32) }
 }
 
+/// As the log has it: the first thread is `vmm`, whatever the program was started as.
 fn thread_name(buffer: &mut [u8; 16]) -> &str {
+    // SAFETY: the call has no preconditions.
+    let process = unsafe { libc::getpid() };
+    // SAFETY: as above.
+    if process == unsafe { libc::gettid() } {
+        return CONTROL_THREAD.0;
+    }
     // SAFETY: PR_GET_NAME writes 16 bytes, the last of them 0.
     unsafe { libc::prctl(libc::PR_GET_NAME, buffer.as_mut_ptr()) };
     CStr::from_bytes_until_nul(buffer).ok().and_then(|name| name.to_str().ok()).unwrap_or("?")

@@ -32,7 +32,9 @@ fn replace(scratch: &Scratch, path: &Path) {
 }
 
 fn assert_refused(text: &str, path: &Path) {
-    for words in ["landlock", &format!("cannot open {}", path.display()), "ermission denied"] {
+    for words in
+        ["landlock confines this process", &format!("cannot open {}", path.display()), "ermission denied"]
+    {
         assert!(text.contains(words), "no {words:?} in {text}");
     }
 }
