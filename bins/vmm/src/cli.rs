@@ -16,6 +16,7 @@ use clap::error::ErrorKind;
 use vmm_api::config::{Fault, UnknownFields, Warning};
 use vmm_api::options::{Arity, FLAGS, VmFlags};
 use vmm_api::spec::{Checked, MachineSpec, fill_ids};
+use vmm_state::Reactions;
 
 use crate::logger::LogOptions;
 
@@ -29,6 +30,13 @@ pub enum Invocation {
     Run(Box<RunOptions>),
     /// Check this machine.
     Doctor {
+        /// Answer in JSON.
+        json: bool,
+    },
+    /// Check a configuration without booting it.
+    Validate {
+        /// The file that holds it; `None` is standard input.
+        file: Option<PathBuf>,
         /// Answer in JSON.
         json: bool,
     },
@@ -53,6 +61,8 @@ pub struct RunOptions {
     pub unknown_fields: UnknownFields,
     /// At every pause, all state is saved, reset, restored and compared.
     pub verify_state: bool,
+    /// What follows a guest event.
+    pub reactions: Reactions,
 }
 
 /// The API's socket.
@@ -98,12 +108,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     if let Some((command::DOCTOR, doctor)) = matches.subcommand() {
         return Ok(Invocation::Doctor { json: doctor.get_flag("json") });
     }
+    if let Some((command::VALIDATE, validate)) = matches.subcommand() {
+        let file = validate.get_one::<PathBuf>("file").filter(|file| file.as_os_str() != "-").cloned();
+        return Ok(Invocation::Validate { file, json: validate.get_flag("json") });
+    }
 
     let mut faults = process::later(&matches);
     let api_socket = process::api_socket(&matches, &mut faults);
     let seccomp = process::seccomp(&matches, &mut faults);
     let unknown_fields = process::unknown_fields(&matches, &mut faults);
     let log = process::log_options(&matches, &mut faults);
+    let reactions = process::reactions(&matches, &mut faults);
     let flags = vm_flags(&matches);
     if flags.is_empty() && api_socket.is_none() && faults.is_empty() {
         return Err(UsageError::NothingToDo);
@@ -112,8 +127,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     if faults.is_empty() {
         let verify_state = matches.get_flag("verify-state");
         let no_landlock = matches.get_flag("no-landlock");
-        let options =
-            RunOptions { config, api_socket, log, seccomp, no_landlock, unknown_fields, verify_state };
+        let options = RunOptions {
+            config,
+            api_socket,
+            log,
+            seccomp,
+            no_landlock,
+            unknown_fields,
+            verify_state,
+            reactions,
+        };
         Ok(Invocation::Run(Box::new(options)))
     } else {
         Err(UsageError::Faults(faults))

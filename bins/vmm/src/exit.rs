@@ -30,7 +30,9 @@ impl ExitCode {
             Self::Success => {
                 "The guest powered off, or a client or a signal ended the VMM; `doctor`: a VM can run here."
             }
-            Self::VmmError => "The VMM could not start or go on; `doctor`: no VM can run here.",
+            Self::VmmError => {
+                "The VMM could not start or go on; `doctor`: no VM can run here; `validate`: the VM would not boot."
+            }
             Self::Usage => "The command line is wrong; nothing was started.",
             Self::GuestCrashed => "The guest crashed: KVM could not go on with a vCPU.",
             Self::ForbiddenCall => {

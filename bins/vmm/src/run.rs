@@ -46,7 +46,11 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     let api = |socket| serve(socket, requests, options.unknown_fields, Arc::clone(&threads));
     let server = options.api_socket.map(api).transpose()?;
 
-    let policy = Policy { serves_clients: server.is_some(), verify_state: options.verify_state };
+    let policy = Policy {
+        serves_clients: server.is_some(),
+        verify_state: options.verify_state,
+        reactions: options.reactions,
+    };
     let paths = match (&server, options.no_landlock) {
         (Some(_), _) => PathPolicy::AsConfigured,
         (None, false) => PathPolicy::Always,
@@ -79,8 +83,8 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     threads.begin(CONTROL_THREAD).map_err(RunError::Confine)?;
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
-            vmm.create(checked.config, checked.spec);
-            let booted = vmm.boot();
+            vmm.create(checked);
+            let booted = vmm.boot_now();
             vmm.settle(control);
             booted
         })?;

@@ -1,5 +1,8 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
+mod boot;
+mod guest;
+mod handlers;
 mod inputs;
 mod tree;
 
@@ -8,37 +11,41 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use log::Level;
-use vmm_api::command::{Endpoint, Handle, Host, Replier};
-use vmm_api::commands::{self, vm, vmm};
+use vmm_api::command::Endpoint;
+use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
-use vmm_api::info::{PingReply, VmInfo, VmState};
-use vmm_api::spec::MachineSpec;
+use vmm_api::info::{VmInfo, VmState};
+use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
-use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{Control, Mailbox};
 use vmm_hypervisor::Hypervisor;
 use vmm_platform_devices::events::SystemEvent;
-use vmm_state::{EventCell, GuestEvent, Phase, VmSlot, on_guest_event};
+use vmm_state::{GuestEvent, Reactions, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::exit::ExitCode;
-use crate::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
+use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
+use boot::Boot;
 use inputs::Inputs;
 
 /// The commands that this VMM carries out.
-pub static TABLE: [Endpoint<Vmm>; 10] = commands::table();
+pub static TABLE: [Endpoint<Vmm>; COUNT] = commands::table();
 
 /// A VM's configuration, and what outlives its machine.
 #[derive(Debug)]
 pub struct Configured {
     wire: VmConfig,
-    spec: MachineSpec,
+    spec: Arc<MachineSpec>,
     /// Open since the first boot that succeeded.
     consoles: Option<Consoles>,
     told: Told,
+    /// How often a machine has started.
+    boots: u64,
+    /// What the guest did to its machine last.
+    last_event: Option<GuestEvent>,
 }
 
 /// What the log says of a guest's misbehaviour already: a guest cannot fill it.
@@ -60,8 +67,9 @@ pub struct Vmm {
     post: Mailbox<MachineMessage>,
     /// Machines built so far.
     machines: u64,
-    /// What the guest did first while it was being paused; its machine does not outlive that.
-    deferred: Option<GuestEvent>,
+    boot: Boot,
+    /// What the guest did while it was paused; its machine does not outlive that.
+    deferred: Vec<GuestEvent>,
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
@@ -71,11 +79,13 @@ pub struct Vmm {
 /// How the VMM behaves, for its whole life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Policy {
-    /// Clients can reach it: a VM that does not come back from a reset of its own is theirs to look after.
-    /// Without clients the process ends.
+    /// Clients can reach it: a VM that does not come back from a reset of its own is theirs to look after, and they are
+    /// served while a machine is built. Without clients the process ends.
     pub serves_clients: bool,
     /// Every pause saves, resets, restores and compares all state.
     pub verify_state: bool,
+    /// What follows a guest event.
+    pub reactions: Reactions,
 }
 
 impl Vmm {
@@ -86,7 +96,8 @@ impl Vmm {
             slot: VmSlot::Empty,
             post,
             machines: 0,
-            deferred: None,
+            boot: Boot::default(),
+            deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
             policy,
@@ -105,6 +116,11 @@ impl Vmm {
         self.ending
     }
 
+    /// Number of the machine that was built last; 0 before the first.
+    pub fn machines(&self) -> u64 {
+        self.machines
+    }
+
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
@@ -112,41 +128,11 @@ impl Vmm {
     }
 
     /// Takes a configuration; there is no VM yet.
-    pub fn create(&mut self, wire: VmConfig, spec: MachineSpec) {
-        for warning in &spec.warnings {
-            log::warn!("{warning}");
-        }
-        if self.slot.create(Configured { wire, spec, consoles: None, told: Told::default() }).is_err() {
+    pub fn create(&mut self, checked: Checked) {
+        warn(&checked.spec);
+        if self.slot.create(Configured::new(checked)).is_err() {
             log::error!("a VM exists already");
         }
-    }
-
-    /// Boots the VM that is configured.
-    ///
-    /// # Errors
-    /// The machine cannot be built; the VM is as it was.
-    pub fn boot(&mut self) -> Result<(), VmmError> {
-        self.try_boot().map_err(|error| match self.sandbox.may_have_refused(&error) {
-            true => VmmError::Refused { source: Box::new(error) },
-            false => error,
-        })
-    }
-
-    fn try_boot(&mut self) -> Result<(), VmmError> {
-        self.machines += 1;
-        let post = EventPost { machine: self.machines, mailbox: self.post.clone() };
-        let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        let confined = self.sandbox.confine_paths(&configured.spec);
-        let threads = self.sandbox.threads();
-        let (mut machine, consoles) = configured.build(&*self.hypervisor, &post, threads)?;
-        // Without one of its paths the machine was not built, which said more of the reason.
-        confined?;
-        consoles.attach();
-        machine.start();
-        self.inputs.want(consoles);
-        self.slot.start(machine).map_err(|_| VmmError::NoVm)?;
-        log::info!("the VM runs");
-        Ok(())
     }
 
     /// Stops the guest; what it did meanwhile waits.
@@ -166,10 +152,16 @@ impl Vmm {
     fn resume(&mut self) -> Result<(), VmmError> {
         self.slot.machine_mut().ok_or(VmmError::NoVm)?.resume()?;
         self.slot.resume().map_err(|_| VmmError::NoVm)?;
-        if let Some(event) = self.deferred.take() {
-            self.guest_did(event);
-        }
+        self.catch_up();
         Ok(())
+    }
+
+    fn press_power_button(&self) -> Result<(), VmmError> {
+        match self.slot.machine() {
+            Some(machine) if machine.power_button() => Ok(()),
+            Some(_) => Err(VmmError::NoPowerButton),
+            None => Err(VmmError::NoVm),
+        }
     }
 
     /// Switches the machine off; the configuration and the consoles stay, the user's terminal is given back.
@@ -181,55 +173,24 @@ impl Vmm {
     }
 
     fn drop_machine(&mut self) {
-        self.deferred = None;
+        self.deferred.clear();
         drop(self.slot.stop());
     }
 
     /// Removes the VM, consoles and all.
     fn remove(&mut self) {
+        self.give_up_boot();
         self.stop();
         self.inputs.drop_all();
         self.slot.clear();
     }
 
-    /// The consoles go from one machine to the next; if there is no next one, they are given back.
-    fn reboot(&mut self) -> Result<(), VmmError> {
-        self.drop_machine();
-        self.boot()
-    }
-
-    fn guest_did(&mut self, event: GuestEvent) {
-        match on_guest_event(self.slot.phase(), event) {
-            EventCell::Ignore => {}
-            EventCell::Defer => {
-                self.deferred.get_or_insert(event);
-            }
-            EventCell::Run(_) => match event {
-                GuestEvent::Reset | GuestEvent::TripleFault => {
-                    log::info!("the guest resets");
-                    if let Err(error) = self.reboot() {
-                        log::error!("the VM does not come back: {}", crate::exit::chain(&error));
-                        if !self.policy.serves_clients {
-                            self.end(ExitCode::VmmError);
-                        }
-                    }
-                }
-                GuestEvent::Shutdown => {
-                    log::info!("the guest switched itself off");
-                    self.stop();
-                    self.end(ExitCode::Success);
-                }
-                GuestEvent::Crash => {
-                    self.stop();
-                    self.end(ExitCode::GuestCrashed);
-                }
-            },
-        }
-    }
-
     /// A machine's thread tells something.
     pub fn machine_says(&mut self, message: MachineMessage) {
         let MachineMessage { machine, event } = message;
+        if let MachineEvent::Built(result) = event {
+            return self.built(machine, *result);
+        }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
             return;
@@ -260,6 +221,7 @@ impl Vmm {
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }
             }
+            MachineEvent::Built(_) => {}
         }
     }
 
@@ -272,9 +234,8 @@ impl Vmm {
     }
 
     fn info(&self) -> Result<VmInfo, ApiError> {
-        let none = || ApiError::new(Code::NoVm, "there is no VM");
-        let configured = self.slot.config().ok_or_else(none)?;
-        let state = VmState::from_phase(self.slot.phase()).ok_or_else(none)?;
+        let configured = self.slot.config().ok_or_else(no_vm)?;
+        let state = VmState::from_phase(self.slot.phase()).ok_or_else(no_vm)?;
         let machine = self.slot.machine();
         Ok(VmInfo {
             config: configured.shown(),
@@ -282,36 +243,34 @@ impl Vmm {
             memory_actual_size: machine
                 .map_or_else(|| configured.spec.memory.total().get(), Machine::memory_size),
             device_tree: machine.map(|machine| tree::wire(&machine.nodes())),
+            phase: self.slot.phase().to_string(),
+            boots: configured.boots,
+            last_guest_event: configured.last_event.map(|event| event.to_string()),
         })
     }
 }
 
+fn no_vm() -> ApiError {
+    ApiError::new(Code::NoVm, "there is no VM")
+}
+
+fn warn(spec: &MachineSpec) {
+    for warning in &spec.warnings {
+        log::warn!("{warning}");
+    }
+}
+
 impl Configured {
-    /// Builds a machine on the consoles, which are opened if they are not yet. If that fails they are as before.
-    fn build(
-        &mut self,
-        hypervisor: &dyn Hypervisor,
-        post: &EventPost,
-        threads: &Arc<dyn ThreadHook>,
-    ) -> Result<(Machine, &mut Consoles), VmmError> {
-        let (mut consoles, fresh) = match self.consoles.take() {
-            Some(consoles) => (consoles, false),
-            None => (Consoles::open(&self.spec, threads)?, true),
-        };
-        let end = |console: &Option<Console>| console.as_ref().map(Console::end);
-        let ports = Ports {
-            serial: end(&consoles.serial),
-            console: end(&consoles.console),
-            debug: end(&consoles.debug),
-        };
-        match Machine::build(hypervisor, &self.spec, &ports, post, threads) {
-            Ok(machine) => Ok((machine, self.consoles.insert(consoles))),
-            Err(error) => {
-                consoles.detach();
-                self.consoles = (!fresh).then_some(consoles);
-                Err(error.into())
-            }
-        }
+    fn new(Checked { config, spec }: Checked) -> Self {
+        let (told, boots, last_event) = (Told::default(), 0, None);
+        Self { wire: config, spec: Arc::new(spec), consoles: None, told, boots, last_event }
+    }
+
+    /// Takes an edited configuration; there is no machine.
+    fn edit(&mut self, Checked { config, spec }: Checked) {
+        warn(&spec);
+        self.wire = config;
+        self.spec = Arc::new(spec);
     }
 
     /// The configuration with what only became known at boot: the paths of ptys.
@@ -329,67 +288,6 @@ impl Configured {
             }
         }
         config
-    }
-}
-
-impl Host for Vmm {
-    fn phase(&self) -> Phase {
-        self.slot.phase()
-    }
-}
-
-/// A command whose work is one fallible step.
-macro_rules! handle {
-    ($command:ty, $code:ident, |$vmm:ident| $work:expr) => {
-        impl Handle<$command> for Vmm {
-            fn handle(&mut self, (): (), replier: Replier<()>) {
-                let $vmm = self;
-                let result: Result<(), VmmError> = $work;
-                replier.reply(result.map_err(|error| ApiError::from_error(Code::$code, &error)));
-            }
-        }
-    };
-}
-
-handle!(vm::Boot, BootFailed, |vmm| if vmm.phase() == Phase::Paused { vmm.resume() } else { vmm.boot() });
-handle!(vm::Pause, Internal, |vmm| vmm.pause());
-handle!(vm::Resume, Internal, |vmm| vmm.resume());
-handle!(vm::Reboot, BootFailed, |vmm| vmm.reboot());
-handle!(vm::Shutdown, Internal, |vmm| {
-    vmm.stop();
-    Ok(())
-});
-handle!(vm::Delete, Internal, |vmm| {
-    vmm.remove();
-    Ok(())
-});
-handle!(vmm::Shutdown, Internal, |vmm| {
-    vmm.end(ExitCode::Success);
-    Ok(())
-});
-
-impl Handle<vmm::Ping> for Vmm {
-    fn handle(&mut self, (): (), replier: Replier<PingReply>) {
-        let version = env!("CARGO_PKG_VERSION").to_owned();
-        replier.reply(Ok(PingReply {
-            build_version: format!("v{version}"),
-            version,
-            pid: std::process::id().into(),
-            features: Vec::new(),
-        }));
-    }
-}
-
-impl Handle<vm::Create> for Vmm {
-    fn handle(&mut self, request: vm::CreateRequest, replier: Replier<()>) {
-        self.create(request.config, request.spec);
-        replier.reply(Ok(()));
-    }
-}
-
-impl Handle<vm::Info> for Vmm {
-    fn handle(&mut self, (): (), replier: Replier<VmInfo>) {
-        replier.reply(self.info());
     }
 }
 
@@ -416,4 +314,10 @@ pub enum VmmError {
     /// The machine.
     #[error("the VM's machine")]
     Machine(#[from] MachineError),
+    /// The thread that builds a machine cannot be started.
+    #[error("cannot start the boot thread")]
+    Thread(#[source] std::io::Error),
+    /// The machine has no device to tell the guest by.
+    #[error("the machine has no power button")]
+    NoPowerButton,
 }

@@ -11,7 +11,7 @@ use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm::vmm::{Policy, Vmm};
 use vmm_api::command::Host;
 use vmm_api::config::{UnknownFields, VmConfig};
-use vmm_api::spec::{MachineSpec, Sink, parse_and_check};
+use vmm_api::spec::{Checked, MachineSpec, Sink, parse_and_check};
 use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_epoll::mailbox;
 use vmm_hypervisor::fake::{Exit, Fake, Live};
@@ -153,8 +153,8 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
     let (post, _inbox) = mailbox().unwrap();
     let fake = Arc::new(Fake::new());
     let mut vmm = Vmm::new(Arc::clone(&fake) as _, post, Policy::default()).confined(sandbox);
-    vmm.create(VmConfig::default(), spec);
-    let error = vmm.boot().unwrap_err();
+    vmm.create(Checked { config: VmConfig::default(), spec });
+    let error = vmm.boot_now().unwrap_err();
     assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
     assert_eq!((vmm.phase(), fake.live()), (Phase::Created, Live::default()));
 }

@@ -10,8 +10,7 @@ use vmm_hypervisor::{MemorySlot, Vm};
 use vmm_snapshot::RecordError;
 
 use crate::layout::{Layout, Range};
-use crate::sys;
-use crate::zone::{Backing, ZoneConfig, ZoneError};
+use crate::zone::{Backing, ZoneConfig, ZoneError, check_host};
 
 /// The RAM of one VM, in the hypervisor's slots. Dropped, it takes it from the guest again.
 #[derive(Debug)]
@@ -140,13 +139,6 @@ impl Drop for MemoryMap {
                 std::mem::forget(Arc::clone(&self.memory));
             }
         }
-    }
-}
-
-fn check_host(wanted: u64) -> Result<(), ZoneError> {
-    match sys::host_memory() {
-        Ok(host) if wanted > host => Err(ZoneError::HostTooSmall { wanted, host }),
-        _ => Ok(()),
     }
 }
 

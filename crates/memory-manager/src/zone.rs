@@ -46,6 +46,17 @@ pub struct ZoneOptions {
 /// before the first instruction.
 const THP_FREE_LOW: usize = 2 << 20;
 
+/// Whether this host has `wanted` bytes of RAM and swap; where it does not tell, it is taken to have them.
+///
+/// # Errors
+/// It has not.
+pub fn check_host(wanted: u64) -> Result<(), ZoneError> {
+    match sys::host_memory() {
+        Ok(host) if wanted > host => Err(ZoneError::HostTooSmall { wanted, host }),
+        _ => Ok(()),
+    }
+}
+
 /// A zone's open backing.
 #[derive(Debug)]
 pub(crate) struct Backing<'a> {

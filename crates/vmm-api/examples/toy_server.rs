@@ -24,6 +24,9 @@ impl Host for Toy {
     fn phase(&self) -> Phase {
         Phase::Empty
     }
+
+    /// Nothing boots here; a request that is dropped is answered with an error.
+    fn park(&mut self, _request: ApiRequest<Self>) {}
 }
 
 impl Handle<vmm::Ping> for Toy {

@@ -5,14 +5,15 @@
 //! once, so that there is no enum of replies. Decoding happens on the server's thread ([`Endpoint::prepare`]), admission
 //! and the handler run on the host's ([`ApiRequest::dispatch`]), and the reply finds its way by a [`Replier`].
 
-use crate::config::UnknownFields;
+use crate::config::wire::Wire;
+use crate::config::{UnknownFields, read_object};
 use crate::error::{ApiError, Code};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
-use vmm_state::{Action, Admission, Phase, admit};
+use vmm_state::{Action, Admission, Phase, Reason, admit};
 
 /// The HTTP methods of the contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +73,9 @@ pub trait Decode: Sized {
 
 /// Writes a payload.
 pub trait Encode {
+    /// The media type of the body, if there is one.
+    const MEDIA_TYPE: &'static str;
+
     /// The body; empty for none.
     ///
     /// # Errors
@@ -87,10 +91,30 @@ impl Decode for () {
 }
 
 impl Encode for () {
+    const MEDIA_TYPE: &'static str = JSON;
+
     fn encode(&self) -> Result<Vec<u8>, ApiError> {
         Ok(Vec::new())
     }
 }
+
+/// The objects of the contract are read by their tables, with all faults at once.
+impl<T: Wire> Decode for T {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        Ok(read_object(&incoming.body, incoming.unknown_fields)?)
+    }
+}
+
+impl<T: Wire> Encode for T {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        encode_json(self)
+    }
+}
+
+/// The media type of JSON.
+pub const JSON: &str = "application/json";
 
 /// Reads a JSON body, for implementing [`Decode`].
 ///
@@ -110,10 +134,13 @@ pub fn encode_json<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, ApiError
     serde_json::to_vec(value).map_err(|error| ApiError::from_error(Code::Internal, &error))
 }
 
-/// What a host says of its phase.
-pub trait Host {
+/// Who owns the VM, as far as admission is concerned.
+pub trait Host: Sized {
     /// The VM's phase now.
     fn phase(&self) -> Phase;
+
+    /// Keeps a request that cannot be decided while a boot is under way; to be dispatched again when it has ended.
+    fn park(&mut self, request: ApiRequest<Self>);
 }
 
 /// A host that can carry out `C`. It is called only in a phase that admits `C`.
@@ -142,6 +169,12 @@ impl<H: 'static> Endpoint<H> {
         H: Handle<C>,
     {
         Self { name: C::NAME, method: C::METHOD, action: C::ACTION, doc: C::DOC, prepare: prepare::<H, C> }
+    }
+
+    /// The row of a command whose work is not built yet: its request is read, and answered with `not_built`.
+    #[must_use]
+    pub const fn later<C: Command>() -> Self {
+        Self { name: C::NAME, method: C::METHOD, action: C::ACTION, doc: C::DOC, prepare: later::<H, C> }
     }
 
     /// The route below `/api/v1/`.
@@ -190,6 +223,12 @@ where
     Ok(Box::new(move |host: &mut H, slot| host.handle(request, Replier::new(slot))))
 }
 
+fn later<H, C: Command>(incoming: Incoming) -> Result<Call<H>, ApiError> {
+    C::Request::decode(incoming)?;
+    let refused = format!("{} is not possible: {}", C::NAME, Reason::NotBuilt);
+    Ok(Box::new(move |_, slot: ReplySlot| slot.send(Err(ApiError::new(Code::NotBuilt, refused)))))
+}
+
 /// A decoded request on its way to the host's thread.
 pub struct ApiRequest<H: 'static> {
     endpoint: &'static Endpoint<H>,
@@ -202,7 +241,8 @@ impl<H: Host + 'static> ApiRequest<H> {
     pub fn dispatch(self, host: &mut H) {
         match admit(host.phase(), self.endpoint.action) {
             Admission::Run(_) => (self.call)(host, self.slot),
-            Admission::Nothing => self.slot.send(Ok(Vec::new())),
+            Admission::Nothing => self.slot.send(Ok(Body::NONE)),
+            Admission::Wait => host.park(self),
             Admission::Refused(refusal) => self.slot.send(Err(refusal.into())),
         }
     }
@@ -216,8 +256,22 @@ impl<H: 'static> ApiRequest<H> {
     }
 }
 
-/// The encoded outcome of a request: a body (empty: nothing to say), or what went wrong.
-pub type Outcome = Result<Vec<u8>, ApiError>;
+/// The body of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Body {
+    /// Its media type.
+    pub media_type: &'static str,
+    /// Its bytes; empty if there is nothing to say.
+    pub bytes: Vec<u8>,
+}
+
+impl Body {
+    /// Nothing to say.
+    pub const NONE: Self = Self { media_type: JSON, bytes: Vec::new() };
+}
+
+/// The encoded outcome of a request: a body, or what went wrong.
+pub type Outcome = Result<Body, ApiError>;
 
 /// Where an outcome goes. Exactly one is sent: a slot that is dropped sends an error.
 pub struct ReplySlot(Option<Box<dyn FnOnce(Outcome) + Send>>);
@@ -263,7 +317,8 @@ impl<R: Encode> Replier<R> {
 
     /// Answers.
     pub fn reply(self, outcome: Result<R, ApiError>) {
-        self.slot.send(outcome.and_then(|reply| reply.encode()));
+        let body = |reply: R| Ok(Body { media_type: R::MEDIA_TYPE, bytes: reply.encode()? });
+        self.slot.send(outcome.and_then(body));
     }
 }
 

@@ -14,6 +14,12 @@ pub enum Code {
     VmExists,
     /// The VM's phase does not allow it.
     WrongPhase,
+    /// The VM has no device of this id.
+    NoDevice,
+    /// The VM has a device of this id already, or the only one of its kind.
+    DeviceExists,
+    /// The device is a fixed part of the machine.
+    FixedDevice,
     /// There is no such path.
     UnknownRoute,
     /// The path exists, with another method.
@@ -54,10 +60,13 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 24] = [
         Self::NoVm,
         Self::VmExists,
         Self::WrongPhase,
+        Self::NoDevice,
+        Self::DeviceExists,
+        Self::FixedDevice,
         Self::UnknownRoute,
         Self::MethodNotAllowed,
         Self::MalformedRequest,
@@ -85,6 +94,9 @@ impl Code {
             Self::NoVm => "no_vm",
             Self::VmExists => "vm_exists",
             Self::WrongPhase => "wrong_phase",
+            Self::NoDevice => "no_device",
+            Self::DeviceExists => "device_exists",
+            Self::FixedDevice => "fixed_device",
             Self::UnknownRoute => "unknown_route",
             Self::MethodNotAllowed => "method_not_allowed",
             Self::MalformedRequest => "malformed_request",
@@ -113,14 +125,14 @@ impl Code {
             Self::MalformedRequest | Self::MalformedBody | Self::UnknownField | Self::TooManyDescriptors => {
                 400
             }
-            Self::NoVm | Self::UnknownRoute => 404,
+            Self::NoVm | Self::NoDevice | Self::UnknownRoute => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
-            Self::VmExists | Self::WrongPhase => 409,
+            Self::VmExists | Self::WrongPhase | Self::DeviceExists => 409,
             Self::LengthRequired => 411,
             Self::BodyTooLarge => 413,
             Self::ExpectationFailed => 417,
-            Self::InvalidConfig => 422,
+            Self::InvalidConfig | Self::FixedDevice => 422,
             Self::GuestBusy => 429,
             Self::HeadTooLarge => 431,
             Self::BootFailed | Self::Internal => 500,
@@ -260,6 +272,7 @@ impl From<Refusal> for ApiError {
         let code = match refusal.reason {
             Reason::NoVm => Code::NoVm,
             Reason::AlreadyCreated => Code::VmExists,
+            Reason::NotBuilt => Code::NotBuilt,
             Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused => Code::WrongPhase,
         };
         let mut error = Self::new(code, refusal.to_string());

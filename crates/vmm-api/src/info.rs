@@ -1,8 +1,8 @@
 //! What the VMM says of itself and of its VM.
 
-use crate::command::{Decode, Encode, Incoming, decode_json, encode_json};
+use crate::command::{Decode, Encode, Incoming, JSON, decode_json, encode_json};
 use crate::config::{VmConfig, read_vm_config};
-use crate::error::ApiError;
+use crate::error::{ApiError, Code, FaultReport};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use vmm_state::Phase;
@@ -30,6 +30,8 @@ impl Decode for PingReply {
 }
 
 impl Encode for PingReply {
+    const MEDIA_TYPE: &'static str = JSON;
+
     fn encode(&self) -> Result<Vec<u8>, ApiError> {
         encode_json(self)
     }
@@ -56,7 +58,8 @@ impl VmState {
     pub const fn from_phase(phase: Phase) -> Option<Self> {
         match phase {
             Phase::Empty => None,
-            Phase::Created => Some(Self::Created),
+            // The contract has no word for a boot under way.
+            Phase::Created | Phase::Booting => Some(Self::Created),
             Phase::Running => Some(Self::Running),
             Phase::Paused => Some(Self::Paused),
             Phase::Shutdown => Some(Self::Shutdown),
@@ -76,9 +79,18 @@ pub struct VmInfo {
     /// The devices by id; absent while there is no machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+    /// The phase, which may be finer than the contract's word.
+    pub phase: String,
+    /// How often the VM was booted, reboots and the guest's resets included.
+    pub boots: u64,
+    /// What the guest did to its machine last: the name of a guest event of the life cycle's page.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_guest_event: Option<String>,
 }
 
 impl Encode for VmInfo {
+    const MEDIA_TYPE: &'static str = JSON;
+
     fn encode(&self) -> Result<Vec<u8>, ApiError> {
         encode_json(self)
     }
@@ -95,14 +107,21 @@ impl Decode for VmInfo {
             memory_actual_size: u64,
             #[serde(default)]
             device_tree: Option<BTreeMap<String, DeviceNode>>,
+            #[serde(default)]
+            phase: String,
+            #[serde(default)]
+            boots: u64,
+            #[serde(default)]
+            last_guest_event: Option<String>,
         }
         let raw: Raw = decode_json(&incoming.body)?;
         let draft = read_vm_config(&encode_json(&raw.config)?, incoming.unknown_fields)?;
         if !draft.faults.is_empty() {
             return Err(draft.faults.into());
         }
-        let Raw { state, memory_actual_size, device_tree, .. } = raw;
-        Ok(Self { config: draft.config, state, memory_actual_size, device_tree })
+        let Raw { config: _, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = raw;
+        let config = draft.config;
+        Ok(Self { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event })
     }
 }
 
@@ -123,6 +142,106 @@ pub struct DeviceNode {
     /// The PCI address, `0000:00:01.0`.
     #[serde(default)]
     pub pci_bdf: Option<String>,
+}
+
+/// The reply of `vm.validate`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ValidateReply {
+    /// Whether the VM would be created, and boot as far as can be told without trying.
+    pub valid: bool,
+    /// All that stands against it, by place in the document: of the document first, then of this host.
+    pub faults: Vec<FaultReport>,
+    /// What its author should know all the same.
+    pub warnings: Vec<FaultReport>,
+    /// The configuration with defaults and automatic ids, if the document itself is right.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<VmConfig>,
+}
+
+impl Encode for ValidateReply {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        encode_json(self)
+    }
+}
+
+impl Decode for ValidateReply {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        #[derive(Deserialize)]
+        struct Raw {
+            valid: bool,
+            #[serde(default)]
+            faults: Vec<FaultReport>,
+            #[serde(default)]
+            warnings: Vec<FaultReport>,
+            #[serde(default)]
+            config: Option<serde_json::Value>,
+        }
+        let Raw { valid, faults, warnings, config } = decode_json(&incoming.body)?;
+        let config = match config {
+            Some(config) => Some(read_vm_config(&encode_json(&config)?, incoming.unknown_fields)?.config),
+            None => None,
+        };
+        Ok(Self { valid, faults, warnings, config })
+    }
+}
+
+/// The reply of `vm.counters`: counters by name, by device id.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct CountersReply(pub BTreeMap<String, BTreeMap<String, u64>>);
+
+impl Encode for CountersReply {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        encode_json(self)
+    }
+}
+
+impl Decode for CountersReply {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        decode_json(&incoming.body)
+    }
+}
+
+/// A JSON document of a form that others define.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct JsonDocument(pub serde_json::Value);
+
+impl Encode for JsonDocument {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        encode_json(self)
+    }
+}
+
+impl Decode for JsonDocument {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        decode_json(&incoming.body)
+    }
+}
+
+/// Metrics as OpenMetrics 1.0 text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpenMetrics(pub String);
+
+impl Encode for OpenMetrics {
+    const MEDIA_TYPE: &'static str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        Ok(self.0.clone().into_bytes())
+    }
+}
+
+impl Decode for OpenMetrics {
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        let text = String::from_utf8(incoming.body);
+        text.map(Self).map_err(|error| ApiError::from_error(Code::MalformedBody, &error))
+    }
 }
 
 #[cfg(test)]
@@ -149,6 +268,9 @@ mod tests {
             state: VmState::Paused,
             memory_actual_size: 512 << 20,
             device_tree: Some([("_disk0".to_owned(), node)].into()),
+            phase: "Paused".to_owned(),
+            boots: 2,
+            last_guest_event: Some("reset".to_owned()),
         };
         let body = info.encode().unwrap();
         assert_eq!(VmInfo::decode(Incoming { body, ..Incoming::default() }).unwrap(), info);

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Rig, TABLE, Toy, config};
+use common::{Rig, TABLE, Toy, Wire, config};
 use std::error::Error;
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -79,20 +79,24 @@ fn refusals_reach_the_client_with_code_phase_and_causes() {
 fn statuses_and_bodies_as_existing_clients_know_them() {
     let rig = rig();
     let mut wire = rig.wire();
-    let mut check = |method: &str, name: &str, status: u16, body: &str| {
+    let check = |wire: &mut Wire, method: &str, name: &str, status: u16, body: &str| {
         let answer = wire.ask(method, name);
         assert_eq!((answer.status, answer.body.as_str()), (status, body), "{method} {name}");
         answer.head
     };
-    check("PUT", "vm.delete", 204, "");
-    check("GET", "vm.info", 404, r#"["vm.info is not possible: there is no VM"]"#);
-    check("GET", "nonsense", 404, r#"["there is no /api/v1/nonsense"]"#);
-    let head = check("GET", "vm.boot", 405, r#"["vm.boot takes PUT only"]"#);
+    check(&mut wire, "PUT", "vm.delete", 204, "");
+    check(&mut wire, "GET", "vm.info", 404, r#"["vm.info is not possible: there is no VM"]"#);
+    check(&mut wire, "GET", "nonsense", 404, r#"["there is no /api/v1/nonsense"]"#);
+    let head = check(&mut wire, "GET", "vm.boot", 405, r#"["vm.boot takes PUT only"]"#);
     assert!(head.contains("\r\nAllow: PUT\r\n"), "{head}");
-    let head = check("DELETE", "vmm.ping", 405, r#"["vmm.ping takes GET only"]"#);
+    let head = check(&mut wire, "DELETE", "vmm.ping", 405, r#"["vmm.ping takes GET only"]"#);
     assert!(head.contains("\r\nAllow: GET\r\n"), "{head}");
-    check("PUT", "vm.snapshot", 501, r#"["vm.snapshot is not supported by this build yet"]"#);
+    assert_eq!(wire.ask("PUT", "vm.restore").status, 400, "what it would take is looked at");
+    let answer = wire.ask_with("PUT", "vm.restore", r#"{"source_url": "file:///x"}"#);
+    let refusal = r#"["vm.restore is not possible: this build does not support it yet"]"#;
+    assert_eq!((answer.status, answer.body.as_str()), (501, refusal));
     let head = check(
+        &mut wire,
         "GET",
         "vmm.ping",
         200,

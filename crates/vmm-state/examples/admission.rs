@@ -10,12 +10,13 @@ fn main() {
         match admit(phase, action) {
             Admission::Run(step) => println!("{phase:>8}: {} -> {}", action.name(), step.done),
             Admission::Nothing => println!("{phase:>8}: {} has nothing to do", action.name()),
+            Admission::Wait => println!("{phase:>8}: {} waits for the boot", action.name()),
             Admission::Refused(refusal) => println!("{phase:>8}: {refusal} (allowed in {})", refusal.allowed),
         }
         // The owner of the VM does the work, then moves the slot; here nothing can fail. Refused moves change nothing.
         let _ = match action {
             Action::Create => slot.create("config").is_ok(),
-            Action::Boot => slot.start("machine").is_ok(),
+            Action::Boot => slot.begin_boot().is_ok() && slot.start("machine").is_ok(),
             Action::Pause => slot.pause().is_ok(),
             _ => slot.clear().0.is_some(),
         };

@@ -1,6 +1,7 @@
 //! The table as a page for people.
 
-use crate::table::{ACTIONS, Cell, EventCell, GUEST_EVENTS, Step};
+use crate::guest::{EventCell, GUEST_EVENTS, Reaction};
+use crate::table::{ACTIONS, Cell, Step};
 use crate::{Phase, Reason};
 use std::fmt::Write as _;
 
@@ -10,23 +11,28 @@ pub fn lifecycle_markdown() -> String {
     let mut page = String::from(
         "# Life cycle of the VM\n\nGenerated from the table in `vmm-state`; do not edit. \
          `A` alone: runs and leaves the VM in A. `A / B`: A after success, B after failure. \
-         `ok`: success, nothing to do. Words in parentheses: refused (404 without a VM, else 409).\n\n## Requests\n\n",
+         `ok`: success, nothing to do. \
+         `waits`: until the boot under way has ended. Words in parentheses: refused (404 without a VM, \
+         501 for what this build does not have yet, else 409).\n\n## Requests\n\n",
     );
     let actions = ACTIONS.iter().map(|row| (row.name, row.cells.map(cell)));
     grid(&mut page, "request", actions);
-    page.push_str("\n## Guest events\n\n`later`: kept until the VM runs again. `-`: nothing.\n\n");
+    page.push_str(
+        "\n## Guest events\n\n`now`: see below. `later`: kept until the VM runs again. `-`: nothing.\n\n",
+    );
     let events = GUEST_EVENTS.iter().map(|row| (row.name, row.cells.map(event_cell)));
     grid(&mut page, "event", events);
+    reactions(&mut page);
     page.push_str("\n## Diagram\n\n```mermaid\nstateDiagram-v2\n    [*] --> Empty\n");
     diagram(&mut page);
     page.push_str("```\n");
     page
 }
 
-fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 5])>) {
+fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 6])>) {
     let names = Phase::ALL.map(Phase::name).join(" | ");
     // Writing to a String cannot fail.
-    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|");
+    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|---|");
     for (name, cells) in rows {
         let _ = writeln!(page, "| {name} | {} |", cells.join(" | "));
     }
@@ -36,15 +42,34 @@ fn cell(cell: Cell) -> String {
     match cell {
         Cell::Run(step) => arrow(step),
         Cell::Nothing => "ok".to_owned(),
+        Cell::Wait => "waits".to_owned(),
         Cell::Refuse(reason) => format!("({})", short(reason)),
     }
 }
 
 fn event_cell(cell: EventCell) -> String {
     match cell {
-        EventCell::Run(step) => arrow(step),
-        EventCell::Defer => "later".to_owned(),
-        EventCell::Ignore => "-".to_owned(),
+        EventCell::React => "now",
+        EventCell::Defer => "later",
+        EventCell::Ignore => "-",
+    }
+    .to_owned()
+}
+
+/// What may follow an event, and where that leads.
+fn reactions(page: &mut String) {
+    page.push_str(
+        "\nWhat then happens is chosen when the VMM is started; the first of an event's choices is the default.\n\n\
+         | event | choices |\n|---|---|\n",
+    );
+    for row in &GUEST_EVENTS {
+        let names: Vec<&str> = row.reactions.iter().map(|reaction| reaction.name()).collect();
+        let _ = writeln!(page, "| {} | {} |", row.name, names.join(", "));
+    }
+    page.push_str("\n| choice | leads to |\n|---|---|\n");
+    for reaction in Reaction::ALL {
+        let note = if reaction == Reaction::Exit { ", and the VMM ends" } else { "" };
+        let _ = writeln!(page, "| {reaction} | {}{note} |", arrow(reaction.step()));
     }
 }
 
@@ -59,6 +84,7 @@ const fn short(reason: Reason) -> &'static str {
         Reason::NotBooted => "not booted",
         Reason::AlreadyRunning => "running",
         Reason::AlreadyPaused => "paused",
+        Reason::NotBuilt => "not built",
     }
 }
 
@@ -77,8 +103,10 @@ fn diagram(page: &mut String) {
     }
     for row in &GUEST_EVENTS {
         for from in Phase::ALL {
-            if let EventCell::Run(step) = row.cell(from) {
-                arrow(from, step, row.name);
+            if row.cell(from) == EventCell::React {
+                for reaction in row.reactions {
+                    arrow(from, reaction.step(), &format!("guest {}: {reaction}", row.name));
+                }
             }
         }
     }

@@ -9,6 +9,8 @@ pub enum Phase {
     Empty,
     /// A configuration is stored; nothing of it runs or holds memory.
     Created,
+    /// A machine is being built for the configuration; the API is served meanwhile.
+    Booting,
     /// The guest runs.
     Running,
     /// The guest's vCPUs are parked; memory and devices exist.
@@ -19,7 +21,8 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in table order.
-    pub const ALL: [Self; 5] = [Self::Empty, Self::Created, Self::Running, Self::Paused, Self::Shutdown];
+    pub const ALL: [Self; 6] =
+        [Self::Empty, Self::Created, Self::Booting, Self::Running, Self::Paused, Self::Shutdown];
 
     /// Our name of the phase.
     #[must_use]
@@ -27,18 +30,34 @@ impl Phase {
         match self {
             Self::Empty => "Empty",
             Self::Created => "Created",
+            Self::Booting => "Booting",
             Self::Running => "Running",
             Self::Paused => "Paused",
             Self::Shutdown => "Shutdown",
         }
     }
 
-    /// The word of the REST contract's `VmState` that `vm.info` shows; `None` without a VM (then `vm.info` is 404).
+    /// The word of the REST contract's `VmState` that `vm.info` shows; `None` without a VM (then `vm.info` is 404). The
+    /// contract has no word for a boot under way.
     #[must_use]
     pub const fn contract_word(self) -> Option<&'static str> {
         match self {
             Self::Empty => None,
+            Self::Booting => Some(Self::Created.name()),
             other => Some(other.name()),
+        }
+    }
+
+    /// The item of `items` that is this phase's; they are in table order.
+    #[must_use]
+    pub(crate) const fn of<T>(self, [empty, created, booting, running, paused, off]: &[T; 6]) -> &T {
+        match self {
+            Self::Empty => empty,
+            Self::Created => created,
+            Self::Booting => booting,
+            Self::Running => running,
+            Self::Paused => paused,
+            Self::Shutdown => off,
         }
     }
 
@@ -118,6 +137,6 @@ mod tests {
     #[test]
     fn contract_words_are_the_contracts() {
         let words: Vec<_> = Phase::ALL.iter().filter_map(|phase| phase.contract_word()).collect();
-        assert_eq!(words, ["Created", "Running", "Paused", "Shutdown"]);
+        assert_eq!(words, ["Created", "Created", "Running", "Paused", "Shutdown"]);
     }
 }

@@ -13,6 +13,15 @@ pub struct Misplaced<T> {
     pub value: T,
 }
 
+/// A phase with a configuration and without a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// Never booted.
+    Created,
+    /// Switched off.
+    Shutdown,
+}
+
 /// The VM, or its absence: `C` is the configuration, `M` the running machine.
 ///
 /// The owner does the work first and moves the slot afterwards; a move cannot fail half way.
@@ -23,6 +32,8 @@ pub enum VmSlot<C, M> {
     Empty,
     /// Only a configuration.
     Created(C),
+    /// A machine is being built for the configuration. If that fails the VM is in the second phase again.
+    Booting(C, Idle),
     /// A machine whose vCPUs run.
     Running(C, M),
     /// A machine whose vCPUs are parked.
@@ -37,6 +48,7 @@ impl<C, M> VmSlot<C, M> {
         match self {
             Self::Empty => Phase::Empty,
             Self::Created(_) => Phase::Created,
+            Self::Booting(..) => Phase::Booting,
             Self::Running(..) => Phase::Running,
             Self::Paused(..) => Phase::Paused,
             Self::Shutdown(_) => Phase::Shutdown,
@@ -48,6 +60,7 @@ impl<C, M> VmSlot<C, M> {
         match self {
             Self::Empty => None,
             Self::Created(config)
+            | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
             | Self::Shutdown(config) => Some(config),
@@ -59,6 +72,7 @@ impl<C, M> VmSlot<C, M> {
         match self {
             Self::Empty => None,
             Self::Created(config)
+            | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
             | Self::Shutdown(config) => Some(config),
@@ -69,7 +83,7 @@ impl<C, M> VmSlot<C, M> {
     pub const fn machine(&self) -> Option<&M> {
         match self {
             Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
-            Self::Empty | Self::Created(_) | Self::Shutdown(_) => None,
+            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
@@ -77,7 +91,7 @@ impl<C, M> VmSlot<C, M> {
     pub const fn machine_mut(&mut self) -> Option<&mut M> {
         match self {
             Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
-            Self::Empty | Self::Created(_) | Self::Shutdown(_) => None,
+            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
@@ -85,7 +99,7 @@ impl<C, M> VmSlot<C, M> {
     pub const fn parts_mut(&mut self) -> Option<(&mut C, &mut M)> {
         match self {
             Self::Running(config, machine) | Self::Paused(config, machine) => Some((config, machine)),
-            Self::Empty | Self::Created(_) | Self::Shutdown(_) => None,
+            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
@@ -103,13 +117,26 @@ impl<C, M> VmSlot<C, M> {
         }
     }
 
-    /// Created or Shutdown to Running.
+    /// Created or Shutdown to Booting.
     ///
     /// # Errors
-    /// There is no configuration, or a machine is there already; the new machine comes back.
+    /// There is no configuration, or a machine is there or on its way.
+    pub fn begin_boot(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Created(config) => *self = Self::Booting(config, Idle::Created),
+            Self::Shutdown(config) => *self = Self::Booting(config, Idle::Shutdown),
+            other => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// Booting to Running.
+    ///
+    /// # Errors
+    /// No boot is under way; the machine comes back.
     pub fn start(&mut self, machine: M) -> Result<(), Misplaced<M>> {
         match mem::take(self) {
-            Self::Created(config) | Self::Shutdown(config) => {
+            Self::Booting(config, _) => {
                 *self = Self::Running(config, machine);
                 Ok(())
             }
@@ -118,6 +145,19 @@ impl<C, M> VmSlot<C, M> {
                 Err(Misplaced { phase: self.phase(), value: machine })
             }
         }
+    }
+
+    /// Booting to where the boot began.
+    ///
+    /// # Errors
+    /// No boot is under way.
+    pub fn fail_boot(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Booting(config, Idle::Created) => *self = Self::Created(config),
+            Self::Booting(config, Idle::Shutdown) => *self = Self::Shutdown(config),
+            other => return self.put_back(other),
+        }
+        Ok(())
     }
 
     /// Running to Paused.
@@ -166,7 +206,7 @@ impl<C, M> VmSlot<C, M> {
     pub fn clear(&mut self) -> (Option<C>, Option<M>) {
         match mem::take(self) {
             Self::Empty => (None, None),
-            Self::Created(config) | Self::Shutdown(config) => (Some(config), None),
+            Self::Created(config) | Self::Booting(config, _) | Self::Shutdown(config) => (Some(config), None),
             Self::Running(config, machine) | Self::Paused(config, machine) => (Some(config), Some(machine)),
         }
     }
@@ -189,6 +229,8 @@ mod tests {
         assert_eq!(slot.start(2), Err(Misplaced { phase: Phase::Running, value: 2 }));
         assert_eq!(slot.create("d"), Err(Misplaced { phase: Phase::Running, value: "d" }));
         assert_eq!(slot.resume().map_err(|e| e.phase), Err(Phase::Running));
+        assert_eq!(slot.begin_boot().map_err(|e| e.phase), Err(Phase::Running));
+        assert_eq!(slot.fail_boot().map_err(|e| e.phase), Err(Phase::Running));
         assert_eq!(slot.machine(), Some(&1));
         assert_eq!(slot.config(), Some(&"c"));
         let mut slot = Slot::Shutdown("c");
@@ -202,10 +244,19 @@ mod tests {
         let mut slot = Slot::default();
         assert_eq!(slot.clear(), (None, None));
         slot.create("c").unwrap();
+        slot.begin_boot().unwrap();
+        assert_eq!((slot.phase(), slot.config(), slot.machine()), (Phase::Booting, Some(&"c"), None));
+        slot.fail_boot().unwrap();
+        assert_eq!(slot.phase(), Phase::Created);
+        slot.begin_boot().unwrap();
         slot.start(1).unwrap();
         slot.pause().unwrap();
         slot.resume().unwrap();
         assert_eq!(slot.stop(), Some(1));
+        slot.begin_boot().unwrap();
+        slot.fail_boot().unwrap();
+        assert_eq!(slot.phase(), Phase::Shutdown);
+        slot.begin_boot().unwrap();
         slot.start(2).unwrap();
         assert_eq!(slot.parts_mut().map(|(c, m)| (*c, *m)), Some(("c", 2)));
         assert_eq!(slot.clear(), (Some("c"), Some(2)));

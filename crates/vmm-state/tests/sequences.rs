@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use vmm_state::{
-    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, GuestEvent, Phase, VmSlot, admit, on_guest_event,
+    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, Phase, Reaction, VmSlot, admit, on_guest_event,
 };
 
 type Slot = VmSlot<u32, u32>;
@@ -11,32 +11,42 @@ type Slot = VmSlot<u32, u32>;
 /// What an owner does for an admitted action; `fails` makes the work fail.
 fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
     match action {
-        Action::Ping | Action::Info => {}
         Action::VmmShutdown | Action::Delete => {
             slot.clear();
         }
         Action::Create if !fails => slot.create(serial).unwrap(),
         Action::Boot if !fails && slot.phase() == Phase::Paused => slot.resume().unwrap(),
-        Action::Boot if !fails => slot.start(serial).unwrap(),
+        Action::Boot if slot.phase() != Phase::Paused => boot(slot, fails, serial),
         Action::Resume if !fails => slot.resume().unwrap(),
         Action::Pause if !fails => slot.pause().unwrap(),
-        Action::Create | Action::Boot | Action::Resume | Action::Pause => {}
         Action::Shutdown => assert!(slot.stop().is_some()),
         Action::Reboot => reboot(slot, fails, serial),
+        // They failed, ask, or edit the configuration in place.
+        _ => {}
     }
+}
+
+fn boot(slot: &mut Slot, fails: bool, serial: u32) {
+    slot.begin_boot().unwrap();
+    if fails { slot.fail_boot().unwrap() } else { slot.start(serial).unwrap() }
 }
 
 fn reboot(slot: &mut Slot, fails: bool, serial: u32) {
     assert!(slot.stop().is_some());
-    if !fails {
-        slot.start(serial).unwrap();
-    }
+    boot(slot, fails, serial);
 }
 
-fn guest(slot: &mut Slot, event: GuestEvent, fails: bool, serial: u32) {
-    match event {
-        GuestEvent::Reset | GuestEvent::TripleFault => reboot(slot, fails, serial),
-        GuestEvent::Shutdown | GuestEvent::Crash => assert!(slot.stop().is_some()),
+/// What an owner does by an operator's choice.
+fn react(slot: &mut Slot, reaction: Reaction, fails: bool, serial: u32) {
+    match reaction {
+        Reaction::Report => {}
+        Reaction::Pause if fails => {}
+        Reaction::Pause => slot.pause().unwrap(),
+        Reaction::Restart => reboot(slot, fails, serial),
+        Reaction::Stop => assert!(slot.stop().is_some()),
+        Reaction::Exit => {
+            slot.clear();
+        }
     }
 }
 
@@ -49,19 +59,25 @@ fn check(slot: &Slot) {
 
 proptest! {
     #[test]
-    fn slot_and_table_agree(history in proptest::collection::vec((0usize..14, any::<bool>()), 0..200)) {
+    fn slot_and_table_agree(history in proptest::collection::vec(any::<(prop::sample::Index, prop::sample::Index, bool)>(), 0..200)) {
         let mut slot = Slot::Empty;
-        for (serial, (pick, fails)) in history.into_iter().enumerate() {
+        for (serial, (pick, choice, fails)) in history.into_iter().enumerate() {
             let (before, serial) = (slot.phase(), u32::try_from(serial).unwrap());
+            let pick = pick.index(ACTIONS.len() + GUEST_EVENTS.len());
             let step = if let Some(row) = ACTIONS.get(pick) {
                 match admit(before, row.action) {
                     Admission::Run(step) => { perform(&mut slot, row.action, fails, serial); Some(step) }
+                    Admission::Wait => unreachable!("no boot is left under way"),
                     Admission::Nothing | Admission::Refused(_) => None,
                 }
             } else {
-                let event = GUEST_EVENTS[pick - ACTIONS.len()].event;
-                match on_guest_event(before, event) {
-                    EventCell::Run(step) => { guest(&mut slot, event, fails, serial); Some(step) }
+                let row = &GUEST_EVENTS[pick - ACTIONS.len()];
+                match on_guest_event(before, row.event) {
+                    EventCell::React => {
+                        let reaction = *choice.get(row.reactions);
+                        react(&mut slot, reaction, fails, serial);
+                        Some(reaction.step())
+                    }
                     EventCell::Defer => { prop_assert_eq!(before, Phase::Paused); None }
                     EventCell::Ignore => { prop_assert!(slot.machine().is_none()); None }
                 }
@@ -74,7 +90,7 @@ proptest! {
 
     /// From any phase, delete leads to Empty, and from Empty a VM can be brought up again.
     #[test]
-    fn no_dead_end(history in proptest::collection::vec((0usize..10, any::<bool>()), 0..50)) {
+    fn no_dead_end(history in proptest::collection::vec((0..ACTIONS.len(), any::<bool>()), 0..50)) {
         let mut slot = Slot::Empty;
         for (pick, fails) in history {
             let action = ACTIONS[pick].action;

@@ -3,31 +3,69 @@
 
 use std::path::Path;
 use vmm_state::{
-    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, Phase, Reason, admit, lifecycle_markdown,
-    on_guest_event,
+    ACTIONS, Action, Admission, EventCell, EventRow, GUEST_EVENTS, Phase, Reaction, Reason, admit,
+    lifecycle_markdown, on_guest_event,
 };
 
-/// E, C, R, P, S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
+/// E, C, B, R, P, S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
 const GOLDEN: &str = "
-               Empty  Created    Running    Paused   Shutdown
-vmm.ping       EE     CC         RR         PP       SS
-vmm.shutdown   EE     EE         EE         EE       EE
-vm.create      CE     exists     exists     exists   exists
-vm.boot        novm   RC         isrunning  RP       RS
-vm.info        novm   CC         RR         PP       SS
-vm.shutdown    novm   notbooted  SS         SS       notbooted
-vm.reboot      novm   notbooted  RS         RS       notbooted
-vm.delete      ok     EE         EE         EE       EE
-vm.pause       novm   notbooted  PR         ispaused notbooted
-vm.resume      novm   notbooted  isrunning  RP       notbooted
+                          Empty  Created    Booting   Running    Paused    Shutdown
+vmm.ping                  EE     CC         BB        RR         PP        SS
+vmm.shutdown              EE     EE         EE        EE         EE        EE
+vmm.openapi               EE     CC         BB        RR         PP        SS
+vmm.metrics               EE     CC         BB        RR         PP        SS
+vmm.events                EE     CC         BB        RR         PP        SS
+vmm.log-level             EE     CC         BB        RR         PP        SS
+vm.create                 CE     exists     exists    exists     exists    exists
+vm.validate               EE     CC         BB        RR         PP        SS
+vm.boot                   novm   RC         wait      isrunning  RP        RS
+vm.info                   novm   CC         BB        RR         PP        SS
+vm.counters               novm   notbooted  wait      RR         PP        notbooted
+vm.boot-trace             novm   CC         BB        RR         PP        SS
+vm.shutdown               novm   notbooted  wait      SS         SS        notbooted
+vm.reboot                 novm   notbooted  wait      RS         RS        notbooted
+vm.delete                 ok     EE         wait      EE         EE        EE
+vm.pause                  novm   notbooted  wait      PR         ispaused  notbooted
+vm.resume                 novm   notbooted  wait      isrunning  RP        notbooted
+vm.power-button           novm   notbooted  wait      RR         PP        notbooted
+vm.nmi                    novm   notbooted  wait      RR         PP        notbooted
+vm.add-device             novm   CC         wait      later      later     SS
+vm.add-user-device        novm   CC         wait      later      later     SS
+vm.add-disk               novm   CC         wait      later      later     SS
+vm.add-fs                 novm   CC         wait      later      later     SS
+vm.add-generic-vhost-user novm   CC         wait      later      later     SS
+vm.add-pmem               novm   CC         wait      later      later     SS
+vm.add-net                novm   CC         wait      later      later     SS
+vm.add-vdpa               novm   CC         wait      later      later     SS
+vm.add-vsock              novm   CC         wait      later      later     SS
+vm.remove-device          novm   CC         wait      later      later     SS
+vm.resize                 novm   later      later     later      later     later
+vm.resize-disk            novm   later      later     later      later     later
+vm.resize-zone            novm   later      later     later      later     later
+vm.snapshot               novm   notbooted  later     later      later     notbooted
+vm.coredump               novm   notbooted  later     later      later     notbooted
+vm.restore                later  exists     exists    exists     exists    exists
+vm.receive-migration      later  exists     exists    exists     exists    exists
+vm.send-migration         novm   notbooted  later     later      later     notbooted
 ";
 
 const GOLDEN_EVENTS: &str = "
-                     Empty   Created  Running  Paused  Shutdown
-guest-reset          ignore  ignore   RS       defer   ignore
-guest-triple-fault   ignore  ignore   RS       defer   ignore
-guest-shutdown       ignore  ignore   SS       defer   ignore
-guest-crash          ignore  ignore   SS       defer   ignore
+               Empty    Created  Booting  Running  Paused  Shutdown
+reset          ignore   ignore   ignore   react    defer   ignore
+triple-fault   ignore   ignore   ignore   react    defer   ignore
+shutdown       ignore   ignore   ignore   react    defer   ignore
+panic          ignore   ignore   ignore   react    defer   ignore
+crash          ignore   ignore   ignore   react    defer   ignore
+";
+
+/// The default first; then where each leads: after success, after failure.
+const GOLDEN_REACTIONS: &str = "
+               choices
+reset          restart:RS stop:SS exit:EE
+triple-fault   restart:RS stop:SS exit:EE
+shutdown       exit:EE stop:SS
+panic          report:RR pause:PR restart:RS stop:SS exit:EE
+crash          exit:EE stop:SS
 ";
 
 fn letter(phase: Phase) -> char {
@@ -38,6 +76,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
     match admit(phase, action) {
         Admission::Run(step) => [letter(step.done), letter(step.failed)].iter().collect(),
         Admission::Nothing => "ok".to_owned(),
+        Admission::Wait => "wait".to_owned(),
         Admission::Refused(refusal) => {
             assert_eq!((refusal.action, refusal.phase), (action, phase));
             assert!(!refusal.allowed.contains(phase));
@@ -47,6 +86,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
                 Reason::NotBooted => "notbooted",
                 Reason::AlreadyRunning => "isrunning",
                 Reason::AlreadyPaused => "ispaused",
+                Reason::NotBuilt => "later",
             }
             .to_owned()
         }
@@ -55,7 +95,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
 
 fn event_cell(phase: Phase, event: vmm_state::GuestEvent) -> String {
     match on_guest_event(phase, event) {
-        EventCell::Run(step) => [letter(step.done), letter(step.failed)].iter().collect(),
+        EventCell::React => "react".to_owned(),
         EventCell::Defer => "defer".to_owned(),
         EventCell::Ignore => "ignore".to_owned(),
     }
@@ -81,9 +121,22 @@ fn every_guest_event_in_every_phase() {
     let mut ours = Vec::new();
     for row in &GUEST_EVENTS {
         let cells = Phase::ALL.iter().map(|phase| event_cell(*phase, row.event));
-        ours.push([row.name.replace(' ', "-")].into_iter().chain(cells).collect::<Vec<_>>());
+        ours.push([row.name.to_owned()].into_iter().chain(cells).collect::<Vec<_>>());
     }
     assert_eq!(ours, words(GOLDEN_EVENTS));
+}
+
+#[test]
+fn every_reaction_to_every_guest_event() {
+    let choice = |reaction: &Reaction| {
+        let step = reaction.step();
+        format!("{reaction}:{}{}", letter(step.done), letter(step.failed))
+    };
+    let row = |row: &EventRow| {
+        [row.name.to_owned()].into_iter().chain(row.reactions.iter().map(choice)).collect::<Vec<_>>()
+    };
+    let ours: Vec<_> = GUEST_EVENTS.iter().map(row).collect();
+    assert_eq!(ours, words(GOLDEN_REACTIONS));
 }
 
 #[test]

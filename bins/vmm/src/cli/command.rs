@@ -3,9 +3,21 @@
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, Command};
 use vmm_api::options::{Arity, FLAGS, Flag, help_for};
+use vmm_state::GuestEvent;
 
 /// Name of the subcommand that checks the machine.
 pub(super) const DOCTOR: &str = "doctor";
+
+/// Name of the subcommand that checks a configuration.
+pub(super) const VALIDATE: &str = "validate";
+
+/// The flags that choose what follows guest events, and the events.
+pub(super) const REACTIONS: [(&str, GuestEvent, &str); 4] = [
+    ("on-reboot", GuestEvent::Reset, "What follows a reset or triple fault of the guest"),
+    ("on-shutdown", GuestEvent::Shutdown, "What follows when the guest powers off"),
+    ("on-panic", GuestEvent::Panic, "What follows when the guest's kernel reports its panic (--pvpanic)"),
+    ("on-crash", GuestEvent::Crash, "What follows when KVM cannot go on with a vCPU"),
+];
 
 /// The VM flags that help shows, by heading, in the order that a newcomer needs them. The others are part of the
 /// contract but not of this build: they are refused by name.
@@ -36,7 +48,6 @@ later! {
     "restore" true "restoring a snapshot";
     "event-monitor" true "the event monitor";
     "gdb" true "the GDB stub";
-    "no-shutdown" false "staying when the guest powers off";
     "dbus-object-path" true "the D-Bus API";
     "dbus-service-name" true "the D-Bus API";
     "dbus-system-bus" false "the D-Bus API";
@@ -59,20 +70,27 @@ pub(super) fn command(help: Help) -> Command {
     let doctor = Command::new(DOCTOR)
         .about("Check whether and how well this machine runs VMs, and say what to do where it does not")
         .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
+    let validate = Command::new(VALIDATE)
+        .about("Check a VM's configuration (the JSON of vm.create) against this build and this machine")
+        .arg(valued(Arg::new("file"), "FILE", ValueParser::path_buf()).required(true).help("The file, or -"))
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
     let command = Command::new("vmm")
         .version(concat!("v", env!("CARGO_PKG_VERSION")))
         .about("Runs a virtual machine on Linux KVM.")
         .override_usage(
             "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
              vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
+             vmm validate FILE [--json]           check a configuration\n       \
              vmm doctor [--json]                  check this machine",
         )
         .max_term_width(110)
         .args_conflicts_with_subcommands(true)
         .disable_help_subcommand(true)
         .subcommand(doctor)
+        .subcommand(validate)
         .args(vm_flags(help))
         .args(process_flags())
+        .args(reaction_flags())
         .args(LATER.iter().map(later_flag));
     match help {
         Help::Brief => command,
@@ -181,6 +199,26 @@ fn process_flags() -> [Arg; 8] {
             )
             .hide_short_help(true),
     ]
+}
+
+/// One flag for each event, and the contract's short form of one of them.
+fn reaction_flags() -> impl Iterator<Item = Arg> {
+    let flag = |(name, event, help): (&'static str, GuestEvent, &'static str)| {
+        let row = event.row();
+        let words: Vec<&str> = row.reactions.iter().map(|reaction| reaction.name()).collect();
+        let help = format!("{help}: {} [default: {}]", words.join(", "), row.default_reaction());
+        valued(Arg::new(name).long(name), "WHAT", ValueParser::string())
+            .help(help)
+            .help_heading(THIS_PROCESS)
+            .hide_short_help(true)
+    };
+    let no_shutdown = Arg::new("no-shutdown")
+        .long("no-shutdown")
+        .action(ArgAction::SetTrue)
+        .help_heading(THIS_PROCESS)
+        .help("Stay when the guest powers off; the same as --on-shutdown stop")
+        .hide_short_help(true);
+    REACTIONS.into_iter().map(flag).chain([no_shutdown])
 }
 
 fn later_flag(flag: &LaterFlag) -> Arg {

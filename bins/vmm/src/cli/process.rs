@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::ArgMatches;
 use log::LevelFilter;
 use vmm_api::config::{Fault, FaultKind, UnknownFields};
+use vmm_state::{GuestEvent, Reaction, Reactions};
 
-use super::command::LATER;
+use super::command::{LATER, REACTIONS};
 use super::{ApiSocketArg, SeccompMode};
 use crate::logger::LogOptions;
 
@@ -57,6 +58,31 @@ pub(super) fn unknown_fields(matches: &ArgMatches, faults: &mut Vec<Fault>) -> U
         Some("warn") => UnknownFields::Warn,
         Some(other) => unexpected("unknown-fields", "refuse or warn", other, faults),
     }
+}
+
+/// `--on-reboot` and the others, and `--no-shutdown`.
+pub(super) fn reactions(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Reactions {
+    let mut choose = |name: &str, event: GuestEvent| {
+        let row = event.row();
+        let Some(text) = word(matches, name) else { return row.default_reaction() };
+        let chosen = row.reactions.iter().find(|reaction| reaction.name() == text);
+        chosen.copied().unwrap_or_else(|| {
+            let words: Vec<&str> = row.reactions.iter().map(|reaction| reaction.name()).collect();
+            let message = format!("expected {}, found {text:?}", words.join(", "));
+            faults.push(Fault::new(format!("--{name}"), FaultKind::Type, message));
+            row.default_reaction()
+        })
+    };
+    let [reboot, shutdown, panic, crash] = REACTIONS.map(|(name, event, _)| choose(name, event));
+    let mut reactions = Reactions { reboot, shutdown, panic, crash };
+    if matches.get_flag("no-shutdown") {
+        if matches.contains_id("on-shutdown") && reactions.shutdown != Reaction::Stop {
+            let message = format!("contradicts --on-shutdown {}", reactions.shutdown);
+            faults.push(Fault::new("--no-shutdown", FaultKind::Invalid, message));
+        }
+        reactions.shutdown = Reaction::Stop;
+    }
+    reactions
 }
 
 /// `-v`, `--log-file` and `--log-format`.

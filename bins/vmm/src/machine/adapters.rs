@@ -16,6 +16,8 @@ use vmm_platform_devices::events::{SystemEvent, SystemEvents};
 use vmm_platform_devices::ioapic::{IoApic, IoApicTarget};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::{Machine, MachineError};
+
 /// What a machine's threads tell the control thread.
 #[derive(Debug)]
 pub enum MachineEvent {
@@ -30,6 +32,8 @@ pub enum MachineEvent {
         /// Cleared before the device is serviced, so that later requests are not lost.
         pending: Arc<AtomicBool>,
     },
+    /// A boot thread has built the machine, or could not.
+    Built(Box<Result<Machine, MachineError>>),
 }
 
 /// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.

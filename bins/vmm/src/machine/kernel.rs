@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_acpi_tables as acpi;
 use vmm_api::spec::{MachineSpec, PayloadSpec};
 use vmm_boot as boot;
@@ -25,34 +25,62 @@ const ACPI_END: u64 = 0x10_0000;
 /// that has no EFI, which is what this one is.
 const RESET_VECTOR: u64 = 0xf_fff0;
 
+/// What a guest boots, by its files.
+pub(super) struct Payload<'a> {
+    kernel: &'a Path,
+    initramfs: Option<&'a Path>,
+    cmdline: &'a str,
+}
+
+impl<'a> Payload<'a> {
+    pub(super) fn of(spec: &'a MachineSpec) -> Self {
+        match &spec.payload {
+            PayloadSpec::Kernel { kernel, initramfs, cmdline } => {
+                Self { kernel, initramfs: initramfs.as_deref(), cmdline }
+            }
+            PayloadSpec::Firmware(path) => Self { kernel: path, initramfs: None, cmdline: "" },
+        }
+    }
+
+    /// The files that cannot be opened, by their fields.
+    pub(super) fn unreadable(&self) -> Vec<(&'static str, BootError)> {
+        let files = [("kernel", Some(self.kernel)), ("initramfs", self.initramfs)];
+        files.into_iter().filter_map(|(field, path)| Some((field, open(path?).err()?))).collect()
+    }
+}
+
 /// Loads the kernel and the tables into guest memory.
 pub(super) fn load(spec: &MachineSpec, memory: &MemoryMap, topology: &Topology) -> Result<Entry, BootError> {
-    let (kernel, initramfs, text) = match &spec.payload {
-        PayloadSpec::Kernel { kernel, initramfs, cmdline } => {
-            (kernel.as_path(), initramfs.as_deref(), cmdline.as_str())
-        }
-        PayloadSpec::Firmware(path) => (path.as_path(), None, ""),
-    };
-    let cmdline = boot::Cmdline::new(text)?;
     let rsdp = write_tables(&describe(spec, memory.layout(), topology), memory)?;
-    let kernel_file = open(kernel)?;
-    let initramfs_file = initramfs.map(open).transpose()?;
+    load_kernel(&Payload::of(spec), &**memory.memory(), memory.layout(), Some(rsdp))
+}
+
+/// Loads the kernel.
+pub(super) fn load_kernel<M: GuestMemoryBackend>(
+    payload: &Payload<'_>,
+    memory: &M,
+    layout: &Layout,
+    rsdp: Option<u64>,
+) -> Result<Entry, BootError> {
+    let cmdline = boot::Cmdline::new(payload.cmdline)?;
+    let kernel_file = open(payload.kernel)?;
+    let initramfs_file = payload.initramfs.map(open).transpose()?;
     let source = boot::Source {
         kernel: &kernel_file,
         initramfs: initramfs_file.as_ref(),
         cmdline: &cmdline,
-        map: &memory_map(memory.layout())?,
-        rsdp: Some(rsdp),
+        map: &memory_map(layout)?,
+        rsdp,
     };
-    let loaded = boot::load(&**memory.memory(), &source)
-        .map_err(|source| BootError::Load { path: kernel.to_owned(), source })?;
-    log::info!("loaded {} as {:?}", kernel.display(), loaded.format);
+    let loaded = boot::load(memory, &source)
+        .map_err(|source| BootError::Load { path: payload.kernel.to_owned(), source })?;
+    log::debug!("loaded {} as {:?}", payload.kernel.display(), loaded.format);
     Ok(entry(&loaded.registers))
 }
 
 fn open(path: &Path) -> Result<File, BootError> {
     let failed = |source| BootError::Open { path: path.to_owned(), source };
-    // A FIFO would otherwise hold the control thread until somebody writes to it.
+    // A FIFO would otherwise hold the thread until somebody writes to it.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     match file.metadata().map_err(failed)?.is_file() {
         true => Ok(file),
@@ -199,4 +227,15 @@ pub enum BootError {
     /// Guest memory ends before the tables do.
     #[error("guest memory is too small for the ACPI tables below 1 MiB")]
     NoRoom(#[source] vm_memory::GuestMemoryError),
+}
+
+impl BootError {
+    /// The field of the payload that is at fault.
+    pub(super) fn field(&self) -> &'static str {
+        match self {
+            Self::Cmdline(_) | Self::Load { source: boot::Error::Cmdline(_), .. } => "cmdline",
+            Self::Load { source: boot::Error::Initramfs(_), .. } => "initramfs",
+            _ => "kernel",
+        }
+    }
 }

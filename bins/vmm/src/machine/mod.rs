@@ -3,6 +3,7 @@
 mod adapters;
 mod kernel;
 mod recipes;
+pub(crate) mod trial;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

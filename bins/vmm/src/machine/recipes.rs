@@ -7,7 +7,7 @@ use vmm_api::spec::{DeviceIdentity, DiskFormat, DiskSpec, LockGranularity, Machi
 use vmm_device_manager::set::AnyRecipe;
 use vmm_device_model::device::VmDevice;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
-use vmm_disk_image::{EngineKind, ImageType, LockMode, OpenOptions};
+use vmm_disk_image::{Disk, EngineKind, ImageType, LockMode, OpenOptions};
 use vmm_memory_manager::layout;
 use vmm_pci::host_bridge::{
     CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_SIZE, HostBridge, HostBridgeDevice, REGION_ECAM, REGION_PORTS,
@@ -93,19 +93,24 @@ pub(super) fn add_all(
     Ok(raise)
 }
 
-fn disk_recipe(spec: &DiskSpec) -> Result<VirtioPciRecipe, DiskError> {
+/// Opens and locks the image of a disk.
+pub(super) fn open_image(spec: &DiskSpec) -> Result<Arc<dyn Disk>, vmm_disk_image::OpenError> {
     let DiskFormat::Raw = spec.image.format;
     let lock = match spec.image.lock {
         LockGranularity::ByteRange => LockMode::ByteRange,
         LockGranularity::Full => LockMode::Full,
     };
-    let disk = vmm_disk_image::open(&OpenOptions {
+    vmm_disk_image::open(&OpenOptions {
         path: spec.image.path.clone(),
         read_only: spec.image.readonly,
         direct: spec.image.direct,
         lock,
         image_type: ImageType::Raw,
-    })?;
+    })
+}
+
+fn disk_recipe(spec: &DiskSpec) -> Result<VirtioPciRecipe, DiskError> {
+    let disk = open_image(spec)?;
     let device = BlockDevice::new(BlockOptions {
         id: spec.identity.id.clone(),
         disk,

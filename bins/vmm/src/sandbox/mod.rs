@@ -43,6 +43,8 @@ pub struct Sandbox {
     paths: PathPolicy,
     /// Landlock is in force. There is no way back.
     confined: bool,
+    /// Why it is not, where it ought to be.
+    failure: Option<LandlockError>,
 }
 
 impl Default for Sandbox {
@@ -55,7 +57,7 @@ impl Default for Sandbox {
 impl Sandbox {
     /// Threads begin with `threads`; the paths of the first VM that boots are confined as `paths` says.
     pub fn new(threads: Arc<dyn ThreadHook>, paths: PathPolicy) -> Self {
-        Self { threads, paths, confined: false }
+        Self { threads, paths, confined: false, failure: None }
     }
 
     /// What every thread begins with.
@@ -63,21 +65,30 @@ impl Sandbox {
         &self.threads
     }
 
-    /// Confines the paths of this thread, and of those that it will start, to those of `spec`, if that is wanted and
-    /// not done yet. What can be opened then stays the same for the life of the process.
-    ///
-    /// # Errors
-    /// A path is not there, or the kernel refuses. Nothing is confined then.
-    pub fn confine_paths(&mut self, spec: &MachineSpec) -> Result<(), LandlockError> {
+    /// Confines the paths of this thread, and of those that it will start, to those of `spec`, if that is wanted and not
+    /// done yet. What can be opened then stays the same for the life of the process. If it fails nothing is confined, and
+    /// the boot must not succeed: see [`confined`](Self::confined).
+    pub fn confine_paths(&mut self, spec: &MachineSpec) {
         let wanted = match self.paths {
             PathPolicy::AsConfigured => spec.landlock.enable,
             PathPolicy::Always => true,
             PathPolicy::Never => false,
         };
+        self.failure = None;
         if wanted && !self.confined {
-            self.confined = landlock::restrict(&paths::rules(spec))?;
+            match landlock::restrict(&paths::rules(spec)) {
+                Ok(confined) => self.confined = confined,
+                Err(error) => self.failure = Some(error),
+            }
         }
-        Ok(())
+    }
+
+    /// Whether paths are as confined as they ought to be.
+    ///
+    /// # Errors
+    /// A path was not there, or the kernel refused.
+    pub fn confined(&mut self) -> Result<(), LandlockError> {
+        self.failure.take().map_or(Ok(()), Err)
     }
 
     /// Whether Landlock may be why `error` happened: a path was refused while it is in force.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
+use vmm_api::command::Method;
 use vmm_tests::harness::{Api, LIMIT, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
@@ -201,6 +202,10 @@ fn the_whole_life_passes_the_filters() {
         // Faults pass them, too.
         let mut broken = config.clone();
         broken["payload"]["kernel"] = json!(scratch.path("nothing"));
+        for (config, is_good) in [(&config, true), (&broken, false)] {
+            let answer = api.request(Method::Put, "vm.validate", config.to_string().as_bytes());
+            assert!(answer.status < 500 && answer.body.contains("nothing") != is_good, "{answer:?}");
+        }
         api.create(&broken);
         assert_eq!(api.put("vm.boot").status, 500);
         api.puts(&["vm.delete"]);

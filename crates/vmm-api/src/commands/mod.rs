@@ -1,6 +1,6 @@
-//! The commands of the contract: those that are built, each a type, and those that are not yet, as one list.
+//! The commands: every route of the contract and our own, each a type.
 
-pub mod later;
+pub mod device;
 pub mod vm;
 pub mod vmm;
 
@@ -25,48 +25,65 @@ macro_rules! command {
 }
 pub(crate) use command;
 
-/// A host of every command that is built.
-pub trait HandleAll:
-    Handle<vmm::Ping>
-    + Handle<vmm::Shutdown>
-    + Handle<vm::Create>
-    + Handle<vm::Boot>
-    + Handle<vm::Info>
-    + Handle<vm::Shutdown>
-    + Handle<vm::Reboot>
-    + Handle<vm::Delete>
-    + Handle<vm::Pause>
-    + Handle<vm::Resume>
-{
+/// Lists the commands: those whose work is built, then those that are answered with `not_built`. The only such list.
+macro_rules! commands {
+    (built { $($built:path,)+ } later { $($later:path,)+ }) => {
+        /// A host of every command that is built.
+        pub trait HandleAll: $(Handle<$built> +)+ {}
+
+        impl<H> HandleAll for H where H: $(Handle<$built> +)+ {}
+
+        /// How many commands there are.
+        pub const COUNT: usize = [$(stringify!($built),)+ $(stringify!($later),)+].len();
+
+        /// The command table of a host: `static TABLE: [Endpoint<Vmm>; COUNT] = table();`.
+        #[must_use]
+        pub const fn table<H: HandleAll + 'static>() -> [Endpoint<H>; COUNT] {
+            [$(Endpoint::of::<$built>(),)+ $(Endpoint::later::<$later>(),)+]
+        }
+    };
 }
 
-impl<H> HandleAll for H where
-    H: Handle<vmm::Ping>
-        + Handle<vmm::Shutdown>
-        + Handle<vm::Create>
-        + Handle<vm::Boot>
-        + Handle<vm::Info>
-        + Handle<vm::Shutdown>
-        + Handle<vm::Reboot>
-        + Handle<vm::Delete>
-        + Handle<vm::Pause>
-        + Handle<vm::Resume>
-{
-}
-
-/// The command table of a host: `static TABLE: [Endpoint<Vmm>; 10] = table();`.
-#[must_use]
-pub const fn table<H: HandleAll + 'static>() -> [Endpoint<H>; 10] {
-    [
-        Endpoint::of::<vmm::Ping>(),
-        Endpoint::of::<vmm::Shutdown>(),
-        Endpoint::of::<vm::Create>(),
-        Endpoint::of::<vm::Boot>(),
-        Endpoint::of::<vm::Info>(),
-        Endpoint::of::<vm::Shutdown>(),
-        Endpoint::of::<vm::Reboot>(),
-        Endpoint::of::<vm::Delete>(),
-        Endpoint::of::<vm::Pause>(),
-        Endpoint::of::<vm::Resume>(),
-    ]
+commands! {
+    built {
+        vmm::Ping,
+        vmm::Shutdown,
+        vmm::OpenApi,
+        vmm::Metrics,
+        vmm::LogLevel,
+        vmm::SetLogLevel,
+        vm::Create,
+        vm::Validate,
+        vm::Boot,
+        vm::Info,
+        vm::Counters,
+        vm::BootTrace,
+        vm::Shutdown,
+        vm::Reboot,
+        vm::Delete,
+        vm::Pause,
+        vm::Resume,
+        vm::PowerButton,
+        vm::Nmi,
+        device::AddDevice,
+        device::AddUserDevice,
+        device::AddDisk,
+        device::AddFs,
+        device::AddGenericVhostUser,
+        device::AddPmem,
+        device::AddNet,
+        device::AddVdpa,
+        device::AddVsock,
+        device::RemoveDevice,
+    }
+    later {
+        vm::Resize,
+        vm::ResizeDisk,
+        vm::ResizeZone,
+        vm::Snapshot,
+        vm::Coredump,
+        vm::Restore,
+        vm::ReceiveMigration,
+        vm::SendMigration,
+    }
 }

@@ -1,10 +1,13 @@
 //! Commands about the VM.
 
 use super::command;
-use crate::command::{Decode, Encode, Incoming, encode_json};
-use crate::config::VmConfig;
-use crate::error::ApiError;
-use crate::info::VmInfo;
+use crate::command::{Decode, Encode, Incoming, JSON, encode_json};
+use crate::config::{
+    FaultKind, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmConfig, VmCoredumpData, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+};
+use crate::error::{ApiError, Code, FaultReport};
+use crate::info::{CountersReply, JsonDocument, ValidateReply, VmInfo};
 use crate::spec::{Checked, MachineSpec, parse_and_check};
 use std::os::fd::OwnedFd;
 
@@ -48,6 +51,105 @@ command! {
     Resume(()) -> (), Put "vm.resume", Resume
 }
 
+command! {
+    /// Checks a configuration against this build and this host, and changes nothing.
+    Validate(ValidateRequest) -> ValidateReply, Put "vm.validate", Validate
+}
+
+command! {
+    /// Gives what the devices have counted since the machine was built.
+    Counters(()) -> CountersReply, Get "vm.counters", Counters
+}
+
+command! {
+    /// Gives the stages of the last boot in the Trace Event Format.
+    BootTrace(()) -> JsonDocument, Get "vm.boot-trace", BootTrace
+}
+
+command! {
+    /// Presses the guest's power button.
+    PowerButton(()) -> (), Put "vm.power-button", PowerButton
+}
+
+command! {
+    /// Raises a non-maskable interrupt on every vCPU.
+    Nmi(()) -> (), Put "vm.nmi", Nmi
+}
+
+command! {
+    /// Changes the number of vCPUs, the memory, the balloon.
+    Resize(VmResize) -> (), Put "vm.resize", Resize
+}
+
+command! {
+    /// Changes the size of a disk.
+    ResizeDisk(VmResizeDisk) -> (), Put "vm.resize-disk", ResizeDisk
+}
+
+command! {
+    /// Changes the size of a memory zone.
+    ResizeZone(VmResizeZone) -> (), Put "vm.resize-zone", ResizeZone
+}
+
+command! {
+    /// Writes a snapshot of the paused VM.
+    Snapshot(VmSnapshotConfig) -> (), Put "vm.snapshot", Snapshot
+}
+
+command! {
+    /// Writes the guest's memory and registers as a core file.
+    Coredump(VmCoredumpData) -> (), Put "vm.coredump", Coredump
+}
+
+command! {
+    /// Makes a VM of a snapshot.
+    Restore(RestoreConfig) -> (), Put "vm.restore", Restore
+}
+
+command! {
+    /// Waits for a VM from another VMM.
+    ReceiveMigration(ReceiveMigrationData) -> (), Put "vm.receive-migration", ReceiveMigration
+}
+
+command! {
+    /// Gives the VM to another VMM.
+    SendMigration(SendMigrationData) -> (), Put "vm.send-migration", SendMigration
+}
+
+/// The request of `vm.validate`: the document, read.
+#[derive(Debug)]
+pub struct ValidateRequest {
+    /// The checked configuration, or all that is wrong with it.
+    pub checked: Result<Box<Checked>, Vec<FaultReport>>,
+}
+
+impl Decode for ValidateRequest {
+    /// Only what is no document at all is refused; other faults are the answer.
+    fn decode(incoming: Incoming) -> Result<Self, ApiError> {
+        let checked = match parse_and_check(&incoming.body, incoming.unknown_fields) {
+            Ok(checked) => Ok(Box::new(checked)),
+            Err(faults) if faults.iter().any(|fault| fault.kind == FaultKind::Syntax) => {
+                return Err(faults.into());
+            }
+            Err(faults) => Err(faults.into_iter().map(FaultReport::from).collect()),
+        };
+        Ok(Self { checked })
+    }
+}
+
+/// For clients: only a configuration that passed the checks of this build has a form to send.
+impl Encode for ValidateRequest {
+    const MEDIA_TYPE: &'static str = JSON;
+
+    fn encode(&self) -> Result<Vec<u8>, ApiError> {
+        match &self.checked {
+            Ok(checked) => encode_json(&checked.config),
+            Err(faults) => Err(ApiError::new(Code::InvalidConfig, "the configuration is refused")
+                .with_faults(faults.clone())),
+        }
+    }
+}
+
 /// The request of `vm.create`.
 #[derive(Debug)]
 pub struct CreateRequest {
@@ -78,6 +180,8 @@ impl Decode for CreateRequest {
 }
 
 impl Encode for CreateRequest {
+    const MEDIA_TYPE: &'static str = JSON;
+
     fn encode(&self) -> Result<Vec<u8>, ApiError> {
         encode_json(&self.config)
     }

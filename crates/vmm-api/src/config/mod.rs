@@ -13,6 +13,7 @@ mod machine;
 pub(crate) mod nearest;
 pub(crate) mod path;
 pub(crate) mod reader;
+mod requests;
 pub mod table;
 mod vm;
 pub(crate) mod wire;
@@ -31,6 +32,11 @@ pub use machine::{
     CoreScheduling, CpuAffinity, CpuFeatures, CpuTopology, CpusConfig, FwCfgConfig, FwCfgItem, HotplugMethod,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NumaConfig, NumaDistance, PayloadConfig,
     PciSegmentConfig, PlatformConfig, TpmConfig,
+};
+pub use requests::{
+    LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig,
+    RestoredNetConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData,
+    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use vm::VmConfig;
 pub use wire::Bytes;
@@ -62,6 +68,17 @@ pub fn parse_vm_config(json: &[u8], unknown: UnknownFields) -> Result<Parsed, Ve
         Ok(Parsed { config: draft.config, warnings: draft.warnings })
     } else {
         Err(faults)
+    }
+}
+
+/// Reads one object of the contract, the body of a request.
+pub(crate) fn read_object<T: Wire>(json: &[u8], unknown: UnknownFields) -> Result<T, Vec<Fault>> {
+    let node = Node::parse(json).map_err(|fault| vec![fault])?;
+    let mut reader = Reader::new(unknown);
+    let object = T::read(&node, &mut reader);
+    match (object, reader.finish()) {
+        (Some(object), (faults, _)) if faults.is_empty() => Ok(object),
+        (_, (faults, _)) => Err(faults),
     }
 }
 

@@ -194,7 +194,7 @@ impl Connection {
     }
 
     fn refuse(&mut self, error: &ApiError, manner: Manner, now: Instant) {
-        self.owe(refusal(error, Manner { keep_alive: false, ..manner }, None));
+        self.owe(refusal(error, Manner { keep_alive: false, ..manner }, &[]));
         self.enter(Stage::Closing, now);
     }
 

@@ -11,26 +11,26 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 #[must_use]
 pub fn answer(outcome: &Outcome, manner: Manner) -> Vec<u8> {
     match outcome {
-        Ok(body) if body.is_empty() => Head { status: 204, manner, allow: None }.with_body("", &[]),
-        Ok(body) => Head { status: 200, manner, allow: None }.with_body("application/json", body),
-        Err(error) => refusal(error, manner, None),
+        Ok(body) if body.bytes.is_empty() => Head { status: 204, manner, allow: &[] }.with_body("", &[]),
+        Ok(body) => Head { status: 200, manner, allow: &[] }.with_body(body.media_type, &body.bytes),
+        Err(error) => refusal(error, manner, &[]),
     }
 }
 
 /// The answer to a request that was not carried out.
 #[must_use]
-pub fn refusal(error: &ApiError, manner: Manner, allow: Option<Method>) -> Vec<u8> {
+pub fn refusal(error: &ApiError, manner: Manner, allow: &[Method]) -> Vec<u8> {
     let head = Head { status: error.code.status(), manner, allow };
     head.with_body(manner.errors.media_type(), &error.body(manner.errors))
 }
 
-struct Head {
+struct Head<'a> {
     status: u16,
     manner: Manner,
-    allow: Option<Method>,
+    allow: &'a [Method],
 }
 
-impl Head {
+impl Head<'_> {
     /// Existing clients look for these very spellings. An answer 204 has neither type nor length (RFC 9110).
     fn with_body(&self, media_type: &str, body: &[u8]) -> Vec<u8> {
         let connection = if self.manner.keep_alive { "keep-alive" } else { "close" };
@@ -38,8 +38,9 @@ impl Head {
         let mut text = format!(
             "HTTP/1.1 {status} {phrase}\r\nServer: Cloud Hypervisor API\r\nConnection: {connection}\r\n"
         );
-        if let Some(method) = self.allow {
-            text.push_str(&format!("Allow: {}\r\n", method.name()));
+        if !self.allow.is_empty() {
+            let methods: Vec<_> = self.allow.iter().map(|method| method.name()).collect();
+            text.push_str(&format!("Allow: {}\r\n", methods.join(", ")));
         }
         if self.status != 204 {
             text.push_str(&format!("Content-Type: {media_type}\r\nContent-Length: {}\r\n", body.len()));
@@ -56,6 +57,7 @@ impl Head {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::{Body, JSON};
     use crate::error::{Code, ErrorForm};
 
     const MANNER: Manner = Manner { verb: Verb::Get, keep_alive: true, errors: ErrorForm::Causes };
@@ -67,13 +69,13 @@ mod tests {
     #[test]
     fn spelled_as_existing_clients_read_it() {
         assert_eq!(
-            text(answer(&Ok(b"{}".to_vec()), MANNER)),
+            text(answer(&Ok(Body { media_type: JSON, bytes: b"{}".to_vec() }), MANNER)),
             "HTTP/1.1 200 OK\r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n\
              Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
         );
         let closing = Manner { keep_alive: false, ..MANNER };
         assert_eq!(
-            text(answer(&Ok(Vec::new()), closing)),
+            text(answer(&Ok(Body::NONE), closing)),
             "HTTP/1.1 204 No Content\r\nServer: Cloud Hypervisor API\r\nConnection: close\r\n\r\n"
         );
     }
@@ -81,11 +83,11 @@ mod tests {
     #[test]
     fn errors_come_in_the_form_asked_for() {
         let error = ApiError::new(Code::MethodNotAllowed, "vm.boot takes PUT only");
-        let plain = text(refusal(&error, MANNER, Some(Method::Put)));
+        let plain = text(refusal(&error, MANNER, &[Method::Put]));
         assert!(plain.starts_with("HTTP/1.1 405 Method Not Allowed\r\n"), "{plain}");
         assert!(plain.contains("\r\nAllow: PUT\r\nContent-Type: application/json\r\n"), "{plain}");
         assert!(plain.ends_with("\r\n\r\n[\"vm.boot takes PUT only\"]"), "{plain}");
-        let problem = text(refusal(&error, Manner { errors: ErrorForm::Problem, ..MANNER }, None));
+        let problem = text(refusal(&error, Manner { errors: ErrorForm::Problem, ..MANNER }, &[]));
         assert!(problem.contains("Content-Type: application/problem+json\r\n"), "{problem}");
         assert!(problem.contains(r#""code":"method_not_allowed""#), "{problem}");
     }
@@ -93,7 +95,7 @@ mod tests {
     #[test]
     fn the_answer_to_head_has_a_length_and_no_body() {
         let error = ApiError::new(Code::UnknownRoute, "there is no /x");
-        let answer = text(refusal(&error, Manner { verb: Verb::Head, ..MANNER }, None));
+        let answer = text(refusal(&error, Manner { verb: Verb::Head, ..MANNER }, &[]));
         assert!(answer.ends_with("Content-Length: 18\r\n\r\n"), "{answer}");
     }
 }

@@ -1,53 +1,45 @@
 //! From a request line to what is to be done.
 
 use crate::command::{Endpoint, Method};
-use crate::commands::later::LATER;
 use crate::error::{ApiError, Code};
 use crate::http::parser::Verb;
 
 /// The path every route is below.
 pub const ROOT: &str = "/api/v1/";
 
-/// A request that leads nowhere: the error, and the method to name in `Allow` where only the method was wrong.
+/// A request that leads nowhere: the error, and the methods to name in `Allow` where only the method was wrong.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Misrouted {
     /// The answer.
     pub error: ApiError,
-    /// The method that is allowed.
-    pub allow: Option<Method>,
+    /// The methods that are allowed.
+    pub allow: Vec<Method>,
 }
 
 /// The endpoint of `table` for `verb` and `path`.
 ///
 /// # Errors
-/// There is no such path, it has another method, or its command is not built yet.
+/// There is no such path, or it has other methods.
 pub fn route<H: 'static>(
     table: &'static [Endpoint<H>],
     verb: Verb,
     path: &str,
 ) -> Result<&'static Endpoint<H>, Box<Misrouted>> {
-    let unknown =
-        || misrouted(ApiError::new(Code::UnknownRoute, format!("there is no {}", shortened(path))), None);
-    let name = path.strip_prefix(ROOT).ok_or_else(unknown)?;
-    if let Some(endpoint) = table.iter().find(|endpoint| endpoint.name() == name) {
-        check_method(endpoint.method(), verb, name)?;
-        return Ok(endpoint);
+    let name = path.strip_prefix(ROOT).unwrap_or_default();
+    let mut allow = Vec::new();
+    for endpoint in table.iter().filter(|endpoint| endpoint.name() == name) {
+        if verb.is(endpoint.method()) {
+            return Ok(endpoint);
+        }
+        allow.push(endpoint.method());
     }
-    let later = LATER.iter().find(|later| later.name == name).ok_or_else(unknown)?;
-    check_method(later.method, verb, name)?;
-    Err(misrouted(ApiError::new(Code::NotBuilt, format!("{name} is not supported by this build yet")), None))
-}
-
-fn check_method(wanted: Method, verb: Verb, name: &str) -> Result<(), Box<Misrouted>> {
-    if verb.is(wanted) {
-        return Ok(());
-    }
-    let error = ApiError::new(Code::MethodNotAllowed, format!("{name} takes {} only", wanted.name()));
-    Err(misrouted(error, Some(wanted)))
-}
-
-fn misrouted(error: ApiError, allow: Option<Method>) -> Box<Misrouted> {
-    Box::new(Misrouted { error, allow })
+    let error = if allow.is_empty() {
+        ApiError::new(Code::UnknownRoute, format!("there is no {}", shortened(path)))
+    } else {
+        let names: Vec<_> = allow.iter().map(|method| method.name()).collect();
+        ApiError::new(Code::MethodNotAllowed, format!("{name} takes {} only", names.join(" and ")))
+    };
+    Err(Box::new(Misrouted { error, allow }))
 }
 
 /// A path as it may be shown: an answer is not a mirror for 16 KiB.
@@ -58,8 +50,8 @@ fn shortened(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::{Handle, Host, Replier};
-    use crate::commands::vmm;
+    use crate::command::{ApiRequest, Handle, Host, Replier};
+    use crate::commands::{vm, vmm};
     use crate::info::PingReply;
 
     struct Toy;
@@ -68,15 +60,22 @@ mod tests {
         fn phase(&self) -> vmm_state::Phase {
             vmm_state::Phase::Empty
         }
+
+        fn park(&mut self, _: ApiRequest<Self>) {}
     }
 
     impl Handle<vmm::Ping> for Toy {
         fn handle(&mut self, _: (), _: Replier<PingReply>) {}
     }
 
-    static TABLE: [Endpoint<Toy>; 1] = [Endpoint::of::<vmm::Ping>()];
+    static TABLE: [Endpoint<Toy>; 4] = [
+        Endpoint::of::<vmm::Ping>(),
+        Endpoint::later::<vm::Nmi>(),
+        Endpoint::later::<vmm::LogLevel>(),
+        Endpoint::later::<vmm::SetLogLevel>(),
+    ];
 
-    fn code(verb: Verb, path: &str) -> (Code, Option<Method>) {
+    fn code(verb: Verb, path: &str) -> (Code, Vec<Method>) {
         let misrouted = route(&TABLE, verb, path).unwrap_err();
         (misrouted.error.code, misrouted.allow)
     }
@@ -84,12 +83,15 @@ mod tests {
     #[test]
     fn paths_and_methods_are_told_apart() {
         assert_eq!(route(&TABLE, Verb::Get, "/api/v1/vmm.ping").unwrap().name(), "vmm.ping");
-        assert_eq!(code(Verb::Put, "/api/v1/vmm.ping"), (Code::MethodNotAllowed, Some(Method::Get)));
-        assert_eq!(code(Verb::Other, "/api/v1/vm.nmi"), (Code::MethodNotAllowed, Some(Method::Put)));
-        assert_eq!(code(Verb::Put, "/api/v1/vm.nmi"), (Code::NotBuilt, None));
+        assert_eq!(route(&TABLE, Verb::Put, "/api/v1/vmm.log-level").unwrap().method(), Method::Put);
+        assert_eq!(route(&TABLE, Verb::Get, "/api/v1/vmm.log-level").unwrap().method(), Method::Get);
+        let wrong_method = |methods: &[Method]| (Code::MethodNotAllowed, methods.to_vec());
+        assert_eq!(code(Verb::Put, "/api/v1/vmm.ping"), wrong_method(&[Method::Get]));
+        assert_eq!(code(Verb::Other, "/api/v1/vm.nmi"), wrong_method(&[Method::Put]));
+        assert_eq!(code(Verb::Other, "/api/v1/vmm.log-level"), wrong_method(&[Method::Get, Method::Put]));
         for path in ["/", "/api/v1/", "/api/v1", "/api/v1/vm.", "/api/v1/vmm.ping/", "/api/v2/vmm.ping", "*"]
         {
-            assert_eq!(code(Verb::Get, path), (Code::UnknownRoute, None), "{path}");
+            assert_eq!(code(Verb::Get, path), (Code::UnknownRoute, Vec::new()), "{path}");
         }
     }
 }

@@ -283,7 +283,7 @@ impl<H: 'static> Server<H> {
             Err(misrouted) => {
                 log::debug!("API request refused: {}", misrouted.error);
                 if let Some(client) = self.clients.get_mut(&id) {
-                    client.finish(refusal(&misrouted.error, manner, misrouted.allow), manner, now);
+                    client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
                 }
             }
         }

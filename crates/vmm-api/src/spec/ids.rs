@@ -60,6 +60,17 @@ pub(super) fn check(config: &mut VmConfig, checker: &mut Checker) {
     }
 }
 
+/// Whether `id` names a fixed part of the machine.
+pub(super) fn is_fixed(config: &VmConfig, id: &str) -> bool {
+    let of = |given: &Option<String>| given.as_deref() == Some(id);
+    BUILT_IN.contains(&id)
+        || of(&config.rng.id)
+        || of(&config.console.id)
+        || config.balloon.iter().any(|device| of(&device.id))
+        || config.rtc.iter().any(|device| of(&device.id))
+        || config.ivshmem.iter().any(|device| of(&device.id))
+}
+
 /// All devices that can have a name.
 fn slots(config: &mut VmConfig) -> Vec<Slot<'_>> {
     let mut slots = Vec::new();

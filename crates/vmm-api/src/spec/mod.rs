@@ -8,6 +8,7 @@ mod check;
 mod consoles;
 mod cpus;
 mod disks;
+mod edit;
 mod ids;
 mod landlock;
 mod memory;
@@ -20,6 +21,7 @@ pub use crate::config::{Bytes, CoreScheduling, LockGranularity};
 use crate::config::{Fault, FaultKind, UnknownFields, VmConfig, Warning, read_vm_config};
 
 use check::Checker;
+pub use edit::{with_device, without_device};
 pub use ids::fill_ids;
 
 /// The largest number of vCPUs: beyond it, APIC ids need the extended destination format.

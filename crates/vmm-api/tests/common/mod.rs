@@ -14,8 +14,8 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_api::client::Client;
-use vmm_api::command::{ApiRequest, Endpoint, Handle, Host, Replier};
-use vmm_api::commands::{table, vm, vmm};
+use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
+use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::http::{ApiSocket, Config, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
@@ -27,12 +27,18 @@ use vmm_state::{Phase, VmSlot};
 pub(crate) struct Toy {
     slot: VmSlot<vm::CreateRequest, ()>,
     parked: Vec<Replier<()>>,
+    waiting: Vec<ApiRequest<Self>>,
     ends: bool,
 }
 
 impl Host for Toy {
     fn phase(&self) -> Phase {
         self.slot.phase()
+    }
+
+    /// It waits as long as a parked boot does.
+    fn park(&mut self, request: ApiRequest<Self>) {
+        self.waiting.push(request);
     }
 }
 
@@ -70,15 +76,40 @@ impl Handle<vm::Boot> for Toy {
             return replier.reply(Err(ApiError::new(Code::BootFailed, "no kernel").context("cannot boot")));
         }
         if command_line == "slow" {
+            self.slot.begin_boot().unwrap();
             return self.parked.push(replier);
         }
         if command_line == "forgets" {
             return drop(replier);
         }
-        self.slot.start(()).unwrap();
+        self.start();
         replier.reply(Ok(()));
     }
 }
+
+impl Toy {
+    fn start(&mut self) {
+        self.slot.begin_boot().unwrap();
+        self.slot.start(()).unwrap();
+    }
+}
+
+/// What the toy does not do.
+macro_rules! refuse {
+    ($($command:ty),+) => {$(
+        impl Handle<$command> for Toy {
+            fn handle(&mut self, _: <$command as Command>::Request, replier: Replier<<$command as Command>::Reply>) {
+                replier.reply(Err(ApiError::new(Code::Internal, "a toy does not do that")));
+            }
+        }
+    )+};
+}
+
+refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
+refuse!(vm::Validate, vm::Counters, vm::BootTrace, vm::PowerButton, vm::Nmi);
+refuse!(device::AddDevice, device::AddUserDevice, device::AddDisk, device::AddFs);
+refuse!(device::AddGenericVhostUser, device::AddPmem, device::AddNet, device::AddVdpa);
+refuse!(device::AddVsock, device::RemoveDevice);
 
 /// It tells the number of descriptors as the size of memory.
 impl Handle<vm::Info> for Toy {
@@ -91,6 +122,9 @@ impl Handle<vm::Info> for Toy {
             state,
             memory_actual_size: request.fds.len() as u64,
             device_tree: None,
+            phase: self.slot.phase().to_string(),
+            boots: 1,
+            last_guest_event: None,
         }));
     }
 }
@@ -105,7 +139,7 @@ impl Handle<vm::Shutdown> for Toy {
 impl Handle<vm::Reboot> for Toy {
     fn handle(&mut self, _: (), replier: Replier<()>) {
         self.slot.stop().unwrap();
-        self.slot.start(()).unwrap();
+        self.start();
         replier.reply(Ok(()));
     }
 }
@@ -131,7 +165,7 @@ impl Handle<vm::Resume> for Toy {
     }
 }
 
-pub(crate) static TABLE: [Endpoint<Toy>; 10] = table();
+pub(crate) static TABLE: [Endpoint<Toy>; COUNT] = table();
 
 /// A configuration whose boot does `word`.
 pub(crate) fn config(word: &str) -> String {
@@ -171,6 +205,9 @@ impl Rig {
                     .add_mailbox("release", release_inbox, |toy: &mut Toy, _, ()| {
                         toy.slot.start(()).unwrap();
                         toy.parked.drain(..).for_each(|replier| replier.reply(Ok(())));
+                        std::mem::take(&mut toy.waiting)
+                            .into_iter()
+                            .for_each(|request| request.dispatch(toy));
                         Ok(())
                     })
                     .unwrap();

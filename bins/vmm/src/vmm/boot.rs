@@ -1,0 +1,215 @@
+//! Boots. A machine is built on a thread of its own, so that clients are served meanwhile; where there are no clients
+//! the control thread builds it.
+
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use vmm_api::command::{ApiRequest, Replier};
+use vmm_api::error::{ApiError, Code};
+use vmm_device_model::thread::ThreadHook;
+use vmm_state::Phase;
+
+use super::{Vmm, VmmError};
+use crate::console::{Console, Consoles};
+use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
+use crate::sandbox::Sandbox;
+
+/// A boot under way, and who waits for its end.
+#[derive(Debug, Default)]
+pub(super) struct Boot {
+    job: Option<Job>,
+    /// In the order in which they came.
+    waiting: Vec<ApiRequest<Vmm>>,
+}
+
+#[derive(Debug)]
+struct Job {
+    asker: Asker,
+    /// The consoles were opened for this boot.
+    fresh: bool,
+    thread: JoinHandle<()>,
+}
+
+/// Who wants the boot, and is told how it ended.
+#[derive(Debug)]
+pub(super) enum Asker {
+    /// A client.
+    Client(Replier<()>),
+    /// The guest, by a reset.
+    Guest,
+}
+
+impl Vmm {
+    /// Boots the VM that is configured, on this thread.
+    ///
+    /// # Errors
+    /// The machine cannot be built; the VM is as it was.
+    pub fn boot_now(&mut self) -> Result<(), VmmError> {
+        let (build, fresh) = self.prepare()?;
+        self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
+        self.settle_boot(build.run(), fresh)
+    }
+
+    /// Begins to boot; `asker` is told of the end.
+    pub(super) fn boot_for(&mut self, asker: Asker) {
+        if !self.policy.serves_clients {
+            let result = self.boot_now();
+            return self.tell(asker, result);
+        }
+        let begun = self.prepare().and_then(|(build, fresh)| {
+            let post = build.post.clone();
+            self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
+            let work = move || post.post(MachineEvent::Built(Box::new(build.run())));
+            match Builder::new().name("boot".to_owned()).spawn(work) {
+                Ok(thread) => Ok((thread, fresh)),
+                Err(source) => {
+                    let _ = self.slot.fail_boot();
+                    self.close_consoles(fresh);
+                    Err(VmmError::Thread(source))
+                }
+            }
+        });
+        match begun {
+            Ok((thread, fresh)) => self.boot.job = Some(Job { asker, fresh, thread }),
+            Err(error) => self.tell(asker, Err(error)),
+        }
+    }
+
+    /// Switches the machine off and boots again. The consoles go from one machine to the next.
+    pub(super) fn reboot_for(&mut self, asker: Asker) {
+        self.drop_machine();
+        self.boot_for(asker);
+    }
+
+    /// The same for a guest's reset.
+    pub(super) fn restart(&mut self) {
+        self.reboot_for(Asker::Guest);
+    }
+
+    /// A boot thread is done. What is not waited for any more is dropped.
+    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>) {
+        if self.slot.phase() != Phase::Booting || number != self.machines {
+            return;
+        }
+        let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
+        // It has nothing left to do but end, and what it leaves is gone before anybody is told.
+        let _ = thread.join();
+        let result = self.settle_boot(result, fresh);
+        self.tell(asker, result);
+        for request in std::mem::take(&mut self.boot.waiting) {
+            request.dispatch(self);
+        }
+    }
+
+    /// Keeps a request until the boot has ended.
+    pub(super) fn wait_for_boot(&mut self, request: ApiRequest<Self>) {
+        self.boot.waiting.push(request);
+    }
+
+    /// Nobody waits for the boot any more; its machine will be dropped.
+    pub(super) fn give_up_boot(&mut self) {
+        if let Some(Job { asker: Asker::Client(replier), .. }) = self.boot.job.take() {
+            replier.reply(Err(ApiError::new(Code::BootFailed, "the VM was removed while it was booting")));
+        }
+        // Requests that are dropped are answered with an error.
+        self.boot.waiting.clear();
+    }
+
+    /// What a machine is built from, with its consoles open; and whether they were opened now.
+    fn prepare(&mut self) -> Result<(Build, bool), VmmError> {
+        let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
+        self.sandbox.confine_paths(&configured.spec);
+        let fresh = configured.consoles.is_none();
+        let consoles = match configured.consoles.take() {
+            Some(consoles) => consoles,
+            None => Consoles::open(&configured.spec, self.sandbox.threads())
+                .map_err(|error| explain(&self.sandbox, error.into()))?,
+        };
+        let end = |console: &Option<Console>| console.as_ref().map(Console::end);
+        let ports = Ports {
+            serial: end(&consoles.serial),
+            console: end(&consoles.console),
+            debug: end(&consoles.debug),
+        };
+        configured.consoles = Some(consoles);
+        self.machines += 1;
+        let build = Build {
+            hypervisor: Arc::clone(&self.hypervisor),
+            spec: Arc::clone(&configured.spec),
+            ports,
+            post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            threads: Arc::clone(self.sandbox.threads()),
+        };
+        Ok((build, fresh))
+    }
+
+    /// Runs the machine, or brings everything back to where the boot began.
+    fn settle_boot(&mut self, result: Result<Machine, MachineError>, fresh: bool) -> Result<(), VmmError> {
+        // Without one of its paths the machine was not built, which said more of the reason.
+        let confined = self.sandbox.confined();
+        let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
+        let mut machine = match built {
+            Ok(machine) => machine,
+            Err(error) => {
+                let _ = self.slot.fail_boot();
+                self.close_consoles(fresh);
+                return Err(explain(&self.sandbox, error));
+            }
+        };
+        if let Some(configured) = self.slot.config_mut() {
+            configured.boots += 1;
+            if let Some(consoles) = &mut configured.consoles {
+                consoles.attach();
+                self.inputs.want(consoles);
+            }
+        }
+        machine.start();
+        self.slot.start(machine).map_err(|_| VmmError::NoVm)?;
+        log::info!("the VM runs");
+        Ok(())
+    }
+
+    /// After a failed boot: consoles that were opened for it are closed, others wait for the next.
+    fn close_consoles(&mut self, fresh: bool) {
+        let Some(configured) = self.slot.config_mut() else { return };
+        if let Some(consoles) = &mut configured.consoles {
+            consoles.detach();
+        }
+        if fresh {
+            configured.consoles = None;
+        }
+    }
+
+    fn tell(&mut self, asker: Asker, result: Result<(), VmmError>) {
+        match (asker, result) {
+            (Asker::Client(replier), result) => {
+                replier.reply(result.map_err(|error| ApiError::from_error(Code::BootFailed, &error)));
+            }
+            (Asker::Guest, Ok(())) => {}
+            (Asker::Guest, Err(error)) => self.lost(&error),
+        }
+    }
+}
+
+/// Says so where Landlock may be the reason.
+fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
+    match sandbox.may_have_refused(&error) {
+        true => VmmError::Refused { source: Box::new(error) },
+        false => error,
+    }
+}
+
+/// All that a machine is built from, to be carried to another thread.
+struct Build {
+    hypervisor: Arc<dyn vmm_hypervisor::Hypervisor>,
+    spec: Arc<vmm_api::spec::MachineSpec>,
+    ports: Ports,
+    post: EventPost,
+    threads: Arc<dyn ThreadHook>,
+}
+
+impl Build {
+    fn run(self) -> Result<Machine, MachineError> {
+        Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads)
+    }
+}

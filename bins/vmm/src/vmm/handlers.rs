@@ -1,0 +1,170 @@
+//! The commands, carried out.
+
+use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
+use vmm_api::commands::device::{self, AddCommand, Added};
+use vmm_api::commands::{vm, vmm};
+use vmm_api::config::VmRemoveDevice;
+use vmm_api::error::{ApiError, Code};
+use vmm_api::info::{PingReply, ValidateReply, VmInfo};
+use vmm_api::spec::{Checked, with_device, without_device};
+use vmm_state::Phase;
+
+use super::boot::Asker;
+use super::{Vmm, VmmError};
+use crate::exit::ExitCode;
+use crate::preflight;
+
+impl Host for Vmm {
+    fn phase(&self) -> Phase {
+        self.slot.phase()
+    }
+
+    fn park(&mut self, request: ApiRequest<Self>) {
+        self.wait_for_boot(request);
+    }
+}
+
+/// A command whose work is one fallible step.
+macro_rules! handle {
+    ($command:ty, |$vmm:ident| $work:expr) => {
+        impl Handle<$command> for Vmm {
+            fn handle(&mut self, (): (), replier: Replier<()>) {
+                let $vmm = self;
+                let result: Result<(), VmmError> = $work;
+                replier.reply(result.map_err(|error| ApiError::from_error(Code::Internal, &error)));
+            }
+        }
+    };
+}
+
+handle!(vm::Pause, |vmm| vmm.pause());
+handle!(vm::Resume, |vmm| vmm.resume());
+handle!(vm::PowerButton, |vmm| vmm.press_power_button());
+handle!(vm::Shutdown, |vmm| {
+    vmm.stop();
+    Ok(())
+});
+handle!(vm::Delete, |vmm| {
+    vmm.remove();
+    Ok(())
+});
+handle!(vmm::Shutdown, |vmm| {
+    vmm.end(ExitCode::Success);
+    Ok(())
+});
+
+impl Handle<vm::Boot> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        if self.phase() == Phase::Paused {
+            <Self as Handle<vm::Resume>>::handle(self, (), replier);
+        } else {
+            self.boot_for(Asker::Client(replier));
+        }
+    }
+}
+
+impl Handle<vm::Reboot> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.reboot_for(Asker::Client(replier));
+    }
+}
+
+impl Handle<vmm::Ping> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<PingReply>) {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        replier.reply(Ok(PingReply {
+            build_version: format!("v{version}"),
+            version,
+            pid: std::process::id().into(),
+            features: Vec::new(),
+        }));
+    }
+}
+
+impl Handle<vm::Create> for Vmm {
+    fn handle(&mut self, request: vm::CreateRequest, replier: Replier<()>) {
+        self.create(Checked { config: request.config, spec: request.spec });
+        replier.reply(Ok(()));
+    }
+}
+
+impl Handle<vm::Info> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<VmInfo>) {
+        replier.reply(self.info());
+    }
+}
+
+/// Files are looked at on a thread of its own: a kernel is loaded for trial.
+impl Handle<vm::Validate> for Vmm {
+    fn handle(&mut self, request: vm::ValidateRequest, replier: Replier<ValidateReply>) {
+        let most_vcpus = self.hypervisor.max_vcpus();
+        let work = move || replier.reply(Ok(preflight::report(request, most_vcpus)));
+        // A replier that is dropped answers with an error.
+        if let Err(error) = std::thread::Builder::new().name("validate".to_owned()).spawn(work) {
+            log::warn!("cannot start a thread to validate: {error}");
+        }
+    }
+}
+
+/// Commands that add a device to the configuration.
+macro_rules! handle_add {
+    ($($command:ident),+) => {$(
+        impl Handle<device::$command> for Vmm {
+            fn handle(&mut self, device: <device::$command as Command>::Request, replier: Replier<Added>) {
+                replier.reply(self.add_device::<device::$command>(device));
+            }
+        }
+    )+};
+}
+
+handle_add!(
+    AddDevice,
+    AddUserDevice,
+    AddDisk,
+    AddFs,
+    AddGenericVhostUser,
+    AddPmem,
+    AddNet,
+    AddVdpa,
+    AddVsock
+);
+
+impl Handle<device::RemoveDevice> for Vmm {
+    fn handle(&mut self, request: VmRemoveDevice, replier: Replier<()>) {
+        replier.reply(self.edit(|config| without_device(config, &request.id)));
+    }
+}
+
+impl Vmm {
+    fn add_device<C: AddCommand>(&mut self, device: C::Request) -> Result<Added, ApiError> {
+        self.edit(|config| with_device::<C>(config, device)).map(|()| Added::Cold)
+    }
+
+    /// Changes the configuration as a whole, or not at all.
+    fn edit(
+        &mut self,
+        edit: impl FnOnce(&vmm_api::config::VmConfig) -> Result<Checked, ApiError>,
+    ) -> Result<(), ApiError> {
+        let configured = self.slot.config_mut().ok_or_else(super::no_vm)?;
+        configured.edit(edit(&configured.wire)?);
+        Ok(())
+    }
+}
+
+/// Commands whose parts are on their way.
+macro_rules! pending {
+    ($($command:ty),+) => {$(
+        impl Handle<$command> for Vmm {
+            fn handle(
+                &mut self,
+                _: <$command as Command>::Request,
+                replier: Replier<<$command as Command>::Reply>,
+            ) {
+                let refused = format!("{} is not built yet", <$command>::NAME);
+                replier.reply(Err(ApiError::new(Code::NotBuilt, refused)));
+            }
+        }
+    )+};
+}
+
+pending!(vm::Counters, vm::BootTrace, vm::Nmi, vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);

@@ -1,0 +1,196 @@
+//! The bodies of requests other than `vm.create` and `vm.add-*`.
+//!
+//! The contract requires fewer fields than it can do without; what is missing is refused where it is needed.
+
+use std::path::PathBuf;
+
+use super::table::{choice, object};
+use super::wire::Bytes;
+
+object! {
+    /// Body of `vm.resize`: the sizes that are wanted; what is absent stays.
+    pub struct VmResize {
+        /// vCPUs.
+        [current] desired_vcpus: Option<u32> = None,
+        /// Guest memory in bytes.
+        [current] desired_ram: Option<Bytes> = None,
+        /// Size of the balloon in bytes.
+        [current] desired_balloon: Option<Bytes> = None,
+    }
+}
+
+object! {
+    /// Body of `vm.resize-disk`.
+    pub struct VmResizeDisk {
+        /// Id of the disk.
+        [current] id: String = String::new(),
+        /// Its new size in bytes.
+        [current] desired_size: Bytes = Bytes(0),
+    }
+}
+
+object! {
+    /// Body of `vm.resize-zone`.
+    pub struct VmResizeZone {
+        /// Id of the memory zone.
+        [current] id: String = String::new(),
+        /// Its new size in bytes.
+        [current] desired_ram: Bytes = Bytes(0),
+    }
+}
+
+object! {
+    /// Body of `vm.remove-device`.
+    pub struct VmRemoveDevice {
+        /// Id of the device.
+        [current] id: String = String::new(),
+    }
+}
+
+object! {
+    /// Body of `vm.snapshot`.
+    pub struct VmSnapshotConfig {
+        /// Where to: `file:///folder`.
+        [current] destination_url: String = String::new(),
+    }
+}
+
+object! {
+    /// Body of `vm.coredump`.
+    pub struct VmCoredumpData {
+        /// Where to: `file:///file`.
+        [current] destination_url: String = String::new(),
+    }
+}
+
+choice! {
+    /// How guest memory comes back.
+    pub enum MemoryRestoreMode {
+        /// All of it before the guest runs.
+        Copy = "Copy" | "copy",
+        /// Page by page, as the guest touches it.
+        OnDemand = "OnDemand" | "ondemand",
+    }
+}
+
+object! {
+    /// Descriptors that take the place of a network device's, after a restore.
+    pub struct RestoredNetConfig {
+        /// Id of the device.
+        [current, required] id: String = String::new(),
+        /// How many there are.
+        [current] num_fds: u32 = 0,
+        /// The descriptors; the numbers in a document mean nothing.
+        [current] fds: Option<Vec<i32>> = None,
+    }
+}
+
+object! {
+    /// A memory zone's new place on the host.
+    pub struct VmMemoryZoneUpdateData {
+        /// Id of the zone.
+        [current, required] id: String = String::new(),
+        /// Host NUMA node to take its memory from.
+        [current, required] host_numa_node: u32 = 0,
+    }
+}
+
+object! {
+    /// Body of `vm.restore`.
+    pub struct RestoreConfig {
+        /// Where from: `file:///folder`.
+        [current, required] source_url: String = String::new(),
+        /// Take all pages from the host before the guest runs.
+        [current] prefault: bool = false,
+        /// How memory comes back.
+        [current] memory_restore_mode: MemoryRestoreMode = MemoryRestoreMode::Copy,
+        /// Run the guest at once.
+        [current] resume: bool = false,
+        /// Descriptors for network devices.
+        [current] net_fds: Option<Vec<RestoredNetConfig>> = None,
+        /// Memory zones that move on the host.
+        [current] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+    }
+}
+
+choice! {
+    /// When memory travels.
+    pub enum MigrationMode {
+        /// Before the destination runs.
+        Precopy = "Precopy" | "precopy",
+        /// After it has begun to.
+        Postcopy = "Postcopy" | "postcopy",
+    }
+}
+
+choice! {
+    /// What happens when a migration takes too long.
+    pub enum TimeoutStrategy {
+        /// It is given up; the guest stays.
+        Cancel = "Cancel" | "cancel",
+        /// It is finished, however long the guest stands still.
+        Ignore = "Ignore" | "ignore",
+    }
+}
+
+object! {
+    /// Body of `vm.receive-migration`.
+    pub struct ReceiveMigrationData {
+        /// Where to listen: `unix:/path` or `tcp:host:port`.
+        [current, required] receiver_url: String = String::new(),
+        /// Folder of the certificates, for TLS.
+        [current] tls_dir: Option<PathBuf> = None,
+        /// When memory travels.
+        [current] memory_mode: MigrationMode = MigrationMode::Precopy,
+        /// Memory zones that move on the host.
+        [current] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+    }
+}
+
+object! {
+    /// Body of `vm.send-migration`.
+    pub struct SendMigrationData {
+        /// Where to: `unix:/path` or `tcp:host:port`.
+        [current, required] destination_url: String = String::new(),
+        /// Pass memory by descriptors to a VMM on this host.
+        [current] local: bool = false,
+        /// How long the guest may stand still, in milliseconds.
+        [current] downtime_ms: u64 = 300,
+        /// How long all of it may take, in seconds.
+        [current] timeout_s: u64 = 3600,
+        /// What happens then.
+        [current] timeout_strategy: TimeoutStrategy = TimeoutStrategy::Cancel,
+        /// Number of TCP connections, 1 to 128.
+        [current] connections: u64 = 1,
+        /// Folder of the certificates, for TLS.
+        [current] tls_dir: Option<PathBuf> = None,
+        /// When memory travels.
+        [current] memory_mode: MigrationMode = MigrationMode::Precopy,
+    }
+}
+
+choice! {
+    /// The least important messages that are logged.
+    pub enum LogLevel {
+        /// None at all.
+        Off = "off" | "off",
+        /// Errors.
+        Error = "error" | "error",
+        /// Warnings too.
+        Warn = "warn" | "warn",
+        /// Information too.
+        Info = "info" | "info",
+        /// Debugging too.
+        Debug = "debug" | "debug",
+        /// Everything.
+        Trace = "trace" | "trace",
+    }
+}
+
+object! {
+    /// The level of the log: reply of `vmm.log-level`, and the body that sets it.
+    pub struct LogLevelConfig {
+        /// The least important messages that are logged.
+        [current, required] level: LogLevel = LogLevel::Warn,
+    }
+}
