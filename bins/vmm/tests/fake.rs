@@ -35,16 +35,16 @@ fn spec(folder: &Path) -> MachineSpec {
 }
 
 fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
-    build_with(fake, spec, Arc::new(Unconfined))
+    build_with(fake, spec, &(Arc::new(Unconfined) as _))
 }
 
 fn build_with(
     fake: &Fake,
     spec: &MachineSpec,
-    threads: Arc<dyn ThreadHook>,
+    threads: &Arc<dyn ThreadHook>,
 ) -> Result<Machine, MachineError> {
     let (mailbox, _inbox) = mailbox().unwrap();
-    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox }, &threads)
+    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox }, threads)
 }
 
 fn life(fake: &Fake, spec: &MachineSpec) -> Result<(), MachineError> {
@@ -135,7 +135,7 @@ impl ThreadHook for Refuses {
 fn a_vcpu_that_cannot_be_confined_fails_the_boot() {
     let folder = tempfile::tempdir().unwrap();
     let (fake, spec) = (Fake::new(), spec(folder.path()));
-    let error = build_with(&fake, &spec, Arc::new(Refuses("vcpu"))).unwrap_err();
+    let error = build_with(&fake, &spec, &(Arc::new(Refuses("vcpu")) as _)).unwrap_err();
     assert!(
         chain(&error).ends_with("cannot confine the thread of vcpu0: told to refuse"),
         "{}",

@@ -117,7 +117,7 @@ mod tests {
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, OUTPUT_THREAD};
         let limits = [
             (CONTROL_THREAD, 65),
-            (API_THREAD, 35),
+            (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),
             (rng::THREAD, 30),

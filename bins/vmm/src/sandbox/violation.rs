@@ -16,9 +16,6 @@ use crate::logger::LogPlace;
 
 /// `si_code` of a SIGSYS that a filter raised (asm-generic/siginfo.h).
 const SYS_SECCOMP: i32 = 1;
-/// Where `siginfo_t` has `si_code` and `si_syscall`, in units of `i32` (asm-generic/siginfo.h, 64 bits).
-const SI_CODE: usize = 2;
-const SI_SYSCALL: usize = 6;
 
 /// Where the handler writes to: a handler has no other way to know.
 static PLACE: OnceLock<LogPlace> = OnceLock::new();
@@ -35,11 +32,11 @@ pub fn report_violations(place: LogPlace) -> std::io::Result<()> {
 /// Only what is async-signal-safe is called here (signal-safety(7)), and only what each filter allows: a call that
 /// is not allowed would be the end, without a word.
 extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let field = |index| {
-        // SAFETY: the kernel passes a whole `siginfo_t`, which is 128 bytes and aligned for integers.
-        unsafe { info.cast::<i32>().add(index).read() }
-    };
-    if field(SI_CODE) != SYS_SECCOMP {
+    // SAFETY: the kernel passes a whole `siginfo_t`, which is 128 bytes and aligned for integers.
+    let info: &[i32; 32] = unsafe { &*info.cast() };
+    // `si_code` and `si_syscall` (asm-generic/siginfo.h, 64 bits).
+    let [_, _, code, _, _, _, number, ..] = *info;
+    if code != SYS_SECCOMP {
         // Sent by somebody. What that does without a handler is done when this one returns.
         // SAFETY: SIG_DFL is a valid disposition.
         unsafe { libc::signal(signal, libc::SIG_DFL) };
@@ -49,7 +46,7 @@ extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     }
     restore_terminal_in_handler();
     if let Some(place) = PLACE.get() {
-        let line = line(place, thread_name(&mut [0; 16]), field(SI_SYSCALL));
+        let line = line(place, thread_name(&mut [0; 16]), number);
         write_all(place.descriptor, line.bytes());
     }
     // SAFETY: ends the process; nothing of it is used any more.

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
+use vmm_api::client::Client;
 use vmm_api::command::Method;
 use vmm_tests::harness::{Api, LIMIT, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
@@ -20,6 +22,7 @@ pub(crate) const ALL: &[Case] = &[
     ("a_forbidden_call_gives_the_terminal_back", a_forbidden_call_gives_the_terminal_back),
     ("other_modes_let_the_vmm_live", other_modes_let_the_vmm_live),
     ("sigsys_that_somebody_sends_is_no_violation", sigsys_that_somebody_sends_is_no_violation),
+    ("descriptors_that_clients_pass_are_taken", descriptors_that_clients_pass_are_taken),
     ("the_whole_life_passes_the_filters", the_whole_life_passes_the_filters),
 ];
 
@@ -164,6 +167,19 @@ fn sigsys_that_somebody_sends_is_no_violation() {
     let status = vmm.wait();
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGSYS), "{status}");
     assert_eq!(vmm.stderr.text(), "");
+}
+
+fn descriptors_that_clients_pass_are_taken() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let file = fs::File::open("/dev/null").unwrap();
+    let mut client = Client::connect(vmm.socket()).unwrap();
+    for _ in 0..3 {
+        // Nobody wants them: they are closed.
+        let answer = client.request(Method::Get, "vmm.ping", b"", &[file.as_fd(), file.as_fd()]);
+        assert!(answer.is_ok_and(|answer| answer.status < 500));
+    }
+    assert_eq!(vmm.api().get("vmm.ping").status, 200);
 }
 
 /// What the guest says when it has driven its devices.
