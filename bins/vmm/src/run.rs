@@ -3,21 +3,24 @@
 use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
-use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
+use vmm_api::events::{Event, EventRoute, Journal};
+use vmm_api::http::{self, ApiSocket, Counts, Server, ServerError, ServerHandle, SocketError};
 use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
+use crate::boot_trace::{Startup, TraceFileError};
 use crate::cli::{ApiSocketArg, RunOptions};
 use crate::console::restore_terminal;
+use crate::events::{Events, Monitor, MonitorError, MonitorTarget, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::logger::LogPlace;
 use crate::sandbox::{API_THREAD, CONTROL_THREAD, PathPolicy, Sandbox, filters, report_violations};
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
-/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
-/// panic or a forbidden system call restores the terminal and says where it happened.
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic, crash
+/// or forbidden system call restores the terminal, and a panic or such a call says where it happened.
 ///
 /// # Errors
 /// The signal of a forbidden system call cannot be received.
@@ -29,6 +32,7 @@ pub fn confine(log: LogPlace) -> Result<(), RunError> {
         restore_terminal();
         report(info);
     }));
+    signals::restore_terminal_in_crashes();
     report_violations(log).map_err(RunError::Violations)
 }
 
@@ -36,15 +40,24 @@ pub fn confine(log: LogPlace) -> Result<(), RunError> {
 ///
 /// # Errors
 /// The VMM cannot be set up, or the VM of the command line does not boot.
-pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
+pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
     let threads = filters::hook(options.seccomp);
-    let hypervisor = Arc::new(Kvm::open()?);
+    let (events, monitor) = start_events(options.event_monitor.as_ref(), &threads)?;
+    if let Some(path) = &options.boot_trace {
+        startup.write_to(path)?;
+    }
+    let hypervisor = Arc::new(startup.time("kvm", Kvm::open)?);
+    startup.publish();
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
-    let api = |socket| serve(socket, requests, options.unknown_fields, Arc::clone(&threads));
-    let server = options.api_socket.map(api).transpose()?;
+    let stream = events.stream();
+    let server = options
+        .api_socket
+        .map(|socket| serve(socket, requests, stream, options.unknown_fields, Arc::clone(&threads)))
+        .transpose()?;
+    let (server, answers) = server.unzip();
 
     let policy = Policy {
         serves_clients: server.is_some(),
@@ -57,7 +70,11 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         (None, true) => PathPolicy::Never,
     };
     let sandbox = Sandbox::new(Arc::clone(&threads), paths);
-    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy).confined(sandbox))?;
+    let mut vmm = Vmm::new(hypervisor, post, policy, events.clone()).confined(sandbox);
+    if let Some(answers) = answers {
+        vmm.tell_answers(answers);
+    }
+    let mut control_loop = ControlLoop::new(vmm)?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
         control.add_mailbox("machine", machines, |vmm, control, message| {
@@ -72,8 +89,12 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         })?;
         control.add_fd("signals", signals, |vmm, control, signals, _| {
             for signal in signals::take(signals)? {
-                log::info!("ended by signal {signal}");
-                vmm.end(ExitCode::Success);
+                if signal == signals::WINDOW_CHANGED {
+                    vmm.window_changed();
+                } else {
+                    log::info!("ended by signal {signal}");
+                    vmm.end(ExitCode::Success);
+                }
             }
             vmm.settle(control);
             Ok(())
@@ -81,6 +102,7 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         Ok(())
     })?;
     threads.begin(CONTROL_THREAD).map_err(RunError::Confine)?;
+    events.tell(NO_MACHINE, &Event::VmmStarted);
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
             vmm.create(checked);
@@ -96,15 +118,30 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     if let Some(server) = server {
         server.stop();
     }
+    drop(monitor);
     Ok(code)
+}
+
+/// The event monitor first of all, so that it tells of everything.
+fn start_events(
+    target: Option<&MonitorTarget>,
+    threads: &Arc<dyn ThreadHook>,
+) -> Result<(Events, Option<Monitor>), MonitorError> {
+    let journal = target.map(|_| Journal::default());
+    let events = Events::new().with_monitor(journal.clone());
+    let start = |(target, journal)| Monitor::start(target, journal, threads);
+    let monitor = target.zip(journal).map(start).transpose()?;
+    events.tell(NO_MACHINE, &Event::VmmStarting { version: env!("CARGO_PKG_VERSION").into() });
+    Ok((events, monitor))
 }
 
 fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
+    events: Journal,
     unknown_fields: vmm_api::config::UnknownFields,
     threads: Arc<dyn ThreadHook>,
-) -> Result<ServerHandle, RunError> {
+) -> Result<(ServerHandle, Arc<Counts>), RunError> {
     let socket = match socket {
         ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
         ApiSocketArg::Fd(fd) => {
@@ -113,7 +150,9 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    Ok(Server::new(socket, &TABLE, requests, config)?.start(move || threads.begin(API_THREAD))?)
+    let server = Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events));
+    let counts = server.counts();
+    Ok((server.start(move || threads.begin(API_THREAD))?, counts))
 }
 
 /// The VMM cannot run.
@@ -129,9 +168,15 @@ pub enum RunError {
     /// The control thread cannot be confined.
     #[error("cannot confine the control thread (`--seccomp false` runs without filters)")]
     Confine(#[source] std::io::Error),
+    /// The event monitor cannot be set up.
+    #[error("event monitor")]
+    Monitor(#[from] MonitorError),
     /// KVM cannot be used.
     #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
     Kvm(#[from] OpenError),
+    /// The file for boot traces cannot be used.
+    #[error(transparent)]
+    BootTrace(#[from] TraceFileError),
     /// A mailbox cannot be made.
     #[error("cannot create a mailbox")]
     Mailbox(#[source] std::io::Error),

@@ -3,17 +3,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmm_tests::harness::terminal::Terminal;
 use vmm_tests::harness::{Api, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
-
-#[path = "common/terminal.rs"]
-mod terminal;
-
-use terminal::{is_raw, open_terminal};
 
 /// As long as something that must not block may take on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
@@ -141,23 +137,13 @@ fn only_descriptors_that_were_passed_are_taken_for_the_api() {
 #[test]
 fn the_users_terminal_is_raw_only_while_a_guest_has_it() {
     let scratch = Scratch::new();
-    let (_main, terminal) = open_terminal();
-    let socket = scratch.path("api");
-    let mut vmm = Command::new(env!("CARGO_BIN_EXE_vmm"));
-    vmm.args(["--api-socket", &format!("path={}", socket.display())])
-        .stdin(terminal.try_clone().unwrap())
-        .stdout(terminal.try_clone().unwrap());
-    let mut child = Killed(vmm.spawn().unwrap());
-    wait_until(
-        SOON,
-        || std::os::unix::net::UnixStream::connect(&socket).ok(),
-        || "the API socket".to_owned(),
-    );
-    let mut api = Api::connect(&socket);
+    let terminal = Terminal::new();
+    let mut vmm = Vmm::on_terminal(&scratch, &terminal, false, &[]);
+    let mut api = vmm.api();
     let kernel = scratch.path("kernel");
     api.create(&with_serial(&kernel, json!({ "mode": "Tty" })));
     boot_fails(&mut api, "No such file");
-    assert!(!is_raw(&terminal), "after a boot that failed");
+    assert!(!terminal.is_raw(), "after a boot that failed");
     fs::copy(scratch.guest(Guest::Halt), &kernel).unwrap();
     for (way, raw) in [
         ("vm.boot", true),
@@ -167,22 +153,12 @@ fn the_users_terminal_is_raw_only_while_a_guest_has_it() {
         ("vm.delete", false),
     ] {
         api.puts(&[way]);
-        assert_eq!(is_raw(&terminal), raw, "after {way}");
+        assert_eq!(terminal.is_raw(), raw, "after {way}");
     }
     api.create(&with_serial(&kernel, json!({ "mode": "Tty" })));
     api.puts(&["vm.boot"]);
-    assert!(is_raw(&terminal));
+    assert!(terminal.is_raw());
     api.puts(&["vmm.shutdown"]);
-    assert!(child.0.wait().unwrap().success());
-    assert!(!is_raw(&terminal), "after the end");
-}
-
-/// A process that does not outlive the test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+    vmm.expect_exit(0);
+    assert!(!terminal.is_raw(), "after the end");
 }

@@ -58,6 +58,17 @@ pub enum Guest {
     Crash,
     /// Prints `boot` and goes to the firmware's reset vector: at each boot.
     BiosReset,
+    /// Reports a panic through pvpanic, prints `panicked`, and halts. Without the device prints `no pvpanic` and powers off.
+    Panic,
+    /// Prints `ready`, halts with interrupts off, prints `nmi` at a non-maskable interrupt, and halts for good.
+    Nmi,
+    /// Prints `ready`, polls the GED until the power button is pressed, prints `button`, and powers off.
+    PowerButton,
+    /// Counts for ever as fast as it can, as `Ticker`; a dot on port 0xe9 for every 16 lines.
+    Flood,
+    /// Prints the size of virtio-console's window, rows and columns as four hexadecimal digits each, at first and whenever it is
+    /// another one.
+    ConsoleSize,
     /// Drives every virtio disk, random source and console: prints `disk ` and the status of a read, a write, a flush, a discard
     /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
     Drivers,
@@ -65,7 +76,7 @@ pub enum Guest {
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 20] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -80,6 +91,11 @@ impl Guest {
         Self::DebugConsole,
         Self::Crash,
         Self::BiosReset,
+        Self::Panic,
+        Self::Nmi,
+        Self::PowerButton,
+        Self::Flood,
+        Self::ConsoleSize,
         Self::Drivers,
     ];
 
@@ -101,6 +117,11 @@ impl Guest {
             Self::DebugConsole => "debug-console",
             Self::Crash => "crash",
             Self::BiosReset => "bios-reset",
+            Self::Panic => "panic",
+            Self::Nmi => "nmi",
+            Self::PowerButton => "power-button",
+            Self::Flood => "flood",
+            Self::ConsoleSize => "console-size",
             Self::Drivers => "drivers",
         }
     }

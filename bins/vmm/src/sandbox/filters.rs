@@ -114,15 +114,16 @@ mod tests {
         use vmm_cpu_manager::set;
         use vmm_virtio_devices::{block, console, rng};
 
-        use crate::sandbox::{API_THREAD, CONTROL_THREAD, OUTPUT_THREAD};
+        use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 65),
+            (CONTROL_THREAD, 70),
             (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),
             (rng::THREAD, 30),
             (console::THREAD, 30),
             (OUTPUT_THREAD, 30),
+            (MONITOR_THREAD, 30),
         ];
         for (kind, most) in limits {
             let filter = Filter::of(kind.0).unwrap_or_else(|| panic!("{kind} has no filter"));

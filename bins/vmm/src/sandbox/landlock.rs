@@ -77,7 +77,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     let named = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?;
     let rights = match (named.metadata().map_err(failed)?.is_dir(), rule.usage) {
         (false, usage) => rights(usage) & AccessFs::from_file(KNOWN),
-        (true, Usage::Terminal | Usage::Memory | Usage::Granted(_)) => rights(rule.usage),
+        (true, Usage::Terminal | Usage::Sockets | Usage::Memory | Usage::Granted(_)) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
         (true, Usage::Read | Usage::Disk { .. } | Usage::Output) => AccessFs::ReadDir.into(),
     };
@@ -99,6 +99,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Output => write,
         Usage::Terminal => read | write | AccessFs::IoctlDev,
+        Usage::Sockets => AccessFs::MakeSock | AccessFs::RemoveFile,
         Usage::Memory => read | write | AccessFs::MakeReg | AccessFs::RemoveFile,
         Usage::Granted(PathAccess { read, write }) => {
             let or_none = |granted: bool, rights| if granted { rights } else { BitFlags::empty() };

@@ -24,6 +24,9 @@ pub const API_THREAD: ThreadKind = ThreadKind("http-server");
 /// Threads that write consoles' output out.
 pub const OUTPUT_THREAD: ThreadKind = ThreadKind("console-output");
 
+/// The thread that writes events out.
+pub const MONITOR_THREAD: ThreadKind = ThreadKind("event-monitor");
+
 /// Whether the paths that the process can reach are those of its VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PathPolicy {

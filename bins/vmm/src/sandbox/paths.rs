@@ -30,6 +30,8 @@ pub enum Usage {
     Output,
     /// A terminal, or a folder of them.
     Terminal,
+    /// The folder of a socket that is made, and removed in the end.
+    Sockets,
     /// A file that holds guest memory, or the folder where one is made.
     Memory,
     /// What the configuration says.
@@ -89,8 +91,13 @@ impl Rules {
                 self.add("/dev/pts", Usage::Terminal);
             }
             Sink::File(path) => self.add(path, Usage::Output),
+            Sink::Socket(path) => self.add(folder_of(path), Usage::Sockets),
         }
     }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]
@@ -142,11 +149,13 @@ mod tests {
     fn what_is_needed_twice_is_listed_once() {
         let found = of(r#"{
             "payload": {"firmware": "/vm/firmware"},
-            "serial": {"mode": "Null"}, "console": {"mode": "Pty"}, "debug_console": {"mode": "Pty"}
+            "serial": {"mode": "Socket", "socket": "here"}, "console": {"mode": "Pty"},
+            "debug_console": {"mode": "Pty"}
         }"#);
         let expected = [
             ("/vm/firmware", Usage::Read),
             ("/dev/urandom", Usage::Read),
+            (".", Usage::Sockets),
             ("/dev/ptmx", Usage::Terminal),
             ("/dev/pts", Usage::Terminal),
         ];

@@ -7,8 +7,6 @@
 mod calls;
 mod child;
 mod paths;
-#[path = "../common/terminal.rs"]
-mod terminal;
 mod threads;
 mod tracer;
 

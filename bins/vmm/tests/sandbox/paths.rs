@@ -169,6 +169,7 @@ fn all_devices_work_under_landlock() {
         { "id": "folder", "size": 32 << 20, "file": scratch.folder() },
         { "id": "file", "size": 2 << 20, "file": scratch.disk("memory", 2 << 20), "shared": true },
     ]});
+    config["console"] = json!({ "mode": "Socket", "socket": scratch.path("console") });
     config["debug_console"] = json!({ "mode": "File", "file": scratch.path("debug") });
     api.create(&config);
     for way in ["vm.boot", "vm.reboot"] {
@@ -178,7 +179,7 @@ fn all_devices_work_under_landlock() {
         fs::write(serial.path(), "").unwrap();
     }
     api.puts(&["vm.shutdown", "vm.delete"]);
-    // Opened anew, pty and all.
+    // Opened anew.
     api.create(&config);
     api.puts(&["vm.boot"]);
     serial.wait_for("driven\n");

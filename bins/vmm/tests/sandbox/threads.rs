@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
 use vmm_api::client::Client;
 use vmm_api::command::Method;
+use vmm_tests::harness::terminal::Terminal;
 use vmm_tests::harness::{Api, LIMIT, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
-use crate::terminal::{is_raw, open_terminal};
 use crate::{Case, tracer};
 
 pub(crate) const ALL: &[Case] = &[
@@ -27,10 +29,11 @@ pub(crate) const ALL: &[Case] = &[
 ];
 
 /// Every thread of the VM that [`config`] describes, and how many filters it is under: threads inherit the control
-/// thread's filter, but for the API's, which is older.
-const THREADS: [(&str, u32); 9] = [
+/// thread's filter, but for two that are older.
+const THREADS: [(&str, u32); 10] = [
     ("vmm", 1),
     ("http-server", 1),
+    ("event-monitor", 1),
     ("vcpu0", 2),
     ("_disk0_q0", 2),
     ("_disk1_q0", 2),
@@ -55,7 +58,8 @@ pub(crate) fn config(scratch: &Scratch, serial: &Path) -> Value {
 
 /// A VMM whose VM runs, and has driven all its devices.
 fn running(scratch: &Scratch, arguments: &[&str]) -> (Vmm, SerialFile) {
-    let vmm = Vmm::with_api(scratch, arguments);
+    let monitor = format!("path={}", scratch.path("events").display());
+    let vmm = Vmm::with_api(scratch, [&["--event-monitor", &monitor], arguments].concat());
     let serial = SerialFile::new(scratch.path("serial"));
     let mut api = vmm.api();
     api.create(&config(scratch, serial.path()));
@@ -132,17 +136,17 @@ fn a_forbidden_call_of_any_thread_ends_the_vmm() {
 
 fn a_forbidden_call_gives_the_terminal_back() {
     let scratch = Scratch::new();
-    let (_main, terminal) = open_terminal();
+    let terminal = Terminal::new();
     let log = scratch.path("log");
     let mut command = Command::new(vmm_tests::harness::binary());
     command.args(vm_arguments(&scratch.guest(Guest::Spin), "tty")).arg("--log-file").arg(&log);
-    let stream = || terminal.try_clone().unwrap();
+    let stream = || terminal.program_side();
     let mut child = command.stdin(stream()).stdout(stream()).spawn().unwrap();
-    wait_until(LIMIT, || is_raw(&terminal).then_some(()), || "raw mode".to_owned());
+    wait_until(LIMIT, || terminal.is_raw().then_some(()), || "raw mode".to_owned());
     // Its first thread waits for events, now or soon.
     tracer::force(child.id().try_into().unwrap(), FORBIDDEN);
     assert_eq!(child.wait().unwrap().code(), Some(12));
-    assert!(!is_raw(&terminal));
+    assert!(!terminal.is_raw());
     let text = fs::read_to_string(log).unwrap();
     assert!(text.contains("<vmm> ERROR:") && text.contains("getppid"), "{text}");
 }
@@ -191,6 +195,19 @@ fn driven(api: &mut Api, serial: &SerialFile, way: &str) {
     fs::write(serial.path(), "").unwrap();
 }
 
+/// Two clients of a console that is a socket, one after the other, get what the guest says.
+fn talk(api: &mut Api, serial: &SerialFile, socket: &Path) {
+    for _ in 0..2 {
+        let mut client = UnixStream::connect(socket).unwrap();
+        client.set_read_timeout(Some(LIMIT)).unwrap();
+        client.write_all(b"typed").unwrap();
+        driven(api, serial, "vm.reboot");
+        let mut text = [0; 8];
+        client.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"console\n");
+    }
+}
+
 fn the_whole_life_passes_the_filters() {
     let scratch = Scratch::new();
     let mut vmm = Vmm::with_api(&scratch, ["--verify-state"]);
@@ -204,10 +221,18 @@ fn the_whole_life_passes_the_filters() {
         { "id": "merged", "size": 2 << 20, "mergeable": true },
     ]});
     config["debug_console"] = json!({ "mode": "File", "file": scratch.path("debug") });
+    config["pvpanic"] = json!(true);
+    let socket = scratch.path("console");
     let mut api = vmm.api();
-    for _ in 0..2 {
+    for console in [json!({ "mode": "Pty" }), json!({ "mode": "Socket", "socket": socket })] {
+        let is_socket = console["mode"] == "Socket";
+        config["console"] = console;
         api.create(&config);
         driven(&mut api, &serial, "vm.boot");
+        if is_socket {
+            talk(&mut api, &serial, &socket);
+        }
+        assert_eq!(api.get("vm.counters").status, 200);
         api.puts(&["vm.pause", "vm.resume", "vm.pause", "vm.resume"]);
         driven(&mut api, &serial, "vm.reboot");
         api.puts(&["vm.pause"]);
