@@ -57,7 +57,7 @@ fn build_with(
     threads: &Arc<dyn ThreadHook>,
 ) -> Result<(Machine, Inbox<MachineMessage>), MachineError> {
     let (mailbox, inbox) = mailbox().unwrap();
-    let post = EventPost { machine: 1, mailbox };
+    let post = EventPost::new(1, mailbox);
     let mut stages = Stages::default();
     Ok((Machine::build(fake, spec, &Ports::default(), &post, threads, &mut stages)?, inbox))
 }
