@@ -63,6 +63,8 @@ pub struct RunOptions {
     pub boot_trace: Option<PathBuf>,
     /// What a system call outside the filters leads to.
     pub seccomp: SeccompMode,
+    /// Paths are not confined where nobody asks for it.
+    pub no_landlock: bool,
     /// What happens to unknown fields in the bodies of requests.
     pub unknown_fields: UnknownFields,
     /// At every pause, all state is saved, reset, restored and compared.
@@ -83,9 +85,11 @@ pub enum ApiSocketArg {
 /// What a system call outside the filters leads to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SeccompMode {
-    /// The end of the process, by SIGSYS.
+    /// The end of the process, with a status of its own.
     #[default]
     Enforce,
+    /// The error EPERM.
+    Errno,
     /// A line in the kernel's audit log.
     Log,
     /// Nothing: there are no filters.
@@ -133,6 +137,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     if faults.is_empty() {
         let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
+        let no_landlock = matches.get_flag("no-landlock");
         let options = RunOptions {
             config,
             api_socket,
@@ -140,6 +145,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
             log,
             boot_trace,
             seccomp,
+            no_landlock,
             unknown_fields,
             verify_state,
             reactions,

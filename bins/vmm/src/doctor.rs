@@ -17,6 +17,8 @@ use serde_json::json;
 
 use crate::exit::ExitCode;
 
+pub use syscalls::landlock_version;
+
 /// What a check came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verdict {
@@ -189,6 +191,8 @@ VMs can run here, with the restriction above.
             "io_uring",
             "huge pages",
             "userfaultfd",
+            "seccomp",
+            "landlock",
             "tun",
             "vhost",
             "open files",

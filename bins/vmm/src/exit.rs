@@ -14,11 +14,14 @@ pub enum ExitCode {
     Usage = 2,
     /// The guest crashed.
     GuestCrashed = 10,
+    /// A thread made a system call that its filter forbids.
+    ForbiddenCall = 12,
 }
 
 impl ExitCode {
     /// All of them, by number.
-    pub const ALL: [Self; 4] = [Self::Success, Self::VmmError, Self::Usage, Self::GuestCrashed];
+    pub const ALL: [Self; 5] =
+        [Self::Success, Self::VmmError, Self::Usage, Self::GuestCrashed, Self::ForbiddenCall];
 
     /// What it means, for people.
     #[must_use]
@@ -32,6 +35,9 @@ impl ExitCode {
             }
             Self::Usage => "The command line is wrong; nothing was started.",
             Self::GuestCrashed => "The guest crashed: KVM could not go on with a vCPU.",
+            Self::ForbiddenCall => {
+                "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."
+            }
         }
     }
 }

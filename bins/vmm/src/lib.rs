@@ -14,6 +14,7 @@ pub mod machine;
 pub mod metrics;
 pub mod preflight;
 pub mod run;
+pub mod sandbox;
 pub mod signals;
 pub mod validate;
 pub mod vmm;

@@ -11,6 +11,7 @@ mod time;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -70,6 +71,15 @@ pub enum LogError {
     Again,
 }
 
+/// Where the log is, for who cannot use it: a signal's handler.
+#[derive(Debug, Clone, Copy)]
+pub struct LogPlace {
+    /// Where lines are written to. It stays open.
+    pub descriptor: RawFd,
+    /// From when times count.
+    pub start: Instant,
+}
+
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
 /// Sets up the log of this process, once. Times count from here.
@@ -77,12 +87,12 @@ static LOGGER: OnceLock<Logger> = OnceLock::new();
 /// # Errors
 ///
 /// The file cannot be opened, or there is a log already.
-pub fn init(options: &LogOptions) -> Result<(), LogError> {
+pub fn init(options: &LogOptions) -> Result<LogPlace, LogError> {
     LOGGER.set(Logger::new(options)?).map_err(|_| LogError::Again)?;
     let logger = LOGGER.get().ok_or(LogError::Again)?;
     log::set_logger(logger).map_err(|_| LogError::Again)?;
     log::set_max_level(logger.most(options.level));
-    Ok(())
+    Ok(LogPlace { descriptor: logger.output.descriptor(), start: logger.start })
 }
 
 /// Changes the level of all modules that have none of their own, at any time and from any thread. Answers the one before;
@@ -197,6 +207,13 @@ impl Output {
         };
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
         file.map(Self::File).map_err(|source| LogError::Open { path: path.clone(), source })
+    }
+
+    fn descriptor(&self) -> RawFd {
+        match self {
+            Self::Stderr => libc::STDERR_FILENO,
+            Self::File(file) => file.as_raw_fd(),
+        }
     }
 
     /// Both are unbuffered: a line is one write(2), unless the system takes only a part.

@@ -27,9 +27,8 @@ fn main() -> std::process::ExitCode {
 }
 
 fn start(options: cli::RunOptions, startup: Startup) -> ExitCode {
-    let result = logger::init(&options.log).map_err(|e| exit::report(&e)).and_then(|()| {
-        run::confine();
-        run::run(options, startup).map_err(|e| exit::report(&e))
+    let result = logger::init(&options.log).map_err(|e| exit::report(&e)).and_then(|log| {
+        run::confine(log).and_then(|()| run::run(options, startup)).map_err(|e| exit::report(&e))
     });
     console::restore_terminal();
     result.unwrap_or_else(|report| {

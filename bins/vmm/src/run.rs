@@ -5,20 +5,26 @@ use std::sync::Arc;
 use vmm_api::command::ApiRequest;
 use vmm_api::events::{Event, EventRoute, Journal};
 use vmm_api::http::{self, ApiSocket, Counts, Server, ServerError, ServerHandle, SocketError};
+use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
 use crate::boot_trace::{Startup, TraceFileError};
-use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
+use crate::cli::{ApiSocketArg, RunOptions};
 use crate::console::restore_terminal;
 use crate::events::{Events, Monitor, MonitorError, MonitorTarget, NO_MACHINE};
 use crate::exit::ExitCode;
+use crate::logger::LogPlace;
+use crate::sandbox::{API_THREAD, CONTROL_THREAD, PathPolicy, Sandbox, filters, report_violations};
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
-/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic or
-/// crash restores the terminal, and a panic says where it happened.
-pub fn confine() {
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic, crash
+/// or forbidden system call restores the terminal, and a panic or such a call says where it happened.
+///
+/// # Errors
+/// The signal of a forbidden system call cannot be received.
+pub fn confine(log: LogPlace) -> Result<(), RunError> {
     signals::private_files();
     signals::one_heap();
     let report = std::panic::take_hook();
@@ -27,6 +33,7 @@ pub fn confine() {
         report(info);
     }));
     signals::restore_terminal_in_crashes();
+    report_violations(log).map_err(RunError::Violations)
 }
 
 /// Runs until the guest, a client or a signal ends it.
@@ -36,10 +43,8 @@ pub fn confine() {
 pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
-    let (events, monitor) = start_events(options.event_monitor.as_ref())?;
-    if options.seccomp != SeccompMode::Off {
-        log::info!("filters of system calls are not built yet: none is in force");
-    }
+    let threads = filters::hook(options.seccomp);
+    let (events, monitor) = start_events(options.event_monitor.as_ref(), &threads)?;
     if let Some(path) = &options.boot_trace {
         startup.write_to(path)?;
     }
@@ -50,7 +55,7 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
     let stream = events.stream();
     let server = options
         .api_socket
-        .map(|socket| serve(socket, requests, stream, options.unknown_fields))
+        .map(|socket| serve(socket, requests, stream, options.unknown_fields, Arc::clone(&threads)))
         .transpose()?;
     let (server, answers) = server.unzip();
 
@@ -59,7 +64,13 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
         verify_state: options.verify_state,
         reactions: options.reactions,
     };
-    let mut vmm = Vmm::new(hypervisor, post, policy, events.clone());
+    let paths = match (&server, options.no_landlock) {
+        (Some(_), _) => PathPolicy::AsConfigured,
+        (None, false) => PathPolicy::Always,
+        (None, true) => PathPolicy::Never,
+    };
+    let sandbox = Sandbox::new(Arc::clone(&threads), paths);
+    let mut vmm = Vmm::new(hypervisor, post, policy, events.clone()).confined(sandbox);
     if let Some(answers) = answers {
         vmm.tell_answers(answers);
     }
@@ -90,6 +101,7 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
         })?;
         Ok(())
     })?;
+    threads.begin(CONTROL_THREAD).map_err(RunError::Confine)?;
     events.tell(NO_MACHINE, &Event::VmmStarted);
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
@@ -111,10 +123,14 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
 }
 
 /// The event monitor first of all, so that it tells of everything.
-fn start_events(target: Option<&MonitorTarget>) -> Result<(Events, Option<Monitor>), MonitorError> {
+fn start_events(
+    target: Option<&MonitorTarget>,
+    threads: &Arc<dyn ThreadHook>,
+) -> Result<(Events, Option<Monitor>), MonitorError> {
     let journal = target.map(|_| Journal::default());
     let events = Events::new().with_monitor(journal.clone());
-    let monitor = target.zip(journal).map(|(target, journal)| Monitor::start(target, journal)).transpose()?;
+    let start = |(target, journal)| Monitor::start(target, journal, threads);
+    let monitor = target.zip(journal).map(start).transpose()?;
     events.tell(NO_MACHINE, &Event::VmmStarting { version: env!("CARGO_PKG_VERSION").into() });
     Ok((events, monitor))
 }
@@ -124,6 +140,7 @@ fn serve(
     requests: Mailbox<ApiRequest<Vmm>>,
     events: Journal,
     unknown_fields: vmm_api::config::UnknownFields,
+    threads: Arc<dyn ThreadHook>,
 ) -> Result<(ServerHandle, Arc<Counts>), RunError> {
     let socket = match socket {
         ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
@@ -135,7 +152,7 @@ fn serve(
     let config = http::Config { unknown_fields, ..http::Config::default() };
     let server = Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events));
     let counts = server.counts();
-    Ok((server.start(|| ())?, counts))
+    Ok((server.start(move || threads.begin(API_THREAD))?, counts))
 }
 
 /// The VMM cannot run.
@@ -145,6 +162,12 @@ pub enum RunError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[from] SignalError),
+    /// The signal of a forbidden system call cannot be received.
+    #[error("cannot receive SIGSYS")]
+    Violations(#[source] std::io::Error),
+    /// The control thread cannot be confined.
+    #[error("cannot confine the control thread (`--seccomp false` runs without filters)")]
+    Confine(#[source] std::io::Error),
     /// The event monitor cannot be set up.
     #[error("event monitor")]
     Monitor(#[from] MonitorError),

@@ -30,6 +30,8 @@ use crate::console::{Console, ConsoleError, Consoles};
 use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
+use crate::sandbox::Sandbox;
+use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
 
@@ -73,6 +75,7 @@ pub struct Vmm {
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    sandbox: Sandbox,
     /// Counts of the API's answers, where there is an API.
     answers: Option<Arc<Counts>>,
     events: Events,
@@ -107,9 +110,16 @@ impl Vmm {
             inputs: Inputs::default(),
             ending: None,
             policy,
+            sandbox: Sandbox::default(),
             answers: None,
             events,
         }
+    }
+
+    /// The same, in a sandbox.
+    #[must_use]
+    pub fn confined(self, sandbox: Sandbox) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Why the process is to end, if it is.
@@ -357,6 +367,16 @@ pub enum VmmError {
     /// There is nothing to act on; admission keeps this from happening.
     #[error("there is no VM")]
     NoVm,
+    /// The paths of the VM cannot be confined.
+    #[error("cannot confine the VM's paths")]
+    Landlock(#[from] LandlockError),
+    /// A path was refused while Landlock is in force.
+    #[error("landlock confines this process to the paths of its VM's first boot (see docs/security.md)")]
+    Refused {
+        /// What was refused.
+        #[source]
+        source: Box<VmmError>,
+    },
     /// The consoles cannot be opened.
     #[error("consoles")]
     Console(#[from] ConsoleError),

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use vmm::console::Consoles;
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::{MachineSpec, parse_and_check};
+use vmm_device_model::thread::{ThreadHook, Unconfined};
 use vmm_platform_devices::output::ByteSink;
 use vmm_tests::harness::resident_kib;
 use vmm_virtio_devices::console::ConsoleDevice;
@@ -34,6 +35,11 @@ fn spec(serial: &Value) -> MachineSpec {
     parse_and_check(document.to_string().as_bytes(), UnknownFields::Refuse).unwrap().spec
 }
 
+fn open(serial: &Value) -> Consoles {
+    let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
+    Consoles::open(&spec(serial), &threads).unwrap()
+}
+
 /// Runs `flood` on the serial port's sink, for every kind of reader that does not read.
 fn without_readers(flood: fn(Arc<dyn ByteSink>)) {
     let folder = tempfile::tempdir().unwrap();
@@ -46,7 +52,7 @@ fn without_readers(flood: fn(Arc<dyn ByteSink>)) {
         ("socket without a client", at_socket.clone(), false),
         ("socket whose client stopped", at_socket, true),
     ] {
-        let mut consoles = Consoles::open(&spec(&serial)).unwrap();
+        let mut consoles = open(&serial);
         let console = consoles.serial.as_mut().unwrap();
         let _user = attach.then(|| match console.pty_path() {
             Some(pty) => Box::new(OpenOptions::new().read(true).open(pty).unwrap()) as Box<dyn Read>,
@@ -114,7 +120,7 @@ fn a_driver_of_virtio_console_never_waits_for_a_reader() {
 fn a_late_client_gets_the_newest_that_was_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let mut consoles = Consoles::open(&spec(&json!({ "mode": "Socket", "socket": path }))).unwrap();
+    let mut consoles = open(&json!({ "mode": "Socket", "socket": path }));
     let console = consoles.serial.as_mut().unwrap();
     let sink = console.end().sink();
     let lines: Vec<u8> = (0..100_000).flat_map(|n| format!("{n:08x}\n").into_bytes()).collect();

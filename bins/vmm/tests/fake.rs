@@ -2,18 +2,27 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vmm::events::Events;
+use vmm::exit::chain;
 use vmm::machine::stages::Stages;
 use vmm::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
-use vmm_api::config::UnknownFields;
-use vmm_api::spec::{MachineSpec, parse_and_check};
+use vmm::sandbox::{PathPolicy, Sandbox};
+use vmm::vmm::{Policy, Vmm};
+use vmm_api::command::Host;
+use vmm_api::config::{UnknownFields, VmConfig};
+use vmm_api::spec::{Checked, MachineSpec, Sink, parse_and_check};
 use vmm_cpu_manager::set::VcpuError;
 use vmm_device_model::metrics::{Sample, Value};
+use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_platform_devices::events::SystemEvent;
+use vmm_state::Phase;
 use vmm_tests::tiny::Guest;
 
 /// A machine with a disk, a random source and both consoles.
@@ -39,9 +48,18 @@ fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
 
 /// A machine, and what it tells.
 fn build_told(fake: &Fake, spec: &MachineSpec) -> Result<(Machine, Inbox<MachineMessage>), MachineError> {
+    build_with(fake, spec, &(Arc::new(Unconfined) as _))
+}
+
+fn build_with(
+    fake: &Fake,
+    spec: &MachineSpec,
+    threads: &Arc<dyn ThreadHook>,
+) -> Result<(Machine, Inbox<MachineMessage>), MachineError> {
     let (mailbox, inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
-    Ok((Machine::build(fake, spec, &Ports::default(), &post, &mut Stages::default())?, inbox))
+    let mut stages = Stages::default();
+    Ok((Machine::build(fake, spec, &Ports::default(), &post, threads, &mut stages)?, inbox))
 }
 
 /// Waits for what `look` finds.
@@ -128,6 +146,44 @@ fn a_guest_that_does_odd_things_is_answered() {
     }
     machine.pause().unwrap();
     machine.save_reset_restore().unwrap();
+}
+
+/// Confines no thread of a kind.
+#[derive(Debug)]
+struct Refuses(&'static str);
+
+impl ThreadHook for Refuses {
+    fn begin(&self, kind: ThreadKind) -> io::Result<()> {
+        if kind.0 == self.0 { Err(io::Error::other("told to refuse")) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_vcpu_that_cannot_be_confined_fails_the_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let (fake, spec) = (Fake::new(), spec(folder.path()));
+    let error = build_with(&fake, &spec, &(Arc::new(Refuses("vcpu")) as _)).unwrap_err();
+    assert!(
+        chain(&error).ends_with("cannot confine the thread of vcpu0: told to refuse"),
+        "{}",
+        chain(&error)
+    );
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn a_console_that_cannot_be_confined_fails_the_boot() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut spec = spec(folder.path());
+    spec.serial = Some(Sink::File(folder.path().join("serial")));
+    let sandbox = Sandbox::new(Arc::new(Refuses("console-output")), PathPolicy::Never);
+    let (post, _inbox) = mailbox().unwrap();
+    let fake = Arc::new(Fake::new());
+    let mut vmm = Vmm::new(Arc::clone(&fake) as _, post, Policy::default(), Events::new()).confined(sandbox);
+    vmm.create(Checked { config: VmConfig::default(), spec });
+    let error = vmm.boot_now().unwrap_err();
+    assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
+    assert_eq!((vmm.phase(), fake.live()), (Phase::Created, Live::default()));
 }
 
 fn config_address(device: u8, register: u32) -> Exit {

@@ -1,6 +1,8 @@
 //! A machine on this host's KVM with tiny guests: what its owner makes the guest notice, and what it counts.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+use std::sync::Arc;
+
 use serde_json::json;
 use vmm::console::{Console, Consoles};
 use vmm::machine::stages::Stages;
@@ -8,6 +10,7 @@ use vmm::machine::{EventPost, Machine, MachineEvent, MachineMessage, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::parse_and_check;
 use vmm_device_model::metrics::{Sample, Value};
+use vmm_device_model::thread::{ThreadHook, Unconfined};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::kvm::Kvm;
 use vmm_platform_devices::events::{Cause, SystemEvent};
@@ -27,12 +30,14 @@ fn run(scratch: &Scratch, guest: Guest) -> Running {
     let mut config = vm_config(&scratch.guest(guest), serial.path());
     config["pvpanic"] = json!(true);
     let spec = parse_and_check(config.to_string().as_bytes(), UnknownFields::Refuse).unwrap().spec;
-    let consoles = Consoles::open(&spec).unwrap();
+    let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
+    let consoles = Consoles::open(&spec, &threads).unwrap();
     let ports = Ports { serial: consoles.serial.as_ref().map(Console::end), ..Ports::default() };
     let (mailbox, inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
     let mut machine =
-        Machine::build(&Kvm::open().unwrap(), &spec, &ports, &post, &mut Stages::default()).unwrap();
+        Machine::build(&Kvm::open().unwrap(), &spec, &ports, &post, &threads, &mut Stages::default())
+            .unwrap();
     machine.start();
     Running { machine, serial, inbox, _consoles: consoles }
 }

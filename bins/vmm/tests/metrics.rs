@@ -1,12 +1,15 @@
 //! All metrics of a machine with every device, and the page that lists them.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+use std::sync::Arc;
+
 use vmm::console::Consoles;
 use vmm::machine::stages::Stages;
 use vmm::machine::{EventPost, Machine, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::http::Counts;
 use vmm_api::spec::parse_and_check;
+use vmm_device_model::thread::{ThreadHook, Unconfined};
 use vmm_epoll::mailbox;
 use vmm_hypervisor::fake::Fake;
 use vmm_tests::tiny::Guest;
@@ -27,13 +30,15 @@ fn the_documented_table_is_this_one() {
         "pvpanic": true,
     });
     let spec = parse_and_check(json.to_string().as_bytes(), UnknownFields::Refuse).unwrap().spec;
-    let consoles = Consoles::open(&spec).unwrap();
+    let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
+    let consoles = Consoles::open(&spec, &threads).unwrap();
     let end = |console: &Option<vmm::console::Console>| console.as_ref().map(vmm::console::Console::end);
     let ports =
         Ports { serial: end(&consoles.serial), console: end(&consoles.console), debug: end(&consoles.debug) };
     let (mailbox, _inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
-    let machine = Machine::build(&Fake::new(), &spec, &ports, &post, &mut Stages::default()).unwrap();
+    let machine =
+        Machine::build(&Fake::new(), &spec, &ports, &post, &threads, &mut Stages::default()).unwrap();
 
     let page = vmm::metrics::page(Some(&machine), Some(&Counts::default()));
     let text = page.text().unwrap();

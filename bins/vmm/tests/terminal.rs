@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmm::console::RawTerminal;
+use vmm::logger::LogPlace;
 use vmm_tests::harness::terminal::Terminal;
 use vmm_tests::harness::{Api, Scratch, Vmm, binary, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
@@ -119,7 +120,7 @@ const ROLE: &str = "VMM_TEST_TERMINAL";
 /// Runs this very test in another process, on a terminal; there, `fail` is called with the terminal in raw mode.
 fn failure_gives_it_back(test: &str, fail: fn()) -> String {
     if std::env::var_os(ROLE).is_some() {
-        vmm::run::confine();
+        vmm::run::confine(LogPlace { descriptor: 2, start: Instant::now() }).unwrap();
         let raw = RawTerminal::enter().unwrap();
         // Nobody cleans up.
         std::mem::forget(raw);

@@ -10,6 +10,7 @@ use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::set::{ExitTargets, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
+use vmm_device_model::thread::Unconfined;
 use vmm_hypervisor::fake::{Exit, Fake};
 use vmm_hypervisor::{Hypervisor, VmOptions};
 
@@ -47,8 +48,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let topology = Topology::flat(2);
     let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
     let cpuid = Cpuid::new(&hypervisor.supported_cpuid()?, &options);
-    let spec =
-        VcpuSpec { boot: 2, topology, cpuid, affinity: Vec::new(), core_scheduling: CoreScheduling::Off };
+    let spec = VcpuSpec {
+        boot: 2,
+        topology,
+        cpuid,
+        affinity: Vec::new(),
+        core_scheduling: CoreScheduling::Off,
+        threads: Arc::new(Unconfined),
+    };
 
     let mut first = VcpuSet::create(&hypervisor, &vm, &spec, None, &targets)?;
     for vcpu in 0..2 {

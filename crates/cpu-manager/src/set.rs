@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmm_device_model::bus::Bus;
 use vmm_device_model::metrics::Sample;
+use vmm_device_model::thread::{ThreadHook, ThreadKind};
 use vmm_hypervisor::{Hypervisor, HypervisorError, Kick, Vm};
 
 use crate::affinity::{CoreScheduling, pin_current_thread, thread_id};
@@ -24,6 +25,9 @@ use crate::topology::Topology;
 /// How long vCPUs may take to obey. A vCPU leaves the guest within microseconds; only a device that
 /// blocks in an access, or a host without CPU time, could hold it longer.
 const OBEY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the threads of vCPUs are.
+pub const THREAD: ThreadKind = ThreadKind("vcpu");
 
 /// Where a vCPU's exits go. Cheap to clone.
 #[derive(Clone)]
@@ -96,6 +100,8 @@ pub struct VcpuSpec {
     pub affinity: Vec<(u32, Vec<usize>)>,
     /// Which of their threads may share a core.
     pub core_scheduling: CoreScheduling,
+    /// What their threads go through once their vCPU is set up, before it can run.
+    pub threads: Arc<dyn ThreadHook>,
 }
 
 /// The vCPUs of a VM. Dropped, it stops them.
@@ -306,6 +312,7 @@ fn spawn(
     let cpuid = spec.cpuid.of(index);
     let cpus = spec.affinity.iter().find(|(vcpu, _)| *vcpu == index).map(|(_, cpus)| cpus.clone());
     let (core_scheduling, first) = (spec.core_scheduling, before.first().map(|first| first.thread));
+    let hook = Arc::clone(&spec.threads);
     let (orders, inbox) = channel();
     let (ready, started) = channel();
     let exits = Arc::<ExitCounter>::default();
@@ -323,6 +330,7 @@ fn spawn(
             vcpu.set_cpuid(&cpuid)?;
             set_up(&mut *vcpu, entry.as_ref())?;
             let kick = vcpu.bind()?;
+            hook.begin(THREAD).map_err(|source| VcpuError::Confine { vcpu: index, source })?;
             Ok((vcpu, kick))
         };
         match create() {
@@ -381,6 +389,15 @@ pub enum VcpuError {
         /// Which vCPU.
         vcpu: u32,
         /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The thread could not be confined.
+    #[error("cannot confine the thread of vcpu{vcpu}")]
+    Confine {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why not.
         #[source]
         source: std::io::Error,
     },

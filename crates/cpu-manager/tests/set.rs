@@ -2,6 +2,7 @@
 //! and any call that fails leaves nothing behind.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,6 +14,7 @@ use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, Vcp
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
 use vmm_device_model::metrics::Value;
+use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
 use vmm_hypervisor::{Hypervisor, VmOptions};
@@ -58,11 +60,20 @@ fn world() -> World {
 }
 
 fn create(fake: &Fake, boot: u32, targets: &ExitTargets) -> Result<VcpuSet, VcpuError> {
+    create_with(fake, boot, targets, Arc::new(Unconfined))
+}
+
+fn create_with(
+    fake: &Fake,
+    boot: u32,
+    targets: &ExitTargets,
+    threads: Arc<dyn ThreadHook>,
+) -> Result<VcpuSet, VcpuError> {
     let topology = Topology::flat(4);
     let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
     let cpuid = Cpuid::new(&fake.supported_cpuid()?, &options);
-    let spec =
-        VcpuSpec { boot, topology, cpuid, affinity: vec![(0, vec![0])], core_scheduling: CoreScheduling::Vm };
+    let affinity = vec![(0, vec![0])];
+    let spec = VcpuSpec { boot, topology, cpuid, affinity, core_scheduling: CoreScheduling::Vm, threads };
     let vm = fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 })?;
     let entry = Entry {
         regs: Regs { rip: 0x1000, ..Regs::default() },
@@ -172,6 +183,27 @@ fn any_call_that_fails_leaves_nothing_behind() {
         fake.heal();
         assert_eq!(fake.live(), Live::default(), "after call {nth} of {calls} failed");
     }
+}
+
+/// Lets threads begin until it has seen so many.
+#[derive(Debug)]
+struct Porter(Mutex<u32>);
+
+impl ThreadHook for Porter {
+    fn begin(&self, kind: ThreadKind) -> io::Result<()> {
+        assert_eq!(kind.0, "vcpu");
+        let mut left = self.0.lock().unwrap();
+        *left = left.checked_sub(1).ok_or(io::ErrorKind::PermissionDenied)?;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_vcpu_that_cannot_be_confined_leaves_nothing_behind() {
+    let (fake, world) = (Fake::new(), world());
+    let error = create_with(&fake, 2, &world.targets, Arc::new(Porter(Mutex::new(1)))).unwrap_err();
+    assert!(matches!(error, VcpuError::Confine { vcpu: 1, .. }), "{error}");
+    assert_eq!(fake.live(), Live::default());
 }
 
 #[test]

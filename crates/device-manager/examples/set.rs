@@ -112,6 +112,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         lines: Box::new(Pins),
         msi: Arc::new(TestMsi::default()),
         attentions: Box::new(Nobody),
+        threads: Arc::clone(&base.threads),
         bridge: HostBridge::new(0, base.mmio, doorbells, windows.clone()),
         windows,
     };

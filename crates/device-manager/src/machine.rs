@@ -9,6 +9,7 @@ use vmm_device_model::device::Attention;
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::interrupt::{InterruptLine, MsiSource, MsiVectors};
 use vmm_device_model::recipe::{BuildError, Resources};
+use vmm_device_model::thread::ThreadHook;
 use vmm_pci::bdf::Bdf;
 use vmm_pci::config::BarKind;
 use vmm_pci::function::Attach;
@@ -46,6 +47,8 @@ pub struct Parts {
     pub msi: Arc<dyn MsiSource>,
     /// Calls for the control thread.
     pub attentions: Box<dyn Attentions>,
+    /// What the devices' threads go through before they begin.
+    pub threads: Arc<dyn ThreadHook>,
     /// The PCI segment.
     pub bridge: Arc<HostBridge>,
     /// Where BARs may lie.
@@ -180,6 +183,10 @@ impl Resources for Builder<'_> {
 
     fn attention(&self) -> Arc<dyn Attention> {
         self.machine.parts.attentions.of(self.id)
+    }
+
+    fn threads(&self) -> Arc<dyn ThreadHook> {
+        Arc::clone(&self.machine.parts.threads)
     }
 }
 

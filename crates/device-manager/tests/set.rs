@@ -59,6 +59,7 @@ fn world() -> World {
         lines: Box::new(ToyLines),
         msi: Arc::new(TestMsi::default()),
         attentions: Box::new(ToyAttentions),
+        threads: base.threads.clone(),
         bridge,
         windows,
     };

@@ -11,6 +11,7 @@
 //! - [`dirty`]: sources of dirty guest pages;
 //! - [`limiter`]: how often a guest can make the log say something;
 //! - [`metrics`]: what devices count, and how it is told;
+//! - [`thread`]: what a thread is for, and what is done to it before it begins;
 //! - [`recipe`]: a checked description of a device that can be built, and the resources it is built from.
 //!
 //! Lock order, for everybody: bus map (writers only), then PCI configuration space, then the device.
@@ -26,6 +27,7 @@ pub mod limiter;
 pub mod metrics;
 pub mod recipe;
 pub mod testing;
+pub mod thread;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

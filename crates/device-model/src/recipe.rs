@@ -8,6 +8,7 @@ use crate::bus::{BusError, BusTarget};
 use crate::device::{Attention, VmDevice};
 use crate::dma::DmaMemory;
 use crate::interrupt::{InterruptLine, MsiVectors};
+use crate::thread::ThreadHook;
 
 /// A device that can be built: checked configuration, with files and sockets already open.
 ///
@@ -67,6 +68,9 @@ pub trait Resources {
 
     /// How the device's front calls for the thread that owns the VM.
     fn attention(&self) -> Arc<dyn Attention>;
+
+    /// What every thread of the device goes through before it begins.
+    fn threads(&self) -> Arc<dyn ThreadHook>;
 }
 
 /// Why a device could not be built.

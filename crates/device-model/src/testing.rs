@@ -17,6 +17,7 @@ use crate::dma::{DmaMemory, GuestRam};
 use crate::doorbell::{DoorbellAddress, Doorbells};
 use crate::interrupt::{InterruptLine, MsiMessage, MsiSource, MsiVectors};
 use crate::recipe::{BuildError, Resources};
+use crate::thread::{ThreadHook, Unconfined};
 
 /// A line that counts its edges.
 #[derive(Debug, Default)]
@@ -177,6 +178,8 @@ pub struct TestResources {
     pub memory: DmaMemory,
     /// The device's calls for the control thread.
     pub attention: Arc<TestAttention>,
+    /// What the device's threads go through.
+    pub threads: Arc<dyn ThreadHook>,
 }
 
 impl TestResources {
@@ -193,6 +196,7 @@ impl TestResources {
             msi: Arc::default(),
             memory: DmaMemory::new(memory),
             attention: Arc::default(),
+            threads: Arc::new(Unconfined),
         })
     }
 }
@@ -235,6 +239,10 @@ impl Resources for TestResources {
 
     fn attention(&self) -> Arc<dyn Attention> {
         Arc::clone(&self.attention) as _
+    }
+
+    fn threads(&self) -> Arc<dyn ThreadHook> {
+        Arc::clone(&self.threads)
     }
 }
 

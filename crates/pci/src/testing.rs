@@ -10,6 +10,7 @@ use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::interrupt::{InterruptLine, MsiVectors};
 use vmm_device_model::recipe::{BuildError, Resources};
 use vmm_device_model::testing::{TestDoorbells, TestResources};
+use vmm_device_model::thread::ThreadHook;
 
 use crate::bdf::Bdf;
 use crate::config::BarKind;
@@ -106,6 +107,10 @@ impl Resources for TestPciResources {
 
     fn attention(&self) -> Arc<dyn Attention> {
         self.base.attention()
+    }
+
+    fn threads(&self) -> Arc<dyn ThreadHook> {
+        self.base.threads()
     }
 }
 

@@ -13,6 +13,7 @@ use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveRecord};
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::metrics::Metered;
+use vmm_device_model::thread::ThreadHook;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A virtio device behind any transport. All methods are called by the thread that owns the VM.
@@ -62,6 +63,8 @@ pub struct Start {
     pub queues: Vec<StartQueue>,
     /// How the driver is interrupted.
     pub interrupt: Arc<dyn VirtioInterrupt>,
+    /// What the device's threads go through before they begin.
+    pub threads: Arc<dyn ThreadHook>,
 }
 
 /// One enabled virtqueue.

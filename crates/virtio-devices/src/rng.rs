@@ -13,6 +13,7 @@ use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
 use vmm_device_model::limiter::Limiter;
 use vmm_device_model::metrics::{Counter, Family, Kind, Measures, Metered, Value};
+use vmm_device_model::thread::ThreadKind;
 use vmm_snapshot::RecordError;
 
 use crate::chain::{self, Chain, RingError, Table, take_head, wants_interrupt};
@@ -22,6 +23,9 @@ use crate::worker::{Next, Task, Workers};
 
 /// Where entropy comes from unless something else is asked for.
 pub const DEFAULT_SOURCE: &str = "/dev/urandom";
+
+/// What its thread is.
+pub const THREAD: ThreadKind = ThreadKind("virtio-rng");
 
 const DEVICE_TYPE: u32 = 4;
 const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -101,7 +105,7 @@ impl VirtioDevice for RngDevice {
     }
 
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
-        let Start { memory, features: _, queues, interrupt } = start;
+        let Start { memory, features: _, queues, interrupt, threads } = start;
         for queue in queues {
             let (id, source) = (self.id.clone(), Arc::clone(&self.source));
             let limiter = Arc::clone(&self.limiter);
@@ -109,7 +113,7 @@ impl VirtioDevice for RngDevice {
             let (chain, bytes) = (Chain::default(), vec![0; MAX_REQUEST]);
             let given = Arc::clone(&self.given);
             let task = RngTask { id, memory, queue, interrupt, source, limiter, given, chain, bytes };
-            self.workers.spawn(&self.id, task)?;
+            self.workers.spawn(&self.id, (&threads, THREAD), task)?;
         }
         Ok(())
     }

@@ -6,12 +6,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_queue::Queue;
 use vmm_device_model::device::DeviceError;
+use vmm_device_model::thread::{self, ThreadHook, ThreadKind};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -59,13 +61,15 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts a thread called `name` that works on `task`.
+    /// Starts a thread called `name` that works on `task`, once the hook let it.
     ///
     /// # Errors
-    /// No descriptors or no thread could be had; the task is dropped.
-    pub fn spawn<T: Task>(name: &str, task: T) -> io::Result<Self> {
-        // Not every string can name a thread.
-        let name = name.replace('\0', "");
+    /// No descriptors or no thread could be had, or the hook refused; the task is dropped.
+    pub fn spawn<T: Task>(
+        name: &str,
+        (hook, kind): (&Arc<dyn ThreadHook>, ThreadKind),
+        task: T,
+    ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let epoll = Epoll::new()?;
         let watch = |fd, token| {
@@ -77,8 +81,8 @@ impl Worker {
         }
         let own_stop = stop.try_clone()?;
         let (end, ended) = sync_channel(1);
-        let thread = Builder::new().name(name.clone()).spawn(move || run(task, &epoll, &own_stop, &end))?;
-        Ok(Self { name, stop, ended, queues: None, thread: Some(thread) })
+        let thread = thread::spawn(hook, kind, name, move || run(task, &epoll, &own_stop, &end))?;
+        Ok(Self { name: name.to_owned(), stop, ended, queues: None, thread: Some(thread) })
     }
 
     /// Tells the thread to take no new request and to end.
@@ -138,8 +142,13 @@ impl Workers {
     ///
     /// # Errors
     /// As [`Worker::spawn`].
-    pub fn spawn<T: Task>(&mut self, name: &str, task: T) -> Result<(), DeviceError> {
-        let worker = Worker::spawn(name, task);
+    pub fn spawn<T: Task>(
+        &mut self,
+        name: &str,
+        hook: (&Arc<dyn ThreadHook>, ThreadKind),
+        task: T,
+    ) -> Result<(), DeviceError> {
+        let worker = Worker::spawn(name, hook, task);
         self.0.push(worker.map_err(|e| DeviceError::caused(format!("cannot start the thread {name}"), e))?);
         Ok(())
     }
@@ -203,7 +212,6 @@ fn run<T: Task>(mut task: T, epoll: &Epoll, stop: &EventFd, end: &SyncSender<Vec
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
@@ -246,11 +254,30 @@ mod tests {
     fn dropped_workers_are_all_told_before_any_is_waited_for() {
         let (told, ended) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let mut workers = Workers::default();
+        let hook: Arc<dyn ThreadHook> = Arc::new(thread::Unconfined);
         for _ in 0..ALL {
             let task = Together { told: Arc::clone(&told), counted: false, ended: Arc::clone(&ended) };
-            workers.spawn("together", task).unwrap();
+            workers.spawn("together", (&hook, ThreadKind("test")), task).unwrap();
         }
         drop(workers);
         assert_eq!(ended.load(Ordering::SeqCst), ALL);
+    }
+    #[derive(Debug)]
+    struct Refuses;
+
+    impl ThreadHook for Refuses {
+        fn begin(&self, _: ThreadKind) -> io::Result<()> {
+            Err(io::Error::other("told to refuse"))
+        }
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_confined_does_not_work() {
+        let (told, ended) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let task = Together { told, counted: false, ended: Arc::clone(&ended) };
+        let hook: Arc<dyn ThreadHook> = Arc::new(Refuses);
+        let error = Workers::default().spawn("worker", (&hook, ThreadKind("test")), task).unwrap_err();
+        assert_eq!(error.to_string(), "cannot start the thread worker");
+        assert_eq!(Arc::strong_count(&ended), 1, "the task is dropped");
     }
 }

@@ -56,7 +56,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         argument.clone().unwrap_or_else(|| std::env::temp_dir().join(format!("toy-{}", std::process::id())));
 
     let (requests, inbox) = mailbox::<ApiRequest<Toy>>()?;
-    let server = Server::new(ApiSocket::bind(&path)?, &TABLE, requests, Config::default())?.start(|| ())?;
+    let server =
+        Server::new(ApiSocket::bind(&path)?, &TABLE, requests, Config::default())?.start(|| Ok(()))?;
     let client = argument.is_none().then(|| thread::spawn(move || talk(path)));
 
     let mut control_loop = ControlLoop::new(Toy::default())?;

@@ -125,10 +125,8 @@ fn later_objects_are_read_before_they_are_refused() {
         ("tpm", "socket=/s"),
         ("ivshmem", "path=/p"),
         ("rate-limit-group", "id=g,ops_size=10,ops_refill_time=10"),
-        ("landlock-rules", "path=/p,access=rw"),
         ("fw-cfg-config", "e820=off"),
         ("watchdog", ""),
-        ("landlock", ""),
     ] {
         let fault = one_fault(flag, text);
         assert_eq!(fault.kind, FaultKind::NotBuilt, "--{flag} {text}: {fault}");

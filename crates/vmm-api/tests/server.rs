@@ -3,16 +3,19 @@
 
 mod common;
 
-use common::{Rig, Wire, config};
-use std::io::Write;
+use common::{Rig, TABLE, Toy, Wire, config};
+use std::error::Error;
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::time::Duration;
 use vmm_api::client::ClientError;
+use vmm_api::command::ApiRequest;
 use vmm_api::commands::{vm, vmm};
 use vmm_api::config::{UnknownFields, parse_vm_config};
 use vmm_api::error::Problem;
-use vmm_api::http::Config;
+use vmm_api::http::{ApiSocket, Config, Server};
 use vmm_api::info::VmState;
+use vmm_epoll::mailbox;
 
 fn rig() -> Rig {
     Rig::new(Config::default())
@@ -382,4 +385,16 @@ fn the_answer_to_vmm_shutdown_is_sent_before_the_end() {
     wire.assert_closed();
     assert!(!rig.path.exists());
     assert!(std::os::unix::net::UnixStream::connect(&rig.path).is_err());
+}
+
+#[test]
+fn a_thread_whose_prologue_fails_does_not_serve() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("api.sock");
+    let (requests, _inbox) = mailbox::<ApiRequest<Toy>>().unwrap();
+    let socket = ApiSocket::bind(&path).unwrap();
+    let server = Server::new(socket, &TABLE, requests, Config::default()).unwrap();
+    let error = server.start(|| Err(io::ErrorKind::PermissionDenied.into())).unwrap_err();
+    assert_eq!(error.source().unwrap().to_string(), "permission denied");
+    assert!(!path.exists(), "its socket goes with it");
 }

@@ -5,8 +5,8 @@
 use serde_json::{Value, json};
 use vmm_api::config::{Bytes, FaultKind, UnknownFields, VmConfig};
 use vmm_api::spec::{
-    Backing, DiskFormat, Hugepages, MAX_CMDLINE, MachineSpec, PayloadSpec, Sink, Topology, fill_ids,
-    parse_and_check,
+    Backing, DiskFormat, GrantedPath, Hugepages, MAX_CMDLINE, MachineSpec, PathAccess, PayloadSpec, Sink,
+    Topology, fill_ids, parse_and_check,
 };
 
 /// A configuration that can be built, with `patch` merged over it.
@@ -344,4 +344,24 @@ fn a_configuration_made_in_code_is_checked_too() {
     config.watchdog = false;
     config.payload = serde_json::from_value(json!({"kernel": "/k"})).unwrap();
     assert!(MachineSpec::check(&config).is_ok());
+}
+
+#[test]
+fn paths_of_the_sandbox_are_checked() {
+    let landlock = spec(&json!({})).landlock;
+    assert!(!landlock.enable && landlock.rules.is_empty());
+    let rule = |access: &str| json!({"landlock_rules": [{"path": "a/b", "access": access}]});
+    for (word, read, write) in
+        [("r", true, false), ("w", false, true), ("rw", true, true), ("wr", true, true)]
+    {
+        let landlock = spec(&rule(word)).landlock;
+        assert!(!landlock.enable, "rules alone confine nothing");
+        let access = PathAccess { read, write };
+        assert_eq!(landlock.rules, [GrantedPath { path: "a/b".into(), access }], "{word}");
+    }
+    assert!(spec(&json!({"landlock_enable": true})).landlock.enable);
+    let bad = |word| (rule(word), "landlock_rules[0].access");
+    refused(FaultKind::Invalid, &[bad(""), bad("x"), bad("rwx"), bad("R")]);
+    let nowhere = json!({"landlock_rules": [{"path": "", "access": "r"}]});
+    refused(FaultKind::Invalid, &[(nowhere, "landlock_rules[0].path")]);
 }

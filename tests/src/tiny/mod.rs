@@ -69,11 +69,14 @@ pub enum Guest {
     /// Prints the size of virtio-console's window, rows and columns as four hexadecimal digits each, at first and whenever it is
     /// another one.
     ConsoleSize,
+    /// Drives every virtio disk, random source and console: prints `disk ` and the status of a read, a write, a flush, a discard
+    /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
+    Drivers,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -93,6 +96,7 @@ impl Guest {
         Self::PowerButton,
         Self::Flood,
         Self::ConsoleSize,
+        Self::Drivers,
     ];
 
     /// A name for files.
@@ -118,6 +122,7 @@ impl Guest {
             Self::PowerButton => "power-button",
             Self::Flood => "flood",
             Self::ConsoleSize => "console-size",
+            Self::Drivers => "drivers",
         }
     }
 

@@ -30,6 +30,7 @@ pub(super) const SHOWN: &[(&str, &[&str])] = &[
     ("What the VM boots", &["kernel", "initramfs", "cmdline", "firmware"]),
     ("CPUs and memory", &["cpus", "memory", "memory-zone"]),
     ("Devices", &["disk", "rng", "serial", "console", "debug-console", "pvpanic", "platform"]),
+    ("The sandbox", &["landlock", "landlock-rules"]),
 ];
 const THIS_PROCESS: &str = "This process";
 
@@ -166,7 +167,7 @@ fn vm_flag(flag: &Flag, help: Help) -> Arg {
     }
 }
 
-fn process_flags() -> [Arg; 10] {
+fn process_flags() -> [Arg; 11] {
     let text = |name: &'static str, value, help: &'static str| {
         let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
         valued(arg, value, ValueParser::string())
@@ -199,10 +200,18 @@ fn process_flags() -> [Arg; 10] {
             .hide_short_help(true),
         text(
             "seccomp",
-            "true|false|log",
-            "Filters of system calls; accepted, but this build has none yet [default: true]",
+            "true|false|log|errno",
+            "What a system call outside its thread's filter leads to: the end (true), nothing (false: there are no \
+             filters), a line in the kernel's audit log, or the error EPERM [default: true]",
         )
         .hide_short_help(true),
+        Arg::new("no-landlock")
+            .long("no-landlock")
+            .action(ArgAction::SetTrue)
+            .conflicts_with("landlock")
+            .help_heading(THIS_PROCESS)
+            .help("Do not confine paths, as is done by default if there is no API socket")
+            .hide_short_help(true),
         text(
             "unknown-fields",
             "refuse|warn",

@@ -62,17 +62,14 @@ pub(super) fn event_monitor(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Op
     }
 }
 
-/// `true`, `false` or `log`.
+/// `true`, `false`, `log` or `errno`.
 pub(super) fn seccomp(matches: &ArgMatches, faults: &mut Vec<Fault>) -> SeccompMode {
     match word(matches, "seccomp") {
         None | Some("true") => SeccompMode::Enforce,
         Some("log") => SeccompMode::Log,
         Some("false") => SeccompMode::Off,
-        Some("errno") => {
-            faults.push(not_built("--seccomp".into(), "errno"));
-            SeccompMode::Enforce
-        }
-        Some(other) => unexpected("seccomp", "true, false or log", other, faults),
+        Some("errno") => SeccompMode::Errno,
+        Some(other) => unexpected("seccomp", "true, false, log or errno", other, faults),
     }
 }
 

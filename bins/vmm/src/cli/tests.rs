@@ -127,8 +127,9 @@ fn each_flag_of_the_process_arrives() {
     assert_eq!(with(&["--boot-trace", "t"]).boot_trace, Some("t".into()));
     assert_eq!(with(&[]).boot_trace, None);
     let seccomp = |word| with(&["--seccomp", word]).seccomp;
-    let modes = [seccomp("true"), seccomp("log"), seccomp("false")];
-    assert_eq!(modes, [SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]);
+    let modes = [seccomp("true"), seccomp("log"), seccomp("false"), seccomp("errno")];
+    assert_eq!(modes, [SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off, SeccompMode::Errno]);
+    assert!(with(&["--no-landlock"]).no_landlock && !with(&[]).no_landlock);
     assert!(with(&["--verify-state"]).verify_state && !with(&[]).verify_state);
     assert_eq!(with(&["--unknown-fields=warn"]).unknown_fields, UnknownFields::Warn);
     assert_eq!(with(&["--unknown-fields=refuse"]).unknown_fields, UnknownFields::Refuse);
@@ -136,7 +137,7 @@ fn each_flag_of_the_process_arrives() {
 
 #[test]
 fn bad_values_of_process_flags_are_named() {
-    let table: [(&[&str], &str); 13] = [
+    let table: [(&[&str], &str); 12] = [
         (&["--api-socket", ""], "--api-socket: expected path=<path>, fd=<number> or a path, found nothing"),
         (
             &["--api-socket", "path="],
@@ -163,8 +164,10 @@ fn bad_values_of_process_flags_are_named() {
             &["--api-socket", "s", "--event-monitor", "fd=1"],
             "--event-monitor fd: 1 is not the number of an inherited descriptor: it must be above 2",
         ),
-        (&["--api-socket", "s", "--seccomp", "on"], "--seccomp: expected true, false or log, found \"on\""),
-        (&["--api-socket", "s", "--seccomp", "errno"], "--seccomp: not supported by this build yet: errno"),
+        (
+            &["--api-socket", "s", "--seccomp", "on"],
+            "--seccomp: expected true, false, log or errno, found \"on\"",
+        ),
         (&["--api-socket", "s", "--log-format", "xml"], "--log-format: expected text or json, found \"xml\""),
         (
             &["--api-socket", "s", "--log-filter", "vmm_pci"],
@@ -196,7 +199,7 @@ fn all_faults_are_reported_at_once() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "4 faults on the command line:");
     assert_eq!(lines[1], "  --gdb: not supported by this build yet: the GDB stub");
-    assert_eq!(lines[2], "  --seccomp: expected true, false or log, found \"maybe\"");
+    assert_eq!(lines[2], "  --seccomp: expected true, false, log or errno, found \"maybe\"");
     assert_eq!(lines[3], "  --cpus bot: unknown key; did you mean \"boot\"?");
     assert_eq!(lines[4], "  --disk[1] num_queue: unknown key; did you mean \"num_queues\"?");
     assert_eq!(lines.len(), 5);

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_api::socket::ListeningSocket;
 use vmm_api::spec::{MachineSpec, Sink};
+use vmm_device_model::thread::ThreadHook;
 use vmm_platform_devices::output::{ByteSink, Discard, Notify};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -204,16 +205,15 @@ impl Consoles {
     ///
     /// # Errors
     /// A file or terminal cannot be opened; what was opened is closed again.
-    pub fn open(spec: &MachineSpec) -> Result<Self, ConsoleError> {
-        let mut stdin = StdinOnce(false);
+    pub fn open(spec: &MachineSpec, threads: &Arc<dyn ThreadHook>) -> Result<Self, ConsoleError> {
+        let mut from = Origin { stdin: StdinOnce(false), threads };
         // The interactive console gets the terminal's input before the serial port.
-        let console = spec.console.as_ref().map(|c| Console::open("console", &c.sink, &mut stdin));
+        let console = spec.console.as_ref().map(|c| Console::open("console", &c.sink, &mut from));
         let console = console.transpose()?;
-        let serial =
-            spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut stdin)).transpose()?;
-        let debug = spec.debug_console.as_ref().map(|c| Console::open("debug-console", &c.sink, &mut stdin));
+        let serial = spec.serial.as_ref().map(|sink| Console::open("serial", sink, &mut from)).transpose()?;
+        let debug = spec.debug_console.as_ref().map(|c| Console::open("debug-console", &c.sink, &mut from));
         let debug = debug.transpose()?;
-        Ok(Self { serial, console, debug, reads_stdin: stdin.0, raw: None })
+        Ok(Self { serial, console, debug, reads_stdin: from.stdin.0, raw: None })
     }
 
     /// A guest has them: the user's terminal is in raw mode, and a device that was restored learns the size of its window.
@@ -242,6 +242,12 @@ impl Consoles {
     }
 }
 
+/// What consoles are opened with.
+struct Origin<'a> {
+    stdin: StdinOnce,
+    threads: &'a Arc<dyn ThreadHook>,
+}
+
 /// Standard input goes to one console.
 struct StdinOnce(bool);
 
@@ -255,16 +261,16 @@ impl StdinOnce {
 }
 
 impl Console {
-    fn open(name: &'static str, sink: &Sink, stdin: &mut StdinOnce) -> Result<Self, ConsoleError> {
+    fn open(name: &'static str, sink: &Sink, from: &mut Origin<'_>) -> Result<Self, ConsoleError> {
         let failed = |what| move |source| ConsoleError { name, what, source };
         let parts = match sink {
             Sink::Null => return Self::silent().map_err(failed("set up")),
-            Sink::Tty => Parts::terminal(stdin).map_err(failed("use the terminal for"))?,
+            Sink::Tty => Parts::terminal(&mut from.stdin).map_err(failed("use the terminal for"))?,
             Sink::File(path) => Parts::file(path).map_err(failed("open the file of"))?,
             Sink::Pty => Parts::pty(name).map_err(failed("create a pty for"))?,
             Sink::Socket(path) => Parts::socket(path).map_err(failed("create the socket of"))?,
         };
-        Self::with(name, parts).map_err(failed("set up"))
+        Self::with(name, parts, from.threads).map_err(failed("set up"))
     }
 
     fn silent() -> io::Result<Self> {
@@ -277,9 +283,9 @@ impl Console {
         Ok(Self { end: Arc::new(end), input: None, place: Place::Elsewhere, _output: None })
     }
 
-    fn with(name: &str, parts: Parts) -> io::Result<Self> {
+    fn with(name: &str, parts: Parts, threads: &Arc<dyn ThreadHook>) -> io::Result<Self> {
         let Parts { outlet, input, place, window } = parts;
-        let (output, ring) = OutputThread::start(name, outlet)?;
+        let (output, ring) = OutputThread::start(name, outlet, threads)?;
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let end = Arc::new(End { sink: ring, room, window, device: Mutex::default() });
         Ok(Self { end, input, place, _output: Some(output) })

@@ -8,11 +8,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use vmm_device_model::thread::{self, ThreadHook};
 use vmm_platform_devices::output::{Drained, OutputRing};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::outlet::Outlet;
 use super::sys::{self, Interest};
+use crate::sandbox::OUTPUT_THREAD;
 
 /// Bytes that wait for a slow reader, or for a client, before the oldest are lost.
 const RING: usize = 256 << 10;
@@ -31,7 +33,11 @@ pub(super) struct OutputThread {
 }
 
 impl OutputThread {
-    pub(super) fn start(name: &str, outlet: Outlet) -> io::Result<(Self, Arc<OutputRing>)> {
+    pub(super) fn start(
+        name: &str,
+        outlet: Outlet,
+        hook: &Arc<dyn ThreadHook>,
+    ) -> io::Result<(Self, Arc<OutputRing>)> {
         let flags = EFD_NONBLOCK | EFD_CLOEXEC;
         let ready = Arc::new(EventFd::new(flags)?);
         let stop = EventFd::new(flags)?;
@@ -46,7 +52,7 @@ impl OutputThread {
             complained: false,
             _alive: alive,
         };
-        let thread = std::thread::Builder::new().name(format!("{name}-out")).spawn(move || writer.run())?;
+        let thread = thread::spawn(hook, OUTPUT_THREAD, &format!("{name}-out"), move || writer.run())?;
         Ok((Self { stop, ended, thread: Some(thread) }, ring))
     }
 }
@@ -194,7 +200,8 @@ mod tests {
         let pty = sys::open_pty().unwrap();
         let mut main = pty.main.try_clone().unwrap();
         io::Write::write_all(&mut main, &ODD).unwrap();
-        let (output, ring) = OutputThread::start("test", fixed(main)).unwrap();
+        let hook: Arc<dyn ThreadHook> = Arc::new(thread::Unconfined);
+        let (output, ring) = OutputThread::start("test", fixed(main), &hook).unwrap();
         ring.put(&FLOOD);
         assert_ends(output);
         drop(pty.other);

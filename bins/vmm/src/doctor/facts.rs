@@ -9,6 +9,10 @@ pub(super) struct Facts {
     pub(super) io_uring: IoUring,
     pub(super) hugepages: HugePages,
     pub(super) userfaultfd: Userfaultfd,
+    /// Whether system calls can be filtered.
+    pub(super) seccomp: Node,
+    /// Landlock's version, or the `errno` of asking for it.
+    pub(super) landlock: Result<u32, i32>,
     pub(super) tun: Node,
     /// Name and node of each vhost device.
     pub(super) vhost: Vec<(&'static str, Node)>,

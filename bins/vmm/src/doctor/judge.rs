@@ -16,6 +16,8 @@ pub(super) fn judge(facts: &Facts) -> Vec<Check> {
         io_uring(facts.io_uring),
         hugepages(&facts.hugepages),
         userfaultfd(facts.userfaultfd),
+        seccomp(facts.seccomp),
+        landlock(facts.landlock),
         tun(facts.tun),
         vhost(&facts.vhost),
         limits::open_files(facts.open_files),
@@ -141,6 +143,32 @@ fn userfaultfd(facts: Userfaultfd) -> Check {
     }
 }
 
+fn seccomp(node: Node) -> Check {
+    let name = "seccomp";
+    match node {
+        Node::Usable => ok(name, "system calls can be filtered"),
+        Node::Refused(errno) => warn(
+            name,
+            format!("system calls cannot be filtered ({}); VMs run only with `--seccomp false`", text(errno)),
+            "use a kernel with CONFIG_SECCOMP_FILTER",
+        ),
+    }
+}
+
+fn landlock(version: Result<u32, i32>) -> Check {
+    let name = "landlock";
+    let advice = "use Linux 5.13 or later with `landlock` among its security modules (boot parameter lsm=)";
+    match version {
+        Ok(version) => ok(name, format!("paths can be confined (ABI {version})")),
+        Err(libc::EOPNOTSUPP) => warn(name, "it is switched off; paths are not confined", advice),
+        Err(libc::ENOSYS) => warn(name, "the kernel has none; paths are not confined", advice),
+        Err(errno) => {
+            let found = format!("it is refused ({}); paths are not confined", text(errno));
+            warn(name, found, "in a container, allow landlock in its seccomp profile")
+        }
+    }
+}
+
 fn tun(node: Node) -> Check {
     let name = "tun";
     match node {
@@ -248,6 +276,8 @@ mod tests {
                 transparent: Some("madvise".into()),
             },
             userfaultfd: Userfaultfd { call: GOOD, device: GOOD },
+            seccomp: GOOD,
+            landlock: Ok(7),
             tun: GOOD,
             vhost: vec![("vhost-net", GOOD), ("vhost-vsock", GOOD)],
             open_files: limit,
@@ -301,6 +331,16 @@ mod tests {
         assert_says(&tiny, "guests", Verdict::Warn, "no unmodified kernel", "hardware virtualization");
         let none = of(Guests::None("KVM_RUN failed".into()));
         assert_says(&none, "guests", Verdict::Fail, "KVM_RUN failed", "dmesg");
+    }
+
+    #[test]
+    fn a_sandbox_that_cannot_be_is_told() {
+        let seccomp = complaint(|facts| facts.seccomp = Node::Refused(libc::ENOSYS));
+        assert_says(&seccomp, "seccomp", Verdict::Warn, "--seccomp false", "CONFIG_SECCOMP_FILTER");
+        let landlock = |errno| complaint(|facts| facts.landlock = Err(errno));
+        assert_says(&landlock(libc::ENOSYS), "landlock", Verdict::Warn, "has none", "5.13");
+        assert_says(&landlock(libc::EOPNOTSUPP), "landlock", Verdict::Warn, "switched off", "lsm=");
+        assert_says(&landlock(libc::EPERM), "landlock", Verdict::Warn, "not permitted", "container");
     }
 
     #[test]
@@ -361,7 +401,7 @@ mod tests {
         let strict = complaint(|facts| facts.memory.overcommit = Some(2));
         assert_says(&strict, "memory", Verdict::Warn, "overcommit_memory is 2", "sysctl");
         let unknown = judge(&Facts { memory: Memory::default(), ..well() });
-        assert_eq!(unknown[9].found, "free memory unknown");
+        assert_eq!(unknown[11].found, "free memory unknown");
     }
 
     #[test]

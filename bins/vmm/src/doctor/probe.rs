@@ -23,6 +23,8 @@ pub(super) fn gather(root: &Path) -> Facts {
             call: Node::of(syscalls::userfaultfd()),
             device: node(root, "dev/userfaultfd"),
         },
+        seccomp: Node::of(syscalls::seccomp_trap()),
+        landlock: syscalls::landlock_version().map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)),
         tun: node(root, "dev/net/tun"),
         vhost: ["vhost-net", "vhost-vsock"].map(|name| (name, node(root, &format!("dev/{name}")))).into(),
         open_files: limit(root, "Max open files"),

@@ -20,6 +20,31 @@ pub(super) fn userfaultfd() -> io::Result<OwnedFd> {
     owned(result)
 }
 
+/// Whether filters can trap system calls (SECCOMP_GET_ACTION_AVAIL of seccomp(2)).
+pub(super) fn seccomp_trap() -> io::Result<()> {
+    let action = libc::SECCOMP_RET_TRAP;
+    // SAFETY: the call reads one `u32`.
+    match unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0, &raw const action) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `LANDLOCK_CREATE_RULESET_VERSION` of linux/landlock.h.
+const LANDLOCK_VERSION: u32 = 1;
+
+/// The version of Landlock that the kernel has (landlock_create_ruleset(2)).
+///
+/// # Errors
+/// It has none (ENOSYS), or none that is switched on (EOPNOTSUPP).
+pub fn landlock_version() -> io::Result<u32> {
+    let nothing = std::ptr::null::<libc::c_void>();
+    // SAFETY: without a structure the call only answers.
+    let version =
+        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, nothing, 0_usize, LANDLOCK_VERSION) };
+    u32::try_from(version).map_err(|_| io::Error::last_os_error())
+}
+
 /// The descriptor that a system call returned, or its error.
 fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     match RawFd::try_from(result) {

@@ -12,9 +12,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_api::events::Journal;
+use vmm_device_model::thread::{self, ThreadHook};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::sandbox::MONITOR_THREAD;
 use crate::signals;
 
 /// How long the last events may take at the end.
@@ -76,15 +78,19 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Writes what is pushed into `journal` to the target.
+    /// Writes what is pushed into `journal` to the target, on a thread that begins with `threads`.
     ///
     /// # Errors
     /// The target cannot be opened, or the thread not started.
-    pub fn start(target: &MonitorTarget, journal: Journal) -> Result<Self, MonitorError> {
-        Self::on(open(target)?, journal)
+    pub fn start(
+        target: &MonitorTarget,
+        journal: Journal,
+        threads: &Arc<dyn ThreadHook>,
+    ) -> Result<Self, MonitorError> {
+        Self::on(open(target)?, journal, threads)
     }
 
-    fn on(out: File, journal: Journal) -> Result<Self, MonitorError> {
+    fn on(out: File, journal: Journal, threads: &Arc<dyn ThreadHook>) -> Result<Self, MonitorError> {
         let fail = |what| move |source| MonitorError::Start { what, source };
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail("create an eventfd"));
         let (ready, stop) = (event()?, event()?);
@@ -106,8 +112,8 @@ impl Monitor {
             stop: stop_seen,
             _alive: alive,
         };
-        let thread = std::thread::Builder::new().name("event-monitor".to_owned());
-        let thread = thread.spawn(move || writer.run()).map_err(fail("start the thread"))?;
+        let thread = thread::spawn(threads, MONITOR_THREAD, "event-monitor", move || writer.run());
+        let thread = thread.map_err(fail("start the thread"))?;
         Ok(Self { stop, ended, thread: Some(thread) })
     }
 }
@@ -269,7 +275,8 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.set_read_timeout(Some(LIMIT)).unwrap();
-        (Monitor::on(File::from(OwnedFd::from(ours)), journal.clone()).unwrap(), theirs)
+        let threads: Arc<dyn ThreadHook> = Arc::new(thread::Unconfined);
+        (Monitor::on(File::from(OwnedFd::from(ours)), journal.clone(), &threads).unwrap(), theirs)
     }
 
     /// A line that says which it is at both ends.

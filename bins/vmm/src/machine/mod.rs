@@ -21,6 +21,7 @@ use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
 use vmm_device_model::device::DeviceChange;
 use vmm_device_model::recipe::BuildError;
+use vmm_device_model::thread::ThreadHook;
 use vmm_hypervisor::router::InterruptRouter;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
 use vmm_memory_manager::layout;
@@ -69,7 +70,8 @@ struct Board {
 }
 
 impl Machine {
-    /// Builds a machine and loads what it boots; its vCPUs do not run yet. How long that takes is written into `stages`.
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet. All its threads begin with `threads`. How long that
+    /// takes is written into `stages`.
     ///
     /// # Errors
     /// A part cannot be had; nothing is left behind.
@@ -78,12 +80,13 @@ impl Machine {
         spec: &MachineSpec,
         ports: &Ports,
         post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
             let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
             let vm = hypervisor.create_vm(&options)?;
-            Ok::<_, MachineError>((vm, vcpu_spec(hypervisor, &spec.cpus)?))
+            Ok::<_, MachineError>((vm, vcpu_spec(hypervisor, &spec.cpus, threads)?))
         })?;
         let memory = stages.time(Stage::Memory, || {
             let zones = zones(&spec.memory)?;
@@ -91,7 +94,7 @@ impl Machine {
         })?;
         let mut recorder = Recorder::default();
         let (board, ways) = stages.time(Stage::Devices, || {
-            let mut board = Board::new(&vm, &memory, post)?;
+            let mut board = Board::new(&vm, &memory, post, threads)?;
             let ways = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
             Ok::<_, MachineError>((board, ways))
         })?;
@@ -204,7 +207,12 @@ impl Machine {
 }
 
 impl Board {
-    fn new(vm: &Arc<dyn Vm>, memory: &MemoryMap, post: &EventPost) -> Result<Self, MachineError> {
+    fn new(
+        vm: &Arc<dyn Vm>,
+        memory: &MemoryMap,
+        post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
+    ) -> Result<Self, MachineError> {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let router = InterruptRouter::new(Arc::clone(vm), PINS.into(), GSI_CAPACITY);
         let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
@@ -221,6 +229,7 @@ impl Board {
             lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
             msi: Arc::new(MsiBlocks(router)),
             attentions: Box::new(post.clone()),
+            threads: Arc::clone(threads),
             bridge: Arc::clone(&bridge),
             windows,
         };
@@ -229,7 +238,11 @@ impl Board {
     }
 }
 
-fn vcpu_spec(hypervisor: &dyn Hypervisor, cpus: &CpuSpec) -> Result<VcpuSpec, MachineError> {
+fn vcpu_spec(
+    hypervisor: &dyn Hypervisor,
+    cpus: &CpuSpec,
+    threads: &Arc<dyn ThreadHook>,
+) -> Result<VcpuSpec, MachineError> {
     if cpus.max > hypervisor.max_vcpus() {
         return Err(MachineError::TooManyVcpus { wanted: cpus.max, most: hypervisor.max_vcpus() });
     }
@@ -253,7 +266,8 @@ fn vcpu_spec(hypervisor: &dyn Hypervisor, cpus: &CpuSpec) -> Result<VcpuSpec, Ma
         vmm_api::spec::CoreScheduling::Vm => CoreScheduling::Vm,
         vmm_api::spec::CoreScheduling::Vcpu => CoreScheduling::Vcpu,
     };
-    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling })
+    let threads = Arc::clone(threads);
+    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling, threads })
 }
 
 fn zones(memory: &MemorySpec) -> Result<Vec<ZoneConfig>, MachineError> {

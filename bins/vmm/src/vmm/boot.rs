@@ -7,12 +7,14 @@ use std::thread::{Builder, JoinHandle};
 use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, RebootCause};
+use vmm_device_model::thread::ThreadHook;
 use vmm_state::Phase;
 
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
+use crate::sandbox::Sandbox;
 
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
@@ -133,10 +135,11 @@ impl Vmm {
         self.boot.machines += 1;
         self.events.tell(self.boot.machines, &Event::Booting);
         let mut stages = told::stages(&self.events, self.boot.machines);
+        self.sandbox.confine_paths(&configured.spec);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
             Some(consoles) => Ok(consoles),
-            None => Consoles::open(&configured.spec),
+            None => Consoles::open(&configured.spec, self.sandbox.threads()),
         });
         let consoles = match opened {
             Ok(consoles) => consoles,
@@ -155,6 +158,7 @@ impl Vmm {
             ports,
             post: EventPost::new(self.boot.machines, self.post.clone()),
             stages,
+            threads: Arc::clone(self.sandbox.threads()),
         };
         Ok((build, fresh))
     }
@@ -166,12 +170,15 @@ impl Vmm {
         stages: &Stages,
         fresh: bool,
     ) -> Result<(), VmmError> {
-        let mut machine = match result {
+        // Without one of its paths the machine was not built, which said more of the reason.
+        let confined = self.sandbox.confined();
+        let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
+        let mut machine = match built {
             Ok(machine) => machine,
             Err(error) => {
                 let _ = self.slot.fail_boot();
                 self.close_consoles(fresh);
-                return self.boot_ended(stages, Err(error.into()));
+                return self.boot_ended(stages, Err(error));
             }
         };
         if let Some(configured) = self.slot.config_mut() {
@@ -189,6 +196,7 @@ impl Vmm {
 
     /// Tells what became of a boot, and of the reboot that it was of.
     fn boot_ended<T>(&mut self, stages: &Stages, result: Result<T, VmmError>) -> Result<T, VmmError> {
+        let result = result.map_err(|error| explain(&self.sandbox, error));
         self.events.tell(self.boot.machines, &told::boot_end(stages, result.as_ref().err()));
         if let Some(old) = self.boot.replaces.take() {
             match result {
@@ -221,19 +229,29 @@ impl Vmm {
     }
 }
 
+/// Says so where Landlock may be the reason.
+fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
+    match sandbox.may_have_refused(&error) {
+        true => VmmError::Refused { source: Box::new(error) },
+        false => error,
+    }
+}
+
 /// All that a machine is built from, to be carried to another thread.
 struct Build {
     hypervisor: Arc<dyn vmm_hypervisor::Hypervisor>,
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
+    threads: Arc<dyn ThreadHook>,
     stages: Stages,
 }
 
 impl Build {
     fn run(mut self) -> (Result<Machine, MachineError>, Stages) {
         let stages = &mut self.stages;
-        let result = Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, stages);
+        let result =
+            Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages);
         (result, self.stages)
     }
 }

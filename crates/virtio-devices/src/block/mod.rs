@@ -19,6 +19,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::limiter::Limiter;
 use vmm_device_model::metrics::{Measures, Metered};
+use vmm_device_model::thread::ThreadKind;
 use vmm_disk_image::{Disk, EngineKind};
 use vmm_snapshot::RecordError;
 
@@ -29,6 +30,9 @@ use request::ID_LEN;
 
 use crate::device::{DeviceConfig, Start, StartQueue, VirtioDevice};
 use crate::worker::Workers;
+
+/// What the threads of its queues are.
+pub const THREAD: ThreadKind = ThreadKind("virtio-block");
 
 const DEVICE_TYPE: u32 = 2;
 
@@ -129,7 +133,7 @@ impl BlockDevice {
         let rings = Rings { index, queue, kick, interrupt: Arc::clone(&start.interrupt) };
         let shared = Arc::clone(&self.shared);
         let task = BlockQueue::new(shared, start.memory.clone(), start.features, rings, engine);
-        workers.spawn(&format!("{id}_q{index}"), task)
+        workers.spawn(&format!("{id}_q{index}"), (&start.threads, THREAD), task)
     }
 }
 

@@ -15,6 +15,7 @@ use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::limiter::Limiter;
 use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
+use vmm_device_model::thread::ThreadKind;
 use vmm_snapshot::RecordError;
 
 pub use input::ConsoleInput;
@@ -25,6 +26,9 @@ use crate::chain::Chain;
 use crate::device::{DeviceConfig, Start, VirtioDevice};
 use crate::transport::{VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1};
 use crate::worker::Workers;
+
+/// What its thread is.
+pub const THREAD: ThreadKind = ThreadKind("virtio-console");
 
 const DEVICE_TYPE: u32 = 3;
 const F_SIZE: u64 = 1;
@@ -95,7 +99,7 @@ impl VirtioDevice for ConsoleDevice {
     }
 
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
-        let Start { memory, features, queues, interrupt } = start;
+        let Start { memory, features, queues, interrupt, threads } = start;
         let task = ConsoleTask {
             id: self.id.clone(),
             memory,
@@ -107,7 +111,7 @@ impl VirtioDevice for ConsoleDevice {
             counts: Arc::clone(&self.counts),
             chain: Chain::default(),
         };
-        self.workers.spawn(&self.id, task)?;
+        self.workers.spawn(&self.id, (&threads, THREAD), task)?;
         if features & F_SIZE != 0 {
             self.input.attach(interrupt);
         }

@@ -9,6 +9,7 @@ use vmm_device_model::device::{Attention, Blocker, DeviceChange, DeviceError, Li
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::limiter::Limiter;
 use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
+use vmm_device_model::thread::ThreadHook;
 use vmm_pci::bdf::Bdf;
 use vmm_pci::host_bridge::Attachment;
 use vmm_snapshot::RecordError;
@@ -33,8 +34,7 @@ pub struct VirtioPci {
     device: Box<dyn VirtioDevice>,
     front: Arc<Mutex<Front>>,
     attachment: Attachment,
-    memory: DmaMemory,
-    attention: Arc<dyn Attention>,
+    host: Host,
     threads: Threads,
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
@@ -42,6 +42,15 @@ pub struct VirtioPci {
     /// A driver set the device up, and did not reset it since.
     active: bool,
     changes: Vec<DeviceChange>,
+}
+
+/// What a device works with, whatever its driver does.
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) memory: DmaMemory,
+    pub(super) attention: Arc<dyn Attention>,
+    /// What the device's threads go through.
+    pub(super) threads: Arc<dyn ThreadHook>,
 }
 
 /// Who has the queues.
@@ -61,16 +70,14 @@ impl VirtioPci {
         device: Box<dyn VirtioDevice>,
         front: Arc<Mutex<Front>>,
         attachment: Attachment,
-        memory: DmaMemory,
-        attention: Arc<dyn Attention>,
+        host: Host,
     ) -> Self {
         Self {
             id,
             device,
             front,
             attachment,
-            memory,
-            attention,
+            host,
             threads: Threads::Idle,
             quiesced: false,
             slow_stop: Limiter::for_guest(),
@@ -133,7 +140,7 @@ impl VirtioPci {
                 if let Some(admitted) = self.slow_stop.admit(Instant::now()) {
                     log::warn!(device = self.id.as_str(); "the device takes long to stop: {e}{admitted}");
                 }
-                self.attention.request();
+                self.host.attention.request();
                 Ok(())
             }
             done => done,
@@ -172,7 +179,7 @@ impl VirtioPci {
     fn frozen(&self) -> Result<Start, DeviceError> {
         let front = self.front();
         let features = front.common.agreed();
-        let view = self.memory.view();
+        let view = self.host.memory.view();
         let mut queues = Vec::new();
         let configured = (0_u16..).zip(&front.common.queues).zip(&front.kicks);
         for ((index, config), kick) in configured.filter(|((_, config), _)| config.enabled) {
@@ -184,7 +191,8 @@ impl VirtioPci {
             queues.push(StartQueue { index, queue, kick });
         }
         let interrupt = Arc::clone(&front.interrupt) as _;
-        Ok(Start { memory: self.memory.clone(), features, queues, interrupt })
+        let Host { memory, threads, .. } = &self.host;
+        Ok(Start { memory: memory.clone(), features, queues, interrupt, threads: Arc::clone(threads) })
     }
 
     fn note(&mut self, change: DeviceChange) {
@@ -299,7 +307,7 @@ impl SaveState for VirtioPci {
             return Err(RecordError::invalid::<VirtioPciV1>("the device is running"));
         }
         self.quiesced = true;
-        self.front().restore(self.device.device_type(), &state, &self.memory)?;
+        self.front().restore(self.device.device_type(), &state, &self.host.memory)?;
         self.device.restore_record(&state.device)?;
         self.attachment.sync_bars();
         Ok(())

@@ -16,7 +16,7 @@ use super::common::Common;
 use super::front::{Front, add_capabilities};
 use super::interrupt::PciInterrupt;
 use super::layout::{BAR, BAR_SIZE, MAX_QUEUES, MSIX_PENDING, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER};
-use super::pci::VirtioPci;
+use super::pci::{Host, VirtioPci};
 use super::queue::size_is_valid;
 use crate::device::VirtioDevice;
 
@@ -96,7 +96,8 @@ impl VirtioPciRecipe {
         let bar = BarWindow { index: BAR, size: BAR_SIZE, target, region: BAR.into(), doorbells };
         let function = Arc::clone(&front) as _;
         let attachment = resources.attach(bdf, Attach { function, bars: vec![bar] })?;
-        Ok(VirtioPci::new(id, device, front, attachment, resources.dma(), attention))
+        let host = Host { memory: resources.dma(), attention, threads: resources.threads() };
+        Ok(VirtioPci::new(id, device, front, attachment, host))
     }
 }
 

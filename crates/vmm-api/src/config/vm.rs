@@ -77,9 +77,9 @@ object! {
         /// Whether a debugger may attach.
         [later] gdb: bool = false,
         /// Whether the sandbox restricts paths.
-        [later] landlock_enable: bool = false,
+        [current] landlock_enable: bool = false,
         /// More paths that the sandbox allows.
-        [later] landlock_rules: Option<Vec<LandlockConfig>> = None,
+        [current] landlock_rules: Option<Vec<LandlockConfig>> = None,
     }
     retired {
         "sgx_epc" = "[]", "SGX is gone";

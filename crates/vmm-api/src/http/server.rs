@@ -15,6 +15,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use vmm_device_model::limiter::Limiter;
@@ -200,17 +201,33 @@ impl<H: 'static> Server<H> {
         self
     }
 
-    /// Starts the thread `http-server`, which calls `prologue` first (to confine itself, for instance).
+    /// Starts the thread `http-server`, which calls `prologue` first (to confine itself, for instance), and serves only
+    /// if that succeeds.
     ///
     /// # Errors
-    /// The thread cannot be started.
-    pub fn start(self, prologue: impl FnOnce() + Send + 'static) -> Result<ServerHandle, ServerError> {
+    /// The thread cannot be started, or its prologue failed.
+    pub fn start(
+        self,
+        prologue: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<ServerHandle, ServerError> {
         let notes = self.notes.clone();
+        let (begun, verdict) = sync_channel(1);
         let thread = thread::Builder::new().name("http-server".to_owned()).spawn(move || {
-            prologue();
-            self.run();
+            let may = prologue();
+            let goes_on = may.is_ok();
+            // The channel has room for it, and the caller waits.
+            let _ = begun.send(may);
+            if goes_on {
+                self.run();
+            }
         });
         let thread = thread.map_err(|source| ServerError { what: "start the thread", source })?;
+        // Without a verdict the thread has ended, by a panic that was reported.
+        let may = verdict.recv().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()));
+        if let Err(source) = may {
+            let _ = thread.join();
+            return Err(ServerError { what: "prepare the thread", source });
+        }
         Ok(ServerHandle { notes, thread: Some(thread) })
     }
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     DeviceIdentity, Fault, FaultKind, MachineSpec, RngSpec, VmConfig, Warning, consoles, cpus, disks, ids,
+    landlock,
 };
 use super::{memory, payload};
 use crate::config::record;
@@ -53,6 +54,7 @@ impl Checker {
         let console = consoles::console(&config.console, &mut self);
         consoles::together(serial.as_ref(), console.as_ref().map(|console| &console.sink), &mut self);
         let debug_console = consoles::debug_console(&config.debug_console, &mut self);
+        let landlock = landlock::check(config, &mut self);
         let pvpanic = config.pvpanic;
         self.count_devices(disks.len() + 1 + usize::from(console.is_some()) + usize::from(pvpanic));
 
@@ -67,6 +69,7 @@ impl Checker {
                 console,
                 debug_console,
                 pvpanic,
+                landlock,
                 warnings: self.warnings,
             });
         (spec, self.faults)

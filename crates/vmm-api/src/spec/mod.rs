@@ -10,6 +10,7 @@ mod cpus;
 mod disks;
 mod edit;
 mod ids;
+mod landlock;
 mod memory;
 mod payload;
 
@@ -55,6 +56,8 @@ pub struct MachineSpec {
     pub debug_console: Option<DebugConsoleSpec>,
     /// Whether the guest has a device by which it reports its panic.
     pub pvpanic: bool,
+    /// Which paths the process may reach.
+    pub landlock: LandlockSpec,
     /// What the author of the configuration should know.
     pub warnings: Vec<Warning>,
 }
@@ -259,6 +262,33 @@ pub struct DebugConsoleSpec {
     pub port: u16,
     /// Where it goes.
     pub sink: Sink,
+}
+
+/// Which paths the process may reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LandlockSpec {
+    /// None but those of the VM and of `rules`.
+    pub enable: bool,
+    /// Paths beside those that the VM needs.
+    pub rules: Vec<GrantedPath>,
+}
+
+/// A path that the process may reach, whatever it is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrantedPath {
+    /// File, or folder with all that is in it; if relative, to the VMM's working directory.
+    pub path: PathBuf,
+    /// How it may be used.
+    pub access: PathAccess,
+}
+
+/// How a path may be used; at least one of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathAccess {
+    /// Reading, listing, executing.
+    pub read: bool,
+    /// Writing, truncating, making, renaming and removing files.
+    pub write: bool,
 }
 
 /// A document that was read and checked.

@@ -227,7 +227,7 @@ impl Rig {
         let server = Server::new(socket, &TABLE, requests, config).unwrap();
         let server = server.with_stream(EventRoute(journal.clone()));
         let counts = server.counts();
-        let server = server.start(|| ()).unwrap();
+        let server = server.start(|| Ok(())).unwrap();
         let stopper = stopper.recv().unwrap();
         let (folder, server, host) = (Some(folder), Some(server), Some(host));
         Self { path, folder, server, host, stopper, counts, releases, journal }

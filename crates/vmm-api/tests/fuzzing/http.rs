@@ -141,7 +141,7 @@ static RIG: LazyLock<Mutex<Rig>> = LazyLock::new(|| {
     });
     is_ready.recv().unwrap();
     let socket = ApiSocket::bind(&folder.path().join("socket")).unwrap();
-    let server = Server::new(socket, &TABLE, requests, Config::default()).unwrap().start(|| ()).unwrap();
+    let server = Server::new(socket, &TABLE, requests, Config::default()).unwrap().start(|| Ok(())).unwrap();
     Mutex::new(Rig { folder, files, _server: server, floor: descriptors() })
 });
 

@@ -1,0 +1,140 @@
+//! What happens when a thread makes a system call that its filter does not allow: SIGSYS, whose handler says which call
+//! and which thread, gives the terminal back, and ends the process with a status of its own.
+#![expect(unsafe_code, reason = "signal handlers and what they may call are C's")]
+
+use std::ffi::CStr;
+use std::fmt::{self, Write};
+use std::os::fd::RawFd;
+use std::sync::OnceLock;
+
+use vmm_sys_util::signal::register_signal_handler;
+
+use super::{CONTROL_THREAD, filters};
+use crate::console::restore_terminal_in_handler;
+use crate::exit::ExitCode;
+use crate::logger::LogPlace;
+
+/// `si_code` of a SIGSYS that a filter raised (asm-generic/siginfo.h).
+const SYS_SECCOMP: i32 = 1;
+
+/// Where the handler writes to: a handler has no other way to know.
+static PLACE: OnceLock<LogPlace> = OnceLock::new();
+
+/// From now on a system call that a filter does not allow is told in the log at `place`, and ends the process.
+///
+/// # Errors
+/// The signal's handler cannot be set.
+pub fn report_violations(place: LogPlace) -> std::io::Result<()> {
+    let _ = PLACE.set(place);
+    Ok(register_signal_handler(libc::SIGSYS, on_sigsys)?)
+}
+
+/// Only what is async-signal-safe is called here (signal-safety(7)), and only what each filter allows: a call that
+/// is not allowed would be the end, without a word.
+extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a whole `siginfo_t`, which is 128 bytes and aligned for integers.
+    let info: &[i32; 32] = unsafe { &*info.cast() };
+    // `si_code` and `si_syscall` (asm-generic/siginfo.h, 64 bits).
+    let [_, _, code, _, _, _, number, ..] = *info;
+    if code != SYS_SECCOMP {
+        // Sent by somebody. What that does without a handler is done when this one returns.
+        // SAFETY: SIG_DFL is a valid disposition.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: takes a number.
+        unsafe { libc::raise(signal) };
+        return;
+    }
+    restore_terminal_in_handler();
+    if let Some(place) = PLACE.get() {
+        let line = line(place, thread_name(&mut [0; 16]), number);
+        write_all(place.descriptor, line.bytes());
+    }
+    // SAFETY: ends the process; nothing of it is used any more.
+    unsafe { libc::_exit(ExitCode::ForbiddenCall as i32) }
+}
+
+/// As the log has it: the first thread is `vmm`, whatever the program was started as.
+fn thread_name(buffer: &mut [u8; 16]) -> &str {
+    // SAFETY: the call has no preconditions.
+    let process = unsafe { libc::getpid() };
+    // SAFETY: as above.
+    if process == unsafe { libc::gettid() } {
+        return CONTROL_THREAD.0;
+    }
+    // SAFETY: PR_GET_NAME writes 16 bytes, the last of them 0.
+    unsafe { libc::prctl(libc::PR_GET_NAME, buffer.as_mut_ptr()) };
+    CStr::from_bytes_until_nul(buffer).ok().and_then(|name| name.to_str().ok()).unwrap_or("?")
+}
+
+fn line(place: &LogPlace, thread: &str, number: i32) -> Line {
+    let (elapsed, name) = (place.start.elapsed(), filters::name(number));
+    let mut line = Line { bytes: [0; LINE], length: 0 };
+    let _ = writeln!(
+        line,
+        "vmm: {}.{:06}s: <{thread}> ERROR:{} -- forbidden system call {name} ({number}): the process ends \
+         (see docs/security.md)",
+        elapsed.as_secs(),
+        elapsed.subsec_micros(),
+        module_path!(),
+    );
+    line
+}
+
+fn write_all(descriptor: RawFd, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: a valid range of memory.
+        let written = unsafe { libc::write(descriptor, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(written) {
+            Ok(count @ 1..) => bytes = bytes.get(count..).unwrap_or_default(),
+            // Nobody is left to be told.
+            _ => return,
+        }
+    }
+}
+
+const LINE: usize = 256;
+
+/// A line of text without a heap; what is too long for it is cut off.
+struct Line {
+    bytes: [u8; LINE],
+    length: usize,
+}
+
+impl Line {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length).unwrap_or_default()
+    }
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for (to, from) in self.bytes.iter_mut().skip(self.length).zip(text.bytes()) {
+            *to = from;
+            self.length += 1;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_line_is_like_those_of_the_log_and_bounded() {
+        let place = LogPlace { descriptor: 2, start: Instant::now() };
+        let text = |thread: &str| {
+            let line = line(&place, thread, 257);
+            String::from_utf8(line.bytes().to_vec()).unwrap()
+        };
+        let (time, rest) =
+            text("vcpu0").split_once("s: ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+        assert!(time.starts_with("vmm: 0.") && time.len() == "vmm: 0.000000".len(), "{time}");
+        let expected = "<vcpu0> ERROR:vmm::sandbox::violation -- forbidden system call openat (257): the process \
+                        ends (see docs/security.md)\n";
+        assert_eq!(rest, expected);
+        assert_eq!(text(&"x".repeat(300)).len(), LINE);
+    }
+}
