@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod console;
+pub mod ctl;
 pub mod doctor;
 pub mod exit;
 pub mod logger;

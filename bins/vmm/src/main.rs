@@ -4,13 +4,14 @@ use std::io::{self, Write};
 
 use vmm::cli::{self, Invocation};
 use vmm::exit::{self, ExitCode};
-use vmm::{console, doctor, logger, run, validate};
+use vmm::{console, ctl, doctor, logger, run, validate};
 
 fn main() -> std::process::ExitCode {
     let code = match cli::parse(std::env::args_os()) {
         Ok(Invocation::Run(options)) => start(*options),
         Ok(Invocation::Doctor { json }) => doctor::run(json),
         Ok(Invocation::Validate { file, json }) => validate::run(file.as_deref(), json),
+        Ok(Invocation::Ctl(job)) => ctl::run(*job),
         Ok(Invocation::Print(text)) => {
             // Nobody may be listening any more; `print!` would panic.
             let _ = io::stdout().write_all(text.as_bytes());

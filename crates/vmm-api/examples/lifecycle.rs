@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// One life of a VM that boots `kernel`, in the VMM that listens at `socket`.
-pub fn live(socket: &Path, kernel: &Path) -> Result<(), Box<dyn Error>> {
+pub(crate) fn live(socket: &Path, kernel: &Path) -> Result<(), Box<dyn Error>> {
     // The VMM may have been started a moment ago.
     let mut client = Client::connect_within(socket, LIMIT)?;
     client.set_timeout(Some(LIMIT))?;

@@ -83,12 +83,18 @@ pub enum ClientError {
     #[error("{0}")]
     Refused(Box<Problem>),
     /// The VM did not get there in time.
-    #[error("the VM is not {wanted} after {} s but {found}", .limit.as_secs_f32())]
+    #[error("the VM is not {wanted} after {:.1} s but {found}", .limit.as_secs_f32())]
     NotReached {
         /// Where it should be.
         wanted: Phase,
         /// Where it was last: a word of the VMM's.
         found: String,
+        /// The time that passed.
+        limit: Duration,
+    },
+    /// The VMM did not end in time.
+    #[error("the VMM has not ended after {:.1} s", .limit.as_secs_f32())]
+    NotEnded {
         /// The time that passed.
         limit: Duration,
     },
@@ -108,7 +114,7 @@ impl ClientError {
     #[must_use]
     pub fn is_timeout(&self) -> bool {
         match self {
-            Self::NotReached { .. } => true,
+            Self::NotReached { .. } | Self::NotEnded { .. } => true,
             // A time limit of a socket shows as the first (socket(7)).
             Self::Io { source, .. } => {
                 matches!(source.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)

@@ -148,6 +148,19 @@ fn waiting_ends_with_the_phase_or_the_limit() {
 }
 
 #[test]
+fn the_end_of_a_vmm_is_waited_for() {
+    let mut rig = Rig::new(Config::default());
+    let mut client = rig.client();
+    let error = client.wait_for_end(Some(SHORT)).unwrap_err();
+    assert_eq!((error.to_string().as_str(), error.is_timeout()), ("the VMM has not ended after 0.1 s", true));
+    let waiter = thread::spawn(move || client.wait_for_end(Some(LONG)));
+    rig.client().call::<vmm::Shutdown>(&()).unwrap();
+    rig.join_host();
+    rig.stop_server();
+    waiter.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_socket_that_is_about_to_come_is_waited_for() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("api.sock");

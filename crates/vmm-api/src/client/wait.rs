@@ -1,8 +1,8 @@
 //! Waiting: for the socket, for the VM.
 
-use super::{Client, ClientError};
-use crate::command::{Command, decode_json};
-use crate::commands::vm;
+use super::{Client, ClientError, RawAnswer};
+use crate::command::{Command, Method, decode_json};
+use crate::commands::{vm, vmm};
 use crate::error::Code;
 use serde::Deserialize;
 use std::io;
@@ -54,6 +54,34 @@ impl Client {
         }
     }
 
+    /// Waits until the VMM has ended, or closed this connection.
+    ///
+    /// # Errors
+    /// [`ClientError::NotEnded`] after `limit`.
+    pub fn wait_for_end(&mut self, limit: Option<Duration>) -> Result<(), ClientError> {
+        let mut pace = Pace::new(limit);
+        loop {
+            match self.look(vmm::Ping::NAME, pace.left()) {
+                Err(error) if error.is_gone() => return Ok(()),
+                Err(error) if !error.is_timeout() && error.code().is_none() => return Err(error),
+                _ if pace.rest() => {}
+                _ => return Err(ClientError::NotEnded { limit: limit.unwrap_or_default() }),
+            }
+        }
+    }
+
+    /// Asks, to be told within `limit`.
+    fn look(&mut self, name: &str, limit: Option<Duration>) -> Result<RawAnswer, ClientError> {
+        let usual = self.limit;
+        let io = |source| ClientError::Io { name: name.to_owned(), source };
+        // A look is made even when no time is left.
+        let limit = [usual, limit.map(|limit| limit.max(LONGEST_PAUSE))].into_iter().flatten().min();
+        self.set_timeout(limit).map_err(io)?;
+        let answer = self.call_any(name, Method::Get, b"");
+        self.set_timeout(usual).map_err(io)?;
+        answer
+    }
+
     /// The VMM's word for the VM's phase, to be told within `limit`.
     fn phase_word(&mut self, limit: Option<Duration>) -> Result<String, ClientError> {
         #[derive(Deserialize)]
@@ -62,14 +90,7 @@ impl Client {
             #[serde(default)]
             phase: String,
         }
-        let usual = self.limit;
-        let io = |source| ClientError::Io { name: vm::Info::NAME.to_owned(), source };
-        // A look is made even when no time is left.
-        let limit = [usual, limit.map(|limit| limit.max(LONGEST_PAUSE))].into_iter().flatten().min();
-        self.set_timeout(limit).map_err(io)?;
-        let answer = self.call_any(vm::Info::NAME, vm::Info::METHOD, b"");
-        self.set_timeout(usual).map_err(io)?;
-        match answer {
+        match self.look(vm::Info::NAME, limit) {
             Ok(answer) => {
                 let words: Words = decode_json(&answer.body).map_err(|error| ClientError::Answer {
                     name: vm::Info::NAME.to_owned(),
