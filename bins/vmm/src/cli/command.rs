@@ -112,7 +112,7 @@ fn base() -> Command {
 }
 
 fn subcommands() -> [Command; 4] {
-    [ctl::command(CTL), validate(VALIDATE), doctor(DOCTOR), completion(COMPLETION)]
+    [ctl::command(ctl::NAME).name(CTL), validate(VALIDATE), doctor(DOCTOR), completion(COMPLETION)]
 }
 
 /// The whole command line with all its subcommands and texts, for manual pages.

@@ -14,11 +14,14 @@ use super::words::{GOALS, Goal, seconds};
 use super::{Job, ROWS, SOCKET_VARIABLE, Step};
 use crate::cli::{self, Invocation, UsageError};
 
+/// How the program is called by its own name.
+pub(crate) const NAME: &str = "vmm ctl";
+
 const CREATE: &str = "create";
 const CALL: &str = "call";
 const WAIT: &str = "wait";
 
-/// The command line, under the name `name`.
+/// The command line, for a program that is called `name`.
 pub(crate) fn command(name: &'static str) -> Command {
     let mut command = Command::new(name)
         .about("Send a command to a VMM by its API socket")
@@ -106,7 +109,7 @@ fn call() -> Command {
 ///
 /// All that is wrong with them.
 pub(crate) fn parse(arguments: &[OsString], contract: bool) -> Result<Invocation, UsageError> {
-    let name = if contract { cli::CH_REMOTE } else { "vmm ctl" };
+    let name = if contract { cli::CH_REMOTE } else { NAME };
     let mut command = command(name).bin_name(name).no_binary_name(true);
     if contract {
         command = command.version(cli::VERSION);

@@ -24,7 +24,7 @@ use crate::exit::ExitCode;
 use crate::signals::inherited;
 use crate::validate::document;
 
-pub(crate) use arguments::{command, parse};
+pub(crate) use arguments::{NAME, command, parse};
 use progress::Progress;
 use rows::{Body, Payload, Shown};
 pub use rows::{ROWS, Row};
