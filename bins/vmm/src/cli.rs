@@ -20,6 +20,7 @@ use vmm_api::spec::{Checked, MachineSpec, fill_ids};
 use vmm_state::Reactions;
 
 use crate::ctl;
+use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 use command::Help;
@@ -57,6 +58,8 @@ pub struct RunOptions {
     pub config: Option<Checked>,
     /// Where commands are taken.
     pub api_socket: Option<ApiSocketArg>,
+    /// Where the contract's events are written.
+    pub event_monitor: Option<MonitorTarget>,
     /// What is logged, and where.
     pub log: LogOptions,
     /// What a system call outside the filters leads to.
@@ -112,6 +115,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
 
     let mut faults = process::later(&matches);
     let api_socket = process::api_socket(&matches, &mut faults);
+    let event_monitor = process::event_monitor(&matches, &mut faults);
     let seccomp = process::seccomp(&matches, &mut faults);
     let unknown_fields = process::unknown_fields(&matches, &mut faults);
     let log = process::log_options(&matches, &mut faults);
@@ -122,8 +126,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     let config = vm_of(&matches, &mut faults);
     if faults.is_empty() {
         let verify_state = matches.get_flag("verify-state");
-        let options =
-            RunOptions { config, api_socket, log, seccomp, unknown_fields, verify_state, reactions };
+        let options = RunOptions {
+            config,
+            api_socket,
+            event_monitor,
+            log,
+            seccomp,
+            unknown_fields,
+            verify_state,
+            reactions,
+        };
         Ok(Invocation::Run(Box::new(options)))
     } else {
         Err(UsageError::Faults(faults))

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod console;
 pub mod ctl;
 pub mod doctor;
+pub mod events;
 pub mod exit;
 pub mod logger;
 pub mod machine;

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
+use vmm_api::events::{Event, EventRoute, Journal};
 use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
 use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
 use crate::console::restore_terminal;
+use crate::events::{Events, Monitor, MonitorError, MonitorTarget, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
@@ -32,21 +34,25 @@ pub fn confine() {
 pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
+    let (events, monitor) = start_events(options.event_monitor.as_ref())?;
     if options.seccomp != SeccompMode::Off {
         log::info!("filters of system calls are not built yet: none is in force");
     }
     let hypervisor = Arc::new(Kvm::open()?);
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
-    let server =
-        options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
+    let stream = events.stream();
+    let server = options
+        .api_socket
+        .map(|socket| serve(socket, requests, stream, options.unknown_fields))
+        .transpose()?;
 
     let policy = Policy {
         serves_clients: server.is_some(),
         verify_state: options.verify_state,
         reactions: options.reactions,
     };
-    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
+    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy, events.clone()))?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
         control.add_mailbox("machine", machines, |vmm, control, message| {
@@ -69,6 +75,7 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         })?;
         Ok(())
     })?;
+    events.tell(NO_MACHINE, &Event::VmmStarted);
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
             vmm.create(checked);
@@ -84,12 +91,23 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     if let Some(server) = server {
         server.stop();
     }
+    drop(monitor);
     Ok(code)
+}
+
+/// The event monitor first of all, so that it tells of everything.
+fn start_events(target: Option<&MonitorTarget>) -> Result<(Events, Option<Monitor>), MonitorError> {
+    let journal = target.map(|_| Journal::default());
+    let events = Events::new().with_monitor(journal.clone());
+    let monitor = target.zip(journal).map(|(target, journal)| Monitor::start(target, journal)).transpose()?;
+    events.tell(NO_MACHINE, &Event::VmmStarting { version: env!("CARGO_PKG_VERSION").into() });
+    Ok((events, monitor))
 }
 
 fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
+    events: Journal,
     unknown_fields: vmm_api::config::UnknownFields,
 ) -> Result<ServerHandle, RunError> {
     let socket = match socket {
@@ -100,7 +118,7 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    Ok(Server::new(socket, &TABLE, requests, config)?.start(|| ())?)
+    Ok(Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events)).start(|| ())?)
 }
 
 /// The VMM cannot run.
@@ -110,6 +128,9 @@ pub enum RunError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[from] SignalError),
+    /// The event monitor cannot be set up.
+    #[error("event monitor")]
+    Monitor(#[from] MonitorError),
     /// KVM cannot be used.
     #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
     Kvm(#[from] OpenError),

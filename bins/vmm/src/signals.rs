@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 /// What ends the VMM in an orderly way.
@@ -114,4 +114,24 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, not ours so far, named by the user for this purpose, and taken over
     // once: it is close-on-exec from now on.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Writes to a descriptor do not block from now on, whoever shares it.
+///
+/// # Errors
+/// It is not open for writing, or a call failed.
+pub fn write_without_blocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: a valid descriptor; the call takes nothing else.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if !matches!(flags & libc::O_ACCMODE, libc::O_WRONLY | libc::O_RDWR) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not open for writing"));
+    }
+    // SAFETY: a valid descriptor and its own flags, with one more.
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

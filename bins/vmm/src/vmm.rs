@@ -4,6 +4,7 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod told;
 mod tree;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use vmm_api::command::Endpoint;
 use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::events::Event;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -24,6 +26,7 @@ use vmm_platform_devices::events::SystemEvent;
 use vmm_state::{GuestEvent, Reactions, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
+use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use boot::Boot;
@@ -71,6 +74,7 @@ pub struct Vmm {
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    events: Events,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -86,8 +90,13 @@ pub struct Policy {
 }
 
 impl Vmm {
-    /// A VMM without a VM. Machines post their events to `post`.
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, post: Mailbox<MachineMessage>, policy: Policy) -> Self {
+    /// A VMM without a VM. Machines post their events to `post`; what happens is told to `events`.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        post: Mailbox<MachineMessage>,
+        policy: Policy,
+        events: Events,
+    ) -> Self {
         Self {
             hypervisor,
             slot: VmSlot::Empty,
@@ -98,6 +107,7 @@ impl Vmm {
             inputs: Inputs::default(),
             ending: None,
             policy,
+            events,
         }
     }
 
@@ -114,6 +124,9 @@ impl Vmm {
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
+        if self.ending.is_none() {
+            self.events.tell(NO_MACHINE, &Event::VmmShutdown);
+        }
         self.ending.get_or_insert(code);
     }
 
@@ -121,12 +134,14 @@ impl Vmm {
     pub fn create(&mut self, checked: Checked) {
         warn(&checked.spec);
         if self.slot.create(Configured::new(checked)).is_err() {
-            log::error!("a VM exists already");
+            return log::error!("a VM exists already");
         }
+        self.events.tell(NO_MACHINE, &Event::Created);
     }
 
     /// Stops the guest; what it did meanwhile waits.
     fn pause(&mut self) -> Result<(), VmmError> {
+        self.note(&Event::Pausing);
         let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
         machine.pause()?;
         if self.policy.verify_state
@@ -136,14 +151,26 @@ impl Vmm {
             self.stop();
             return Err(error.into());
         }
-        self.slot.pause().map_err(|_| VmmError::NoVm)
+        self.slot.pause().map_err(|_| VmmError::NoVm)?;
+        self.note(&Event::Paused);
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
-        self.slot.machine_mut().ok_or(VmmError::NoVm)?.resume()?;
+        self.note(&Event::Resuming);
+        let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
+        let resumed = machine.resume();
+        told::changes(&self.events, machine);
+        resumed?;
         self.slot.resume().map_err(|_| VmmError::NoVm)?;
+        self.note(&Event::Resumed);
         self.catch_up();
         Ok(())
+    }
+
+    /// Tells what happens to the machine that is there.
+    fn note(&self, event: &Event) {
+        self.events.tell(self.slot.machine().map_or(NO_MACHINE, Machine::number), event);
     }
 
     fn press_power_button(&self) -> Result<(), VmmError> {
@@ -156,9 +183,13 @@ impl Vmm {
 
     /// Switches the machine off; the configuration and the consoles stay, the user's terminal is given back.
     fn stop(&mut self) {
+        let number = self.slot.machine().map(Machine::number);
         self.drop_machine();
         if let Some(consoles) = self.slot.config_mut().and_then(|c| c.consoles.as_mut()) {
             consoles.detach();
+        }
+        if let Some(number) = number {
+            self.events.tell(number, &Event::Shutdown);
         }
     }
 
@@ -172,18 +203,25 @@ impl Vmm {
         self.give_up_boot();
         self.stop();
         self.inputs.drop_all();
-        self.slot.clear();
+        if let (Some(_), _) = self.slot.clear() {
+            self.events.tell(NO_MACHINE, &Event::Deleted);
+        }
     }
 
     /// A machine's thread tells something.
     pub fn machine_says(&mut self, message: MachineMessage) {
         let MachineMessage { machine, event } = message;
         if let MachineEvent::Built(result) = event {
-            return self.built(machine, *result);
+            let (result, stages) = *result;
+            return self.built(machine, result, &stages);
         }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
             return;
+        }
+        // While the VM is paused, what its guest does again is not told again.
+        if let Some((_, exit)) = told::exit(&event).filter(|(what, _)| !self.deferred.contains(what)) {
+            self.events.tell(machine, &exit);
         }
         match event {
             MachineEvent::Vcpu(event) => {
@@ -206,7 +244,9 @@ impl Vmm {
             }
             MachineEvent::Attention { device, pending } => {
                 pending.store(false, Ordering::SeqCst);
-                if let Err(error) = current.service(&device) {
+                let serviced = current.service(&device);
+                told::changes(&self.events, current);
+                if let Err(error) = serviced {
                     let level = configured.told.level(&device);
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use vmm::machine::stages::Stages;
 use vmm::machine::{EventPost, Machine, MachineError, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::{MachineSpec, parse_and_check};
@@ -28,7 +29,8 @@ fn spec(folder: &Path) -> MachineSpec {
 
 fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
     let (mailbox, _inbox) = mailbox().unwrap();
-    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox })
+    let post = EventPost { machine: 1, mailbox };
+    Machine::build(fake, spec, &Ports::default(), &post, &mut Stages::default())
 }
 
 fn life(fake: &Fake, spec: &MachineSpec) -> Result<(), MachineError> {

@@ -6,6 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vmm::events::Events;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
 use vmm_api::command::{Host, Incoming, Method, Outcome, ReplySlot};
@@ -38,7 +39,8 @@ impl Rig {
         std::fs::write(folder.path().join("disk"), [0; 4096]).unwrap();
         let (post, inbox) = mailbox().unwrap();
         let policy = Policy { serves_clients: true, verify_state: false, reactions };
-        Self { folder, vmm: Vmm::new(Arc::new(fake), post, policy), serial, inbox }
+        let vmm = Vmm::new(Arc::new(fake), post, policy, Events::new());
+        Self { folder, vmm, serial, inbox }
     }
 
     fn in_phase(phase: Phase) -> Self {

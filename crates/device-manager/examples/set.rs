@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use vmm_device_manager::machine::{Attentions, Lines, Machine, Parts};
 use vmm_device_manager::set::DeviceSet;
 use vmm_device_model::bus::BusDevice;
-use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{
+    Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
+};
 use vmm_device_model::interrupt::InterruptLine;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
@@ -40,6 +42,9 @@ impl Lifecycle for Toy {
         Ok(())
     }
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vmm_device_model::device::{Blocker, DeviceError, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, VmDevice};
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_pci::resources::PciResources;
 use vmm_snapshot::{RecordError, RecordSet, SetError};
@@ -67,6 +67,15 @@ impl DeviceSet {
             Some(slot) => slot.device.service().map_err(|source| step("service", id, source)),
             None => Ok(()),
         }
+    }
+
+    /// What guests made of the devices since the last call: each with its id, by device, oldest first.
+    pub fn take_changes(&mut self) -> Vec<(String, DeviceChange)> {
+        let of_slot = |slot: &mut Slot| {
+            let changes = slot.device.take_changes();
+            changes.into_iter().map(|change| (slot.id.clone(), change)).collect::<Vec<_>>()
+        };
+        self.devices.iter_mut().flat_map(of_slot).collect()
     }
 
     /// Brings every device to rest: all are asked first, then waited for until `deadline`. vCPUs are

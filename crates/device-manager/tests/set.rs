@@ -8,7 +8,9 @@ use vmm_device_manager::machine::{Attentions, Lines, Machine, Parts};
 use vmm_device_manager::node::Resource;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError};
 use vmm_device_model::bus::{Bus, BusDevice};
-use vmm_device_model::device::{Attention, Blocker, Blocks, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{
+    Attention, Blocker, Blocks, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
+};
 use vmm_device_model::interrupt::InterruptLine;
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
@@ -108,6 +110,9 @@ impl Lifecycle for Toy {
         let blocker = Blocker { blocks: Blocks::Migration, reason: "toy".to_owned() };
         if self.stubborn { vec![blocker] } else { Vec::new() }
     }
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        if self.stubborn { vec![DeviceChange::NeedsReset, DeviceChange::Reset] } else { Vec::new() }
+    }
 }
 
 impl SaveState for Toy {
@@ -201,6 +206,9 @@ fn all_are_asked_before_any_is_waited_for() {
     let log = world.log.lock().unwrap();
     assert_eq!(log[log.len() - 3..], ["resume a", "resume b", "resume c"], "all work again");
     assert_eq!(world.set.blockers().len(), 1);
+    let changes = [DeviceChange::NeedsReset, DeviceChange::Reset].map(|change| ("c".to_owned(), change));
+    drop(log);
+    assert_eq!(world.set.take_changes(), changes);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusDevice;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_device_model::testing::{TestResources, save_reset_restore};
 use vmm_snapshot::RecordError;
@@ -63,6 +63,10 @@ impl Lifecycle for Counter {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

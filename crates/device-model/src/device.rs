@@ -48,6 +48,21 @@ pub trait Lifecycle: Send {
 
     /// What stands against a snapshot, a migration or an unplug of the device, now.
     fn blockers(&self) -> Vec<Blocker>;
+
+    /// What became of the device since the last call, oldest first: by its guest's will, not by the steps above.
+    fn take_changes(&mut self) -> Vec<DeviceChange>;
+}
+
+/// What a guest made of a device, for whoever watches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceChange {
+    /// Its driver has set it up, and it works.
+    Activated,
+    /// Its driver has reset it, which was active.
+    Reset,
+    /// It cannot work as its driver set it up, and waits for a reset.
+    NeedsReset,
 }
 
 /// A device's saved state, as the device's own type.

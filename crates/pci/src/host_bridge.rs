@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use vmm_device_model::bus::{Bus, BusTarget};
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::doorbell::Doorbells;
 use vmm_device_model::recipe::BuildError;
 use vmm_snapshot::RecordError;
@@ -293,6 +293,10 @@ impl Lifecycle for HostBridgeDevice {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

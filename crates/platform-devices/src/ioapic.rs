@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusTarget;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::interrupt::{InterruptLine, MsiMessage};
 use vmm_device_model::once::Once;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
@@ -439,6 +439,10 @@ impl Lifecycle for Back {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -19,6 +19,7 @@
 //! ```
 
 mod answer;
+mod events;
 mod wait;
 
 use crate::command::{Command, Decode, Encode, Incoming, Method};
@@ -34,6 +35,7 @@ use std::time::{Duration, Instant};
 use vmm_state::Phase;
 
 pub use answer::RawAnswer;
+pub use events::EventReader;
 
 /// Most bytes of an answer's head.
 const MAX_HEAD: usize = 64 * 1024;

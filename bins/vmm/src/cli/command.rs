@@ -60,7 +60,6 @@ macro_rules! later {
 
 later! {
     "restore" true "restoring a snapshot";
-    "event-monitor" true "the event monitor";
     "gdb" true "the GDB stub";
     "dbus-object-path" true "the D-Bus API";
     "dbus-service-name" true "the D-Bus API";
@@ -216,7 +215,7 @@ fn vm_flag(flag: &Flag, help: Help) -> Arg {
     }
 }
 
-fn process_flags() -> [Arg; 7] {
+fn process_flags() -> [Arg; 8] {
     let text = |name: &'static str, value, help: &'static str| {
         let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
         valued(arg, value, ValueParser::string())
@@ -227,6 +226,11 @@ fn process_flags() -> [Arg; 7] {
             "api-socket",
             "path=PATH|fd=NUMBER|PATH",
             "Take commands by HTTP on a UNIX socket: one that is made, or one that was inherited",
+        ),
+        text(
+            "event-monitor",
+            "path=PATH|fd=NUMBER",
+            "Write what happens to a file, a FIFO or an inherited descriptor, a JSON object a line",
         ),
         Arg::new("verbose")
             .short('v')

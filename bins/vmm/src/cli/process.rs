@@ -9,6 +9,7 @@ use vmm_state::{GuestEvent, Reaction, Reactions};
 
 use super::command::{LATER, REACTIONS};
 use super::{ApiSocketArg, SeccompMode};
+use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 /// Refuses the flags of the contract that this build does not serve.
@@ -37,6 +38,27 @@ pub(super) fn api_socket(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Optio
             "" => refuse("", "expected path=<path>, fd=<number> or a path, found nothing".into()),
             path => Some(ApiSocketArg::Path(PathBuf::from(path))),
         }
+    }
+}
+
+/// `path=PATH` or `fd=NUMBER`.
+pub(super) fn event_monitor(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Option<MonitorTarget> {
+    let text = word(matches, "event-monitor")?;
+    let mut refuse = |key: &str, message: String| {
+        faults.push(Fault::new(format!("--event-monitor{key}"), FaultKind::Invalid, message));
+        None
+    };
+    match text.split_once('=') {
+        Some(("path", path)) if !path.is_empty() => Some(MonitorTarget::Path(PathBuf::from(path))),
+        Some(("fd", number)) => match number.parse::<i32>() {
+            Ok(fd) if fd > libc::STDERR_FILENO => Some(MonitorTarget::Fd(fd)),
+            Ok(fd) => refuse(
+                " fd",
+                format!("{fd} is not the number of an inherited descriptor: it must be above 2"),
+            ),
+            Err(_) => refuse(" fd", format!("expected a file descriptor's number, found {number:?}")),
+        },
+        _ => refuse("", format!("expected path=<path> or fd=<number>, found {text:?}")),
     }
 }
 

@@ -110,6 +110,11 @@ fn each_flag_of_the_process_arrives() {
     assert!(run(&["--api-socket", "s"]).config.is_none());
 
     let with = |args: &[&str]| run(&[&["--api-socket", "s"], args].concat());
+    let monitor = |args: &[&str]| with(args).event_monitor;
+    assert_eq!(monitor(&[]), None);
+    let path = MonitorTarget::Path("/a=b".into());
+    assert_eq!(monitor(&["--event-monitor", "path=/a=b"]), Some(path));
+    assert_eq!(monitor(&["--event-monitor", "fd=3"]), Some(MonitorTarget::Fd(3)));
     let level = |args: &[&str]| with(args).log.level;
     let levels = [level(&["-v"]), level(&["-vv"]), level(&["-v", "-v", "-v"]), level(&["-vvvvv"])];
     assert_eq!(levels, [LevelFilter::Info, LevelFilter::Debug, LevelFilter::Trace, LevelFilter::Trace]);
@@ -124,7 +129,7 @@ fn each_flag_of_the_process_arrives() {
 
 #[test]
 fn bad_values_of_process_flags_are_named() {
-    let table: [(&[&str], &str); 9] = [
+    let table: [(&[&str], &str); 13] = [
         (&["--api-socket", ""], "--api-socket: expected path=<path>, fd=<number> or a path, found nothing"),
         (
             &["--api-socket", "path="],
@@ -134,6 +139,22 @@ fn bad_values_of_process_flags_are_named() {
         (
             &["--api-socket", "fd=2"],
             "--api-socket fd: 2 is not the number of an inherited socket: it must be above 2",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "path="],
+            "--event-monitor: expected path=<path> or fd=<number>, found \"path=\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "/events"],
+            "--event-monitor: expected path=<path> or fd=<number>, found \"/events\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "fd=x"],
+            "--event-monitor fd: expected a file descriptor's number, found \"x\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "fd=1"],
+            "--event-monitor fd: 1 is not the number of an inherited descriptor: it must be above 2",
         ),
         (&["--api-socket", "s", "--seccomp", "on"], "--seccomp: expected true, false or log, found \"on\""),
         (&["--api-socket", "s", "--seccomp", "errno"], "--seccomp: not supported by this build yet: errno"),
@@ -157,7 +178,7 @@ fn all_faults_are_reported_at_once() {
     let text = error(&[
         "--seccomp",
         "maybe",
-        "--event-monitor",
+        "--gdb",
         "path=e",
         "--cpus",
         "bot=1",
@@ -167,7 +188,7 @@ fn all_faults_are_reported_at_once() {
     ]);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "4 faults on the command line:");
-    assert_eq!(lines[1], "  --event-monitor: not supported by this build yet: the event monitor");
+    assert_eq!(lines[1], "  --gdb: not supported by this build yet: the GDB stub");
     assert_eq!(lines[2], "  --seccomp: expected true, false or log, found \"maybe\"");
     assert_eq!(lines[3], "  --cpus bot: unknown key; did you mean \"boot\"?");
     assert_eq!(lines[4], "  --disk[1] num_queue: unknown key; did you mean \"num_queues\"?");
@@ -278,7 +299,7 @@ fn help_is_grouped_and_has_the_keys() {
         assert!(!short.contains(key), "{key}");
     }
     assert!(long.contains("Not in this build yet, refused by name:\n  --"));
-    assert!(long.contains(" --net ") && long.contains(" --event-monitor "));
+    assert!(long.contains(" --net ") && long.contains(" --gdb "));
     assert!(text(&["doctor", "--help"]).contains("--json"));
 }
 

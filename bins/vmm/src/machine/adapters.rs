@@ -16,6 +16,7 @@ use vmm_platform_devices::events::{SystemEvent, SystemEvents};
 use vmm_platform_devices::ioapic::{IoApic, IoApicTarget};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::stages::Stages;
 use super::{Machine, MachineError};
 
 /// What a machine's threads tell the control thread.
@@ -32,8 +33,8 @@ pub enum MachineEvent {
         /// Cleared before the device is serviced, so that later requests are not lost.
         pending: Arc<AtomicBool>,
     },
-    /// A boot thread has built the machine, or could not.
-    Built(Box<Result<Machine, MachineError>>),
+    /// A boot thread has built the machine, or could not; and how long its stages took.
+    Built(Box<(Result<Machine, MachineError>, Stages)>),
 }
 
 /// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.

@@ -3,6 +3,7 @@
 mod adapters;
 mod kernel;
 mod recipes;
+pub mod stages;
 pub(crate) mod trial;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
+use vmm_device_model::device::DeviceChange;
 use vmm_device_model::recipe::BuildError;
 use vmm_hypervisor::router::InterruptRouter;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
@@ -35,6 +37,7 @@ pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
 
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+use stages::{Stage, Stages};
 
 /// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
 const GSI_CAPACITY: u32 = 4096;
@@ -62,7 +65,7 @@ struct Board {
 }
 
 impl Machine {
-    /// Builds a machine and loads what it boots; its vCPUs do not run yet.
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet. How long that takes is written into `stages`.
     ///
     /// # Errors
     /// A part cannot be had; nothing is left behind.
@@ -71,14 +74,23 @@ impl Machine {
         spec: &MachineSpec,
         ports: &Ports,
         post: &EventPost,
+        stages: &mut Stages,
     ) -> Result<Self, MachineError> {
-        let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
-        let vm = hypervisor.create_vm(&options)?;
-        let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus)?;
-        let memory = MemoryMap::create(Arc::clone(&vm), &zones(&spec.memory)?, vcpu_spec.cpuid.phys_bits())?;
-        let mut board = Board::new(&vm, &memory, post)?;
-        let ged = recipes::add_all(&mut board, spec, ports, post)?;
-        let entry = kernel::load(spec, &memory, &vcpu_spec.topology)?;
+        let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
+            let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
+            let vm = hypervisor.create_vm(&options)?;
+            Ok::<_, MachineError>((vm, vcpu_spec(hypervisor, &spec.cpus)?))
+        })?;
+        let memory = stages.time(Stage::Memory, || {
+            let zones = zones(&spec.memory)?;
+            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
+        })?;
+        let (board, ged) = stages.time(Stage::Devices, || {
+            let mut board = Board::new(&vm, &memory, post)?;
+            let ged = recipes::add_all(&mut board, spec, ports, post)?;
+            Ok::<_, MachineError>((board, ged))
+        })?;
+        let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
         let (events, ioapic) = (post.clone(), board.ioapic);
         let targets = ExitTargets {
             pio: board.pio,
@@ -86,7 +98,8 @@ impl Machine {
             end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
             events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
         };
-        let vcpus = VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets)?;
+        let vcpus = stages
+            .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
         Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
     }
 
@@ -138,6 +151,11 @@ impl Machine {
     /// The device's; the guest sees it in the device's status.
     pub fn service(&mut self, device: &str) -> Result<(), StepError> {
         self.devices.service(device)
+    }
+
+    /// What the guest made of its devices since the last call: each with its id.
+    pub fn take_changes(&mut self) -> Vec<(String, DeviceChange)> {
+        self.devices.take_changes()
     }
 
     /// Presses the power button. Returns whether the guest can see it.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
-use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState};
+use vmm_device_model::device::{Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::dma::DmaMemory;
 use vmm_device_model::once::Once;
 use vmm_pci::bdf::Bdf;
@@ -22,6 +22,9 @@ use crate::device::{Start, StartQueue, VirtioDevice, VirtioInterrupt};
 /// was given up.
 const STOP_SLICE: Duration = Duration::from_millis(50);
 
+/// Changes that wait to be taken; a driver that is faster is not told of further.
+const MOST_CHANGES: usize = 64;
+
 /// A virtio device on a PCI bus. Made by [`VirtioPciRecipe`](super::VirtioPciRecipe).
 #[derive(Debug)]
 pub struct VirtioPci {
@@ -35,6 +38,9 @@ pub struct VirtioPci {
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
     slow_stop: Once,
+    /// A driver set the device up, and did not reset it since.
+    active: bool,
+    changes: Vec<DeviceChange>,
 }
 
 /// Who has the queues.
@@ -67,6 +73,8 @@ impl VirtioPci {
             threads: Threads::Idle,
             quiesced: false,
             slow_stop: Once::new(),
+            active: false,
+            changes: Vec::new(),
         }
     }
 
@@ -102,9 +110,14 @@ impl VirtioPci {
                 }
                 (Phase::Resetting, Threads::Idle) => {
                     self.device.reset();
-                    let mut front = self.front();
-                    front.driver_reset();
-                    front.common.advance(Event::ResetDone);
+                    {
+                        let mut front = self.front();
+                        front.driver_reset();
+                        front.common.advance(Event::ResetDone);
+                    }
+                    if std::mem::take(&mut self.active) {
+                        self.note(DeviceChange::Reset);
+                    }
                 }
                 _ => return Ok(()),
             }
@@ -136,13 +149,21 @@ impl VirtioPci {
             }
             Err(_) => Event::StartFailed,
         };
-        let interrupt = {
+        let (before, interrupt) = {
             let mut front = self.front();
+            let before = front.common.phase;
             front.common.advance(event);
-            (front.common.phase == Phase::Failed).then(|| Arc::clone(&front.interrupt))
+            (before, (front.common.phase == Phase::Failed).then(|| Arc::clone(&front.interrupt)))
         };
         if let Some(interrupt) = interrupt {
             interrupt.config_changed();
+            self.note(DeviceChange::NeedsReset);
+        } else if started.is_ok() {
+            self.active = true;
+            // Of a device that ran before a pause there is nothing to tell.
+            if before == Phase::Starting {
+                self.note(DeviceChange::Activated);
+            }
         }
         started.map_err(|e| DeviceError::caused(format!("virtio device {} does not start", self.id), e))
     }
@@ -163,6 +184,12 @@ impl VirtioPci {
         }
         let interrupt = Arc::clone(&front.interrupt) as _;
         Ok(Start { memory: self.memory.clone(), features, queues, interrupt })
+    }
+
+    fn note(&mut self, change: DeviceChange) {
+        if self.changes.len() < MOST_CHANGES {
+            self.changes.push(change);
+        }
     }
 
     fn begin_stop(&mut self) {
@@ -227,6 +254,7 @@ impl Lifecycle for VirtioPci {
             return Err(DeviceError::new(format!("virtio device {} is not quiesced", self.id)));
         }
         self.device.reset();
+        self.active = false;
         self.front().power_on();
         self.attachment.sync_bars();
         Ok(())
@@ -234,6 +262,10 @@ impl Lifecycle for VirtioPci {
 
     fn blockers(&self) -> Vec<Blocker> {
         self.device.blockers()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        std::mem::take(&mut self.changes)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`parser`] and [`response`] are pure: bytes in, a request or an error out, and back. [`Server`] moves the bytes: one
 //! thread, many connections, every one of them bounded in bytes, descriptors and time. It decodes requests, posts them
-//! to the host's mailbox and goes on; it never waits for the host.
+//! to the host's mailbox and goes on; it never waits for the host. Answers that go on are [`stream`]s.
 
 mod connection;
 pub(crate) mod descriptors;
@@ -11,6 +11,7 @@ pub mod response;
 pub mod route;
 mod server;
 mod socket;
+pub mod stream;
 
 pub use server::{Config, Server, ServerError, ServerHandle};
 pub use socket::{ApiSocket, SocketError};

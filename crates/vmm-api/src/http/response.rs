@@ -24,6 +24,13 @@ pub fn refusal(error: &ApiError, manner: Manner, allow: &[Method]) -> Vec<u8> {
     head.with_body(manner.errors.media_type(), &error.body(manner.errors))
 }
 
+/// The head of an answer that goes on until the connection ends.
+#[must_use]
+pub fn stream_head(media_type: &str) -> Vec<u8> {
+    let status = "HTTP/1.1 200 OK\r\nServer: Cloud Hypervisor API\r\nConnection: close";
+    format!("{status}\r\nContent-Type: {media_type}\r\n\r\n").into_bytes()
+}
+
 struct Head<'a> {
     status: u16,
     manner: Manner,

@@ -17,6 +17,7 @@ use vmm_api::client::Client;
 use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{EventRoute, Journal};
 use vmm_api::http::{ApiSocket, Config, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_epoll::{ControlLoop, Mailbox, Stopper, mailbox};
@@ -180,10 +181,16 @@ pub(crate) struct Rig {
     host: Option<JoinHandle<()>>,
     stopper: Stopper,
     releases: Mailbox<()>,
+    /// What `vmm.events` streams.
+    pub(crate) journal: Journal,
 }
 
 impl Rig {
     pub(crate) fn new(config: Config) -> Self {
+        Self::with_journal(config, Journal::default())
+    }
+
+    pub(crate) fn with_journal(config: Config, journal: Journal) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let (requests, inbox) = mailbox::<ApiRequest<Toy>>().unwrap();
@@ -216,9 +223,11 @@ impl Rig {
             control_loop.run().unwrap();
         });
         let socket = ApiSocket::bind(&path).unwrap();
-        let server = Server::new(socket, &TABLE, requests, config).unwrap().start(|| ()).unwrap();
+        let server = Server::new(socket, &TABLE, requests, config).unwrap();
+        let server = server.with_stream(EventRoute(journal.clone())).start(|| ()).unwrap();
         let stopper = stopper.recv().unwrap();
-        Self { path, folder: Some(folder), server: Some(server), host: Some(host), stopper, releases }
+        let (folder, server, host) = (Some(folder), Some(server), Some(host));
+        Self { path, folder, server, host, stopper, releases, journal }
     }
 
     pub(crate) fn client(&self) -> Client {
