@@ -8,7 +8,7 @@ mod lifecycle;
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -228,6 +228,9 @@ fn a_wrong_command_line_is_told_apart() {
     assert!(says(&["add-disk", "patch=/d"]).contains("add-disk patch: unknown key; did you mean \"path\"?"));
     assert!(says(&["create", "--kernel", "k", "--cpus", "boot=0"]).contains("--cpus"));
     assert!(says(&["create", "file", "--kernel", "k"]).contains("contradicts the flags"));
+    assert!(says(&["events", "--from", "x"]).contains("the number of an event, or next"));
+    assert!(says(&["events", "--from", "next", "--no-follow"]).contains("contradicts"));
+    assert!(says(&["events", "--wait", "running"]).contains("until the VMM ends"));
     assert!(says(&["wait", "gone"]).contains("ended"));
     assert!(says(&["info", "--connect-within=-1"]).contains("a number of seconds"));
     let mut command = Command::new(binary());
@@ -283,6 +286,47 @@ fn a_guest_that_powers_off_is_waited_for() {
     done(&vmm, &["shutdown-vmm"]);
     assert!(waiter.wait().unwrap().success());
     vmm.expect_exit(0);
+}
+
+#[test]
+fn events_are_told_a_line_each() {
+    let scratch = Scratch::new();
+    let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+    let mut to_come =
+        ctl(vmm.socket(), &["events", "--from", "next", "--json"]).stdout(Stdio::piped()).spawn().unwrap();
+    // It watches once its stream is one of the VMM's descriptors; what happens then is all there.
+    let mut coming = BufReader::new(to_come.stdout.take().unwrap());
+    let mut first = String::new();
+    let life = thread::scope(|scope| {
+        let reading = scope.spawn(|| coming.read_line(&mut first));
+        let flags = flags(&scratch, Guest::Halt);
+        while !reading.is_finished() {
+            create(&vmm, &flags.0);
+            done(&vmm, &["delete"]);
+        }
+        reading.join().unwrap().unwrap();
+        flags
+    });
+    assert!(parsed(&first)["seq"].as_u64() > Some(1), "{first}");
+
+    create(&vmm, &life.0);
+    done(&vmm, &["boot"]);
+    life.1.wait_for("halted");
+    let table = done(&vmm, &["events", "--no-follow"]);
+    assert!(table.lines().next().unwrap().contains("Z vmm/starting version="), "{table}");
+    assert!(table.contains(" vm/booted machine=1 duration_us="), "{table}");
+    let json = done(&vmm, &["events", "--no-follow", "--json", "--from", "2"]);
+    let numbers: Vec<_> = json.lines().map(|line| parsed(line)["seq"].as_u64().unwrap()).collect();
+    assert_eq!((numbers[0], numbers.len()), (2, table.lines().count() - 1));
+    let complaint = refused(&vmm, &["events", "--from", "1000000"]);
+    assert!(complaint.starts_with("error: "), "{complaint}");
+    // The stream ends with the VMM, which is no failure.
+    done(&vmm, &["shutdown-vmm"]);
+    vmm.expect_exit(0);
+    let mut rest = String::new();
+    coming.read_to_string(&mut rest).unwrap();
+    assert!(to_come.wait().unwrap().success());
+    assert_eq!(parsed(rest.lines().last().unwrap())["event"], "shutdown");
 }
 
 #[test]

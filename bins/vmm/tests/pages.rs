@@ -166,7 +166,8 @@ name the program is the same, and prints replies as they come.
 - A command that has nothing to say prints nothing. `--json` prints the reply as it comes.
 - `--timeout` is for all of it: the wait for the socket, the command, and `--wait`. A command that is not waited for any
   more goes on in the VMM.
-- On a terminal a call of more than half a second shows how long it takes.
+- On a terminal a call of more than half a second shows how long it takes, and how far the VMM says it is.
+- `events` prints the events of [events.md](events.md), an event a line, until the VMM ends.
 - Descriptors (`add-net fd=[3]`, `restore net_fds=[n@[3]]`) are those passed to `vmm ctl`; they are sent, not their numbers.
 
 ## Exit status

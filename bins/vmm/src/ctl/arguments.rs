@@ -11,7 +11,7 @@ use vmm_api::config::{Fault, FaultKind};
 
 use super::rows::Body;
 use super::words::{GOALS, Goal, seconds};
-use super::{Job, ROWS, SOCKET_VARIABLE, Step};
+use super::{Job, ROWS, SOCKET_VARIABLE, Step, events};
 use crate::cli::{self, Invocation, UsageError};
 
 /// How the program is called by its own name.
@@ -47,7 +47,7 @@ pub(crate) fn command(name: &'static str) -> Command {
         command =
             command.subcommand(if row.word == CREATE { of_flags(subcommand, name) } else { subcommand });
     }
-    command.subcommand(wait()).subcommand(call())
+    command.subcommands([events::command(), wait(), call()])
 }
 
 /// `create` takes a document, or the flags of a VM.
@@ -120,6 +120,11 @@ pub(crate) fn parse(arguments: &[OsString], contract: bool) -> Result<Invocation
     };
     let Some((word, given)) = matches.subcommand() else { return Err(UsageError::NothingToDo) };
     let step = step(word, given).map_err(UsageError::Faults)?;
+    let wait = goal(given, "wait");
+    if let (Step::Events(_), Some(_)) = (&step, wait) {
+        let fault = Fault::new("--wait", FaultKind::Invalid, "events go on until the VMM ends");
+        return Err(UsageError::Faults(vec![fault]));
+    }
     let socket = given.get_one::<String>("api-socket").map(|text| text.strip_prefix("path=").unwrap_or(text));
     let time = |name: &str| given.get_one::<Duration>(name).copied();
     Ok(Invocation::Ctl(Box::new(Job {
@@ -129,7 +134,7 @@ pub(crate) fn parse(arguments: &[OsString], contract: bool) -> Result<Invocation
         timeout: time("timeout"),
         connect_within: time("connect-within").unwrap_or_default(),
         step,
-        wait: goal(given, "wait"),
+        wait,
     })))
 }
 
@@ -143,6 +148,9 @@ fn step(word: &str, given: &ArgMatches) -> Result<Step, Vec<Fault>> {
         return Ok(Step::Any(given.get_one::<String>("name").cloned().unwrap_or_default(), method, body));
     }
     let unknown = || vec![Fault::new(word, FaultKind::Unknown, "no such command")];
+    if word == events::EVENTS {
+        return events::range(given).map(Step::Events);
+    }
     if word == WAIT {
         return goal(given, "state").map(Step::Wait).ok_or_else(unknown);
     }

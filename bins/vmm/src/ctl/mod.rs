@@ -7,6 +7,7 @@
 mod arguments;
 mod commands;
 mod complaint;
+mod events;
 mod progress;
 mod rows;
 mod show;
@@ -25,6 +26,7 @@ use crate::signals::inherited;
 use crate::validate::document;
 
 pub(crate) use arguments::{NAME, command, parse};
+use events::Range;
 use progress::Progress;
 use rows::{Body, Payload, Shown};
 pub use rows::{ROWS, Row};
@@ -57,6 +59,8 @@ pub(crate) enum Step {
     Command(&'static Row, Payload),
     /// A command by its name.
     Any(String, Method, Body),
+    /// Events.
+    Events(Range),
     /// Only waiting.
     Wait(Goal),
 }
@@ -131,6 +135,11 @@ fn perform(job: Job) -> Result<ExitCode, CtlError> {
             print(&answer.body)?;
             ExitCode::Success
         }
+        // The connection is used up, and the VMM has ended, or was not waited for.
+        Step::Events(range) => {
+            events::print(session.client, range, job.json, session.end)?;
+            return Ok(ExitCode::Success);
+        }
         Step::Wait(goal) => {
             session.wait(goal)?;
             ExitCode::Success
@@ -145,6 +154,7 @@ fn perform(job: Job) -> Result<ExitCode, CtlError> {
 /// A connection, and the time that is left.
 struct Session {
     client: Client,
+    socket: PathBuf,
     end: Option<Instant>,
     limit: Option<Duration>,
 }
@@ -154,7 +164,7 @@ impl Session {
         let end = job.timeout.and_then(|limit| Instant::now().checked_add(limit));
         let within = job.timeout.map_or(job.connect_within, |limit| limit.min(job.connect_within));
         let client = Client::connect_within(socket, within)?;
-        Ok(Self { client, end, limit: job.timeout })
+        Ok(Self { client, socket: socket.to_owned(), end, limit: job.timeout })
     }
 
     /// What is left of the time; a call gets a moment in any case.
@@ -197,14 +207,14 @@ impl Session {
             }
         };
         self.client.set_timeout(self.left()).map_err(CtlError::Limit)?;
-        let _progress = Progress::start(name);
+        let _progress = Progress::start(name, &self.socket);
         let answer = self.client.request(method, name, body, fds)?;
         Ok(answer.judge()?)
     }
 
     fn wait(&mut self, goal: Goal) -> Result<(), CtlError> {
         let left = self.limit.and(self.left());
-        let _progress = Progress::start(goal.about());
+        let _progress = Progress::start(goal.about(), &self.socket);
         match goal {
             Goal::Phase(phase) => self.client.wait_for(phase, left)?,
             Goal::Ended => self.client.wait_for_end(left)?,
