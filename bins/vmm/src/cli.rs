@@ -8,7 +8,7 @@ mod command;
 mod error;
 mod process;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
@@ -24,9 +24,12 @@ use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 use command::Help;
-pub(crate) use command::{CH_REMOTE, VERSION, vm_arguments};
+pub(crate) use command::{CH_REMOTE, vm_arguments};
 pub use command::{shell_command, whole_command};
 pub use error::UsageError;
+
+/// The newest release of the contract that is followed, as its version is printed.
+pub const CONTRACT_VERSION: &str = "v53.0.0";
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -62,6 +65,8 @@ pub struct RunOptions {
     pub event_monitor: Option<MonitorTarget>,
     /// What is logged, and where.
     pub log: LogOptions,
+    /// Where the stages of the boot are written.
+    pub boot_trace: Option<PathBuf>,
     /// What a system call outside the filters leads to.
     pub seccomp: SeccompMode,
     /// What happens to unknown fields in the bodies of requests.
@@ -103,7 +108,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     if let Some(answer) = subcommand(&args) {
         return answer;
     }
-    let read = |help| command::command(help).try_get_matches_from(&args);
+    let name = args.first().map_or(OsStr::new(""), OsString::as_os_str);
+    let read = |help| command::command(help, name).try_get_matches_from(&args);
     let matches = match read(Help::Brief) {
         Ok(matches) => matches,
         // The whole command line also knows what is nearest to a mistake.
@@ -125,12 +131,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     let config = vm_of(&matches, &mut faults);
     if faults.is_empty() {
+        let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
         let options = RunOptions {
             config,
             api_socket,
             event_monitor,
             log,
+            boot_trace,
             seccomp,
             unknown_fields,
             verify_state,

@@ -16,7 +16,8 @@ use vmm_api::command::Endpoint;
 use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
-use vmm_api::events::Event;
+use vmm_api::events::{Event, PanicEvent};
+use vmm_api::http::Counts;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -66,14 +67,14 @@ pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
-    /// Machines built so far.
-    machines: u64,
     boot: Boot,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    /// Counts of the API's answers, where there is an API.
+    answers: Option<Arc<Counts>>,
     events: Events,
 }
 
@@ -101,12 +102,12 @@ impl Vmm {
             hypervisor,
             slot: VmSlot::Empty,
             post,
-            machines: 0,
             boot: Boot::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
             policy,
+            answers: None,
             events,
         }
     }
@@ -118,7 +119,12 @@ impl Vmm {
 
     /// Number of the machine that was built last; 0 before the first.
     pub fn machines(&self) -> u64 {
-        self.machines
+        self.boot.machines
+    }
+
+    /// The API's answers are counted there; metrics tell of them.
+    pub fn tell_answers(&mut self, counts: Arc<Counts>) {
+        self.answers = Some(counts);
     }
 
     /// Ends the process: the VM is switched off.
@@ -166,6 +172,10 @@ impl Vmm {
         self.note(&Event::Resumed);
         self.catch_up();
         Ok(())
+    }
+
+    fn raise_nmi(&self) -> Result<(), VmmError> {
+        Ok(self.slot.machine().ok_or(VmmError::NoVm)?.nmi()?)
     }
 
     /// Tells what happens to the machine that is there.
@@ -239,6 +249,22 @@ impl Vmm {
                 match event {
                     SystemEvent::Reset(_) => self.guest_did(GuestEvent::Reset),
                     SystemEvent::Shutdown(_) => self.guest_did(GuestEvent::Shutdown),
+                    SystemEvent::Panicked => {
+                        // A guest can say so again and again.
+                        if configured.last_event != Some(GuestEvent::Panic) {
+                            log::error!("the guest reports a {event}");
+                            self.events.tell(machine, &Event::GuestPanic { event: PanicEvent::Panic });
+                        }
+                        self.guest_did(GuestEvent::Panic);
+                    }
+                    // Its crash kernel goes on; ending the guest would end that, too.
+                    SystemEvent::CrashLoaded => {
+                        let level = configured.told.level("crash kernel");
+                        log::log!(level, "the guest reports a {event}");
+                        if level == Level::Error {
+                            self.events.tell(machine, &Event::GuestPanic { event: PanicEvent::CrashLoaded });
+                        }
+                    }
                     _ => {}
                 }
             }
@@ -315,6 +341,9 @@ impl Configured {
             }
             if config.console.mode == ConsoleMode::Pty {
                 config.console.file = path(&consoles.console);
+            }
+            if config.debug_console.mode == ConsoleMode::Pty {
+                config.debug_console.file = path(&consoles.debug);
             }
         }
         config

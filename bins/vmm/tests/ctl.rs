@@ -17,6 +17,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 
 use serde_json::{Value, json};
+use vmm::cli::CONTRACT_VERSION;
 use vmm::ctl::ROWS;
 use vmm::vmm::TABLE;
 use vmm_tests::harness::{Scratch, SerialFile, Vmm, binary, vm_arguments, vm_config, wait_until};
@@ -107,10 +108,18 @@ fn a_vm_lives_its_whole_life_by_the_client_alone() {
         lines.iter().find(|line| line.starts_with("data ")).unwrap().split_whitespace().collect();
     assert!(data[1].starts_with("0000:00:") && data[2] == "-", "{info}");
 
-    // A table once this build counts; its form is tested with the code.
-    let counters = ctl(vmm.socket(), &["counters"]).output().unwrap();
-    let said = text(&counters.stdout) + &text(&counters.stderr);
-    assert!(said.starts_with("DEVICE") || said.contains("[not_built]"), "{counters:?}");
+    let counters = done(&vmm, &["counters"]);
+    let header: Vec<&str> = counters.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(header, ["DEVICE", "COUNTER", "VALUE"]);
+    assert!(
+        counters.lines().any(|line| line.starts_with("data ") && line.contains(" read_ops ")),
+        "{counters}"
+    );
+    assert!(done(&vmm, &["metrics"]).ends_with("# EOF\n"));
+    assert!(parsed(&done(&vmm, &["boot-trace"]))["traceEvents"].is_array());
+    assert_eq!(done(&vmm, &["log-level"]), "warn\n");
+    assert_eq!(done(&vmm, &["log-level", "error"]), "");
+    assert_eq!(done(&vmm, &["log-level"]), "error\n");
 
     for (word, state) in
         [("pause", "Paused"), ("resume", "Running"), ("reboot", "Running"), ("shutdown", "Shutdown")]
@@ -143,7 +152,11 @@ fn replies_in_json_are_the_vmms_own() {
         .unwrap();
     assert_eq!(parsed(&text(&output.stdout))["pid"], vmm.pid());
     let output = Command::new(binary()).arg0("ch-remote").arg("--version").output().unwrap();
-    assert_eq!(text(&output.stdout), concat!("ch-remote v", env!("CARGO_PKG_VERSION"), "\n"));
+    assert_eq!(
+        text(&output.stdout),
+        format!("ch-remote {CONTRACT_VERSION}\n"),
+        "by this name, the contract's"
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@ use vmm_device_model::device::{
     Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
 };
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
 use vmm_pci::host_bridge::HostBridge;
@@ -26,6 +27,8 @@ impl BusDevice for Toy {
     fn read(&mut self, _region: u16, _offset: u64, _data: &mut [u8]) {}
     fn write(&mut self, _region: u16, _offset: u64, _data: &[u8]) {}
 }
+
+impl Metered for Toy {}
 
 impl Lifecycle for Toy {
     fn service(&mut self) -> Result<(), DeviceError> {

@@ -12,6 +12,7 @@ use vmm_device_model::device::{
     Attention, Blocker, Blocks, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
 };
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
 use vmm_pci::config::BarKind;
@@ -83,6 +84,17 @@ struct Toy {
 impl Toy {
     fn note(&self, what: &str) {
         self.log.lock().unwrap().push(format!("{what} {}", self.id));
+    }
+}
+
+static VALUES: Family = Family { name: "toy_value", help: "Value.", unit: "", kind: Kind::Gauge };
+
+impl Metered for Toy {
+    fn measure(&self, measures: &mut Measures) {
+        if self.value != 0 {
+            measures.counter("value", self.value.into());
+        }
+        measures.sample(&VALUES, &[], Value::Gauge(self.value.into()));
     }
 }
 
@@ -184,6 +196,20 @@ fn a_failed_build_gives_everything_back() {
     let World { set, pio, .. } = world;
     drop(set);
     assert_eq!(pio.snapshot().iter().count(), 0);
+}
+
+#[test]
+fn counts_are_told_by_device() {
+    let mut world = world();
+    for (id, port, gsi) in [("b", 0x10, 5), ("a", 0x200, 6), ("c", 0x22, 7)] {
+        world.set.add(recipe(&world, id, port, gsi)).unwrap();
+    }
+    let found = world.set.measure();
+    let value = |value| std::collections::BTreeMap::from([("value".to_owned(), value)]);
+    // "a" counts nothing for clients: its value is 0 as a byte.
+    assert_eq!(found.counters, [("b".to_owned(), value(0x10)), ("c".to_owned(), value(0x22))].into());
+    let told: Vec<_> = found.samples.iter().map(|sample| (&*sample.labels[0].1, &sample.value)).collect();
+    assert_eq!(told, [("b", &Value::Gauge(0x10)), ("a", &Value::Gauge(0)), ("c", &Value::Gauge(0x22))]);
 }
 
 #[test]

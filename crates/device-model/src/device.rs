@@ -14,6 +14,8 @@ use std::time::Instant;
 
 use vmm_snapshot::{Record, RecordError, Schema};
 
+use crate::metrics::Metered;
+
 /// What the thread that owns the VM does with a device. Every step is a decision: nothing has a default.
 ///
 /// A method must not wait for a vCPU, and must not hold the front's lock while it waits for a thread.
@@ -103,9 +105,9 @@ impl<T: SaveState> SaveRecord for T {
 }
 
 /// A device as the thread that owns the VM sees it.
-pub trait VmDevice: Lifecycle + SaveRecord + fmt::Debug {}
+pub trait VmDevice: Lifecycle + SaveRecord + Metered + fmt::Debug {}
 
-impl<T: Lifecycle + SaveRecord + fmt::Debug> VmDevice for T {}
+impl<T: Lifecycle + SaveRecord + Metered + fmt::Debug> VmDevice for T {}
 
 /// Asks the thread that owns the VM to call [`Lifecycle::service`] on one device; given to its front.
 ///

@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use vmm_device_model::bus::{Bus, BusTarget};
 use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::doorbell::Doorbells;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::BuildError;
 use vmm_snapshot::RecordError;
 
@@ -270,6 +271,8 @@ impl HostBridgeDevice {
         work(&mut self.0.root.lock().unwrap_or_else(PoisonError::into_inner).0)
     }
 }
+
+impl Metered for HostBridgeDevice {}
 
 impl Lifecycle for HostBridgeDevice {
     fn service(&mut self) -> Result<(), DeviceError> {

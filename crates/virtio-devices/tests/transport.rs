@@ -9,6 +9,7 @@ use vmm_device_model::device::{
     Blocker, Blocks, DeviceChange, DeviceError, Lifecycle, SaveRecord, SaveState,
 };
 use vmm_device_model::doorbell::DoorbellAddress;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::testing::{Xorshift, fuzz_registers, save_reset_restore};
 use vmm_pci::bdf::FUNCTION_CONFIG_SIZE;
 use vmm_pci::host_bridge::{CONFIG_PORTS_LEN, REGION_ECAM, REGION_PORTS};
@@ -708,6 +709,8 @@ struct Slow {
     asked: u32,
     refusals: u32,
 }
+
+impl Metered for Slow {}
 
 impl VirtioDevice for Slow {
     fn device_type(&self) -> u32 {

@@ -7,7 +7,8 @@
 //! - [`events`]: what happens in the VMM, told to whoever watches.
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
-//! - [`info`]: replies about the VMM and the VM.
+//! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
+//! - [`socket`]: listening UNIX sockets with a path.
 
 pub mod client;
 pub mod command;
@@ -17,7 +18,9 @@ pub mod error;
 pub mod events;
 pub mod http;
 pub mod info;
+pub mod metrics;
 pub mod options;
+pub mod socket;
 pub mod spec;
 
 #[cfg(doctest)]

@@ -6,6 +6,7 @@
 mod api;
 pub mod linux;
 mod output;
+pub mod terminal;
 mod vmm;
 
 use std::ffi::OsStr;
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 pub use api::{Answer, Api};
 pub use output::{Output, SerialFile};
-pub use vmm::{Holdings, Vmm};
+pub use vmm::{Holdings, Vmm, resident_kib};
 
 use crate::tiny::Guest;
 

@@ -1,11 +1,15 @@
 //! The flags as clap knows them, and their help.
 
+use std::ffi::OsStr;
+use std::path::Path;
+
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, Command, value_parser};
 use clap_complete::Shell;
 use vmm_api::options::{Arity, FLAGS, Flag, help_for};
 use vmm_state::GuestEvent;
 
+use super::CONTRACT_VERSION;
 use crate::ctl;
 
 /// Name of the subcommand that checks the machine.
@@ -23,9 +27,6 @@ pub(super) const COMPLETION: &str = "completion";
 /// The contract's name for the program that `ctl` is.
 pub(crate) const CH_REMOTE: &str = "ch-remote";
 
-/// The version, as it is printed.
-pub(crate) const VERSION: &str = concat!("v", env!("CARGO_PKG_VERSION"));
-
 /// The flags that choose what follows guest events, and the events.
 pub(super) const REACTIONS: [(&str, GuestEvent, &str); 4] = [
     ("on-reboot", GuestEvent::Reset, "What follows a reset or triple fault of the guest"),
@@ -39,7 +40,7 @@ pub(super) const REACTIONS: [(&str, GuestEvent, &str); 4] = [
 pub(super) const SHOWN: &[(&str, &[&str])] = &[
     ("What the VM boots", &["kernel", "initramfs", "cmdline", "firmware"]),
     ("CPUs and memory", &["cpus", "memory", "memory-zone"]),
-    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "platform"]),
+    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "pvpanic", "platform"]),
 ];
 const THIS_PROCESS: &str = "This process";
 
@@ -78,8 +79,23 @@ pub(super) enum Help {
     Full,
 }
 
-/// The command line, without what only a subcommand takes: that is made when there is one.
-pub(super) fn command(help: Help) -> Command {
+/// The name that management software starts its VMM under, to read the version of the contract.
+const CONTRACT_NAME: &str = "cloud-hypervisor";
+
+/// The command line of a program that was started as `name`, without what only a subcommand takes: that is made when
+/// there is one.
+pub(super) fn command(help: Help, name: &OsStr) -> Command {
+    let command = command_of_vmm(help);
+    let file_name = Path::new(name).file_name();
+    if file_name == Some(OsStr::new(CONTRACT_NAME)) {
+        // libvirt wants `cloud-hypervisor v53.0.0`: the name, a space, an optional v, one to three numbers.
+        command.name(CONTRACT_NAME).version(CONTRACT_VERSION)
+    } else {
+        command
+    }
+}
+
+fn command_of_vmm(help: Help) -> Command {
     let command = base()
         .args(vm_flags(help))
         .args(process_flags())
@@ -96,7 +112,7 @@ pub(super) fn command(help: Help) -> Command {
 
 fn base() -> Command {
     Command::new("vmm")
-        .version(VERSION)
+        .version(concat!("v", env!("CARGO_PKG_VERSION")))
         .about("Runs a virtual machine on Linux KVM.")
         .override_usage(
             "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
@@ -117,7 +133,7 @@ fn subcommands() -> [Command; 4] {
 /// The whole command line with all its subcommands and texts, for manual pages.
 #[must_use]
 pub fn whole_command() -> Command {
-    command(Help::Full)
+    command_of_vmm(Help::Full)
 }
 
 /// The whole command line as shells complete it: without what is refused.
@@ -215,12 +231,15 @@ fn vm_flag(flag: &Flag, help: Help) -> Arg {
     }
 }
 
-fn process_flags() -> [Arg; 8] {
+fn process_flags() -> [Arg; 10] {
     let text = |name: &'static str, value, help: &'static str| {
         let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
         valued(arg, value, ValueParser::string())
     };
-    let log_file = Arg::new("log-file").long("log-file").help_heading(THIS_PROCESS);
+    let path = |name: &'static str, help: &'static str| {
+        let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
+        valued(arg, "PATH", ValueParser::path_buf())
+    };
     [
         text(
             "api-socket",
@@ -237,9 +256,12 @@ fn process_flags() -> [Arg; 8] {
             .action(ArgAction::Count)
             .help_heading(THIS_PROCESS)
             .help("Log more than warnings: -v information, -vv debugging, -vvv all"),
-        valued(log_file, "PATH", ValueParser::path_buf())
-            .help("Append the log to this file [default: standard error]"),
-        text("log-format", "text", "Form of the log [default: text]").hide_short_help(true),
+        path("log-file", "Append the log to this file [default: standard error]"),
+        text("log-format", "text|json", "Form of the log [default: text]").hide_short_help(true),
+        text("log-filter", "MODULE=LEVEL,...", "Levels of single modules, such as vmm_pci=debug")
+            .hide_short_help(true),
+        path("boot-trace", "Write the stages of the boot to this file, for Perfetto or chrome://tracing")
+            .hide_short_help(true),
         text(
             "seccomp",
             "true|false|log",

@@ -10,7 +10,7 @@ use vmm_state::{GuestEvent, Reaction, Reactions};
 use super::command::{LATER, REACTIONS};
 use super::{ApiSocketArg, SeccompMode};
 use crate::events::MonitorTarget;
-use crate::logger::LogOptions;
+use crate::logger::{Filter, LogFormat, LogOptions};
 
 /// Refuses the flags of the contract that this build does not serve.
 pub(super) fn later(matches: &ArgMatches) -> Vec<Fault> {
@@ -110,20 +110,25 @@ pub(super) fn reactions(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Reacti
     reactions
 }
 
-/// `-v`, `--log-file` and `--log-format`.
+/// `-v`, `--log-file`, `--log-format` and `--log-filter`.
 pub(super) fn log_options(matches: &ArgMatches, faults: &mut Vec<Fault>) -> LogOptions {
-    match word(matches, "log-format") {
-        None | Some("text") => {}
-        Some("json") => faults.push(not_built("--log-format".into(), "json")),
-        Some(other) => unexpected("log-format", "text", other, faults),
-    }
+    let format = match word(matches, "log-format") {
+        None | Some("text") => LogFormat::Text,
+        Some("json") => LogFormat::Json,
+        Some(other) => unexpected("log-format", "text or json", other, faults),
+    };
+    let filter = word(matches, "log-filter").map(str::parse).unwrap_or_else(|| Ok(Filter::default()));
+    let filter = filter.unwrap_or_else(|error| {
+        faults.push(Fault::new("--log-filter".to_owned(), FaultKind::Type, error.to_string()));
+        Filter::default()
+    });
     let level = match matches.get_count("verbose") {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
         2 => LevelFilter::Debug,
         _ => LevelFilter::Trace,
     };
-    LogOptions { level, file: matches.get_one::<PathBuf>("log-file").cloned() }
+    LogOptions { level, filter, format, file: matches.get_one::<PathBuf>("log-file").cloned() }
 }
 
 fn word<'m>(matches: &'m ArgMatches, name: &str) -> Option<&'m str> {

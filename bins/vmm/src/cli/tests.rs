@@ -2,10 +2,12 @@ use std::os::unix::ffi::OsStringExt;
 
 use log::LevelFilter;
 use vmm_api::config::FaultKind;
+use vmm_api::options::{Arity, Flag};
 use vmm_api::spec::{Bytes, PayloadSpec, Sink};
 
 use super::command::{LATER, SHOWN};
 use super::*;
+use crate::logger::LogFormat;
 
 fn parsed(args: &[&str]) -> Result<Invocation, UsageError> {
     parse(["vmm"].iter().chain(args).map(OsString::from))
@@ -91,7 +93,7 @@ fn a_vm_without_flags_of_its_devices_has_the_contracts_defaults() {
     assert_eq!(spec.rng.source, PathBuf::from("/dev/urandom"));
     assert!(config.rng.id.is_some(), "automatic ids are filled in");
     assert_eq!(options.api_socket, None);
-    assert_eq!(options.log, LogOptions { level: LevelFilter::Warn, file: None });
+    assert_eq!(options.log, LogOptions::default());
     assert_eq!((options.seccomp, options.unknown_fields), (SeccompMode::Enforce, UnknownFields::Refuse));
 }
 
@@ -118,7 +120,12 @@ fn each_flag_of_the_process_arrives() {
     let level = |args: &[&str]| with(args).log.level;
     let levels = [level(&["-v"]), level(&["-vv"]), level(&["-v", "-v", "-v"]), level(&["-vvvvv"])];
     assert_eq!(levels, [LevelFilter::Info, LevelFilter::Debug, LevelFilter::Trace, LevelFilter::Trace]);
-    assert_eq!(with(&["--log-file", "l", "--log-format", "text"]).log.file, Some("l".into()));
+    let log = with(&["--log-file", "l", "--log-format", "json", "--log-filter", "vmm_pci=debug"]).log;
+    assert_eq!((log.file, log.format), (Some("l".into()), LogFormat::Json));
+    assert_eq!(log.filter, "vmm_pci=debug".parse().unwrap());
+    assert_eq!(with(&["--log-format", "text"]).log, LogOptions::default());
+    assert_eq!(with(&["--boot-trace", "t"]).boot_trace, Some("t".into()));
+    assert_eq!(with(&[]).boot_trace, None);
     let seccomp = |word| with(&["--seccomp", word]).seccomp;
     let modes = [seccomp("true"), seccomp("log"), seccomp("false")];
     assert_eq!(modes, [SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]);
@@ -158,11 +165,11 @@ fn bad_values_of_process_flags_are_named() {
         ),
         (&["--api-socket", "s", "--seccomp", "on"], "--seccomp: expected true, false or log, found \"on\""),
         (&["--api-socket", "s", "--seccomp", "errno"], "--seccomp: not supported by this build yet: errno"),
+        (&["--api-socket", "s", "--log-format", "xml"], "--log-format: expected text or json, found \"xml\""),
         (
-            &["--api-socket", "s", "--log-format", "json"],
-            "--log-format: not supported by this build yet: json",
+            &["--api-socket", "s", "--log-filter", "vmm_pci"],
+            "--log-filter: expected MODULE=LEVEL with a level of off, error, warn, info, debug or trace, found \"vmm_pci\"",
         ),
-        (&["--api-socket", "s", "--log-format", "xml"], "--log-format: expected text, found \"xml\""),
         (
             &["--api-socket", "s", "--unknown-fields", ""],
             "--unknown-fields: expected refuse or warn, found \"\"",
@@ -285,7 +292,9 @@ fn help_is_grouped_and_has_the_keys() {
         for (heading, names) in SHOWN {
             assert!(page.contains(&format!("\n{heading}:\n")), "{heading}");
             for name in *names {
-                assert!(page.contains(&format!("  --{name} <")), "{name}");
+                let switch = Flag::by_name(name).unwrap().arity() == Arity::Switch;
+                let end = if switch { "" } else { " <" };
+                assert!(page.contains(&format!("  --{name}{end}")), "{name}");
             }
         }
         assert!(page.contains("\nExamples:\n") && page.contains("vmm doctor"));
@@ -324,6 +333,25 @@ fn the_examples_of_the_help_are_right() {
 }
 
 #[test]
+fn the_version_is_the_contracts_under_the_contracts_name() {
+    let printed = |name: &str| match parse([name, "--version"].map(OsString::from)) {
+        Ok(Invocation::Print(text)) => text,
+        other => panic!("{other:?}"),
+    };
+    for name in ["cloud-hypervisor", "/usr/bin/cloud-hypervisor", "./cloud-hypervisor"] {
+        assert_eq!(printed(name), format!("cloud-hypervisor {CONTRACT_VERSION}\n"), "{name}");
+    }
+    let own = concat!("vmm v", env!("CARGO_PKG_VERSION"), "\n");
+    for name in ["vmm", "/cloud-hypervisor/vmm", "cloud-hypervisor-static", "", "cloud-hypervisor/.."] {
+        assert_eq!(printed(name), own, "{name}");
+    }
+    // As libvirt reads it: three numbers after an optional v.
+    let numbers: Vec<u32> =
+        CONTRACT_VERSION.trim_start_matches('v').split('.').map(|n| n.parse().unwrap()).collect();
+    assert_eq!(numbers.len(), 3);
+}
+
+#[test]
 fn version_and_doctor() {
     for flag in ["-V", "--version"] {
         assert_eq!(text(&[flag]), concat!("vmm v", env!("CARGO_PKG_VERSION"), "\n"));
@@ -334,7 +362,11 @@ fn version_and_doctor() {
 
 #[test]
 fn subcommands_are_made_only_when_they_are_asked_for() {
-    assert_eq!(command::command(Help::Brief).get_subcommands().count(), 0, "each start would pay for them");
+    assert_eq!(
+        command::command(Help::Brief, "vmm".as_ref()).get_subcommands().count(),
+        0,
+        "each start would pay for them"
+    );
     assert!(matches!(parsed(&["ctl", "--api-socket", "s", "info"]), Ok(Invocation::Ctl(_))));
     assert!(text(&["ctl", "-h"]).contains("\nUsage: vmm ctl [OPTIONS] <COMMAND>\n"));
     assert!(text(&["ctl", "resize", "-h"]).contains("\nUsage: vmm ctl resize [OPTIONS]\n"));

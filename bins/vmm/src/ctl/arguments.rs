@@ -112,7 +112,7 @@ pub(crate) fn parse(arguments: &[OsString], contract: bool) -> Result<Invocation
     let name = if contract { cli::CH_REMOTE } else { NAME };
     let mut command = command(name).bin_name(name).no_binary_name(true);
     if contract {
-        command = command.version(cli::VERSION);
+        command = command.version(cli::CONTRACT_VERSION);
     }
     let matches = match command.try_get_matches_from(arguments) {
         Ok(matches) => matches,

@@ -13,7 +13,7 @@ use vmm_api::config::{
     SendMigrationData, VmCoredumpData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone,
     VmSnapshotConfig,
 };
-use vmm_api::info::{CountersReply, JsonDocument, OpenMetrics, PingReply, ValidateReply, VmInfo};
+use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::options::FromOptions;
 
 use super::rows::{Ask, Shown, Subcommand};
@@ -453,8 +453,8 @@ fn added(reply: Added) -> Shown {
     })
 }
 
-fn document(reply: &JsonDocument) -> Shown {
-    Shown::text(format!("{:#}\n", reply.0))
+fn document(reply: &JsonText) -> Shown {
+    Shown::text(reply.0.clone())
 }
 
 fn metrics(reply: &OpenMetrics) -> Shown {

@@ -1,6 +1,7 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+mod counts;
 mod kernel;
 mod recipes;
 pub mod stages;
@@ -27,7 +28,7 @@ use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
 use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
-use vmm_platform_devices::ged::{Ged, GedEvent};
+use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
 use vmm_snapshot::SetError;
 use vmm_virtio_devices::rng::RngError;
@@ -36,7 +37,9 @@ pub use adapters::{EventPost, MachineEvent, MachineMessage};
 pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
 
+use crate::boot_trace::{BootTrace, Recorder};
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+use recipes::Ways;
 use stages::{Stage, Stages};
 
 /// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
@@ -51,8 +54,9 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: DeviceSet,
     memory: MemoryMap,
-    ged: Ged,
+    ways: Ways,
     number: u64,
+    trace: BootTrace,
 }
 
 /// The address spaces of a machine and who stands on them.
@@ -85,10 +89,11 @@ impl Machine {
             let zones = zones(&spec.memory)?;
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
         })?;
-        let (board, ged) = stages.time(Stage::Devices, || {
+        let mut recorder = Recorder::default();
+        let (board, ways) = stages.time(Stage::Devices, || {
             let mut board = Board::new(&vm, &memory, post)?;
-            let ged = recipes::add_all(&mut board, spec, ports, post)?;
-            Ok::<_, MachineError>((board, ged))
+            let ways = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
+            Ok::<_, MachineError>((board, ways))
         })?;
         let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
         let (events, ioapic) = (post.clone(), board.ioapic);
@@ -100,7 +105,8 @@ impl Machine {
         };
         let vcpus = stages
             .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
-        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
+        let trace = BootTrace::new(post.machine, stages, recorder);
+        Ok(Self { vcpus, devices: board.devices, memory, ways, number: post.machine, trace })
     }
 
     /// Number of the machine, as in its events.
@@ -120,7 +126,14 @@ impl Machine {
 
     /// Runs the guest for the first time.
     pub fn start(&mut self) {
+        let at = Instant::now();
         self.vcpus.run();
+        self.trace.started(at);
+    }
+
+    /// What the boot did, and when.
+    pub fn boot_trace(&self) -> &BootTrace {
+        &self.trace
     }
 
     /// Stops the guest between two instructions, and devices with nothing in flight.
@@ -160,7 +173,16 @@ impl Machine {
 
     /// Presses the power button. Returns whether the guest can see it.
     pub fn power_button(&self) -> bool {
-        self.ged.raise(GedEvent::PowerButton)
+        self.ways.ged.raise(GedEvent::PowerButton)
+    }
+
+    /// Raises a non-maskable interrupt on every vCPU. A paused guest takes it when it goes on; until then it is part of
+    /// the saved state.
+    ///
+    /// # Errors
+    /// A vCPU does not answer, or the hypervisor refuses; the others have theirs.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.nmi()?)
     }
 
     /// Saves the state of every device and vCPU, resets the devices, restores all of it and compares. The

@@ -17,6 +17,8 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
 pub(super) struct Boot {
+    /// Machines built so far, or tried.
+    pub(super) machines: u64,
     job: Option<Job>,
     /// In the order in which they came.
     waiting: Vec<ApiRequest<Vmm>>,
@@ -97,7 +99,7 @@ impl Vmm {
 
     /// A boot thread is done. What is not waited for any more is dropped.
     pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: &Stages) {
-        if self.slot.phase() != Phase::Booting || number != self.machines {
+        if self.slot.phase() != Phase::Booting || number != self.boot.machines {
             return;
         }
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
@@ -128,9 +130,9 @@ impl Vmm {
     /// What a machine is built from, with its consoles open; and whether they were opened now.
     fn prepare(&mut self) -> Result<(Build, bool), VmmError> {
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        self.machines += 1;
-        self.events.tell(self.machines, &Event::Booting);
-        let mut stages = told::stages(&self.events, self.machines);
+        self.boot.machines += 1;
+        self.events.tell(self.boot.machines, &Event::Booting);
+        let mut stages = told::stages(&self.events, self.boot.machines);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
             Some(consoles) => Ok(consoles),
@@ -151,7 +153,7 @@ impl Vmm {
             hypervisor: Arc::clone(&self.hypervisor),
             spec: Arc::clone(&configured.spec),
             ports,
-            post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            post: EventPost { machine: self.boot.machines, mailbox: self.post.clone() },
             stages,
         };
         Ok((build, fresh))
@@ -187,10 +189,10 @@ impl Vmm {
 
     /// Tells what became of a boot, and of the reboot that it was of.
     fn boot_ended<T>(&mut self, stages: &Stages, result: Result<T, VmmError>) -> Result<T, VmmError> {
-        self.events.tell(self.machines, &told::boot_end(stages, result.as_ref().err()));
+        self.events.tell(self.boot.machines, &told::boot_end(stages, result.as_ref().err()));
         if let Some(old) = self.boot.replaces.take() {
             match result {
-                Ok(_) => self.events.tell(self.machines, &Event::Rebooted),
+                Ok(_) => self.events.tell(self.boot.machines, &Event::Rebooted),
                 Err(_) => self.events.tell(old, &Event::Shutdown),
             }
         }

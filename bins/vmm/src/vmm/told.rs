@@ -67,6 +67,12 @@ pub(super) fn exit(event: &MachineEvent) -> Option<(GuestEvent, Event)> {
     })
 }
 
+/// The end of a guest that said it had panicked, by the operator's choice.
+pub(super) fn ended_by_panic() -> Event {
+    let via = Some(ExitVia::Pvpanic);
+    Event::GuestExit { cause: ExitCause::Panic, via, vcpu: None, reason: None, code: None }
+}
+
 fn asked(cause: ExitCause, by: Cause) -> Event {
     let via = match by {
         Cause::I8042 => Some(ExitVia::I8042),

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::dma::DmaMemory;
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_pci::bdf::Bdf;
 use vmm_pci::host_bridge::Attachment;
 use vmm_snapshot::RecordError;
@@ -37,7 +38,7 @@ pub struct VirtioPci {
     threads: Threads,
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
-    slow_stop: Once,
+    slow_stop: Limiter,
     /// A driver set the device up, and did not reset it since.
     active: bool,
     changes: Vec<DeviceChange>,
@@ -72,7 +73,7 @@ impl VirtioPci {
             attention,
             threads: Threads::Idle,
             quiesced: false,
-            slow_stop: Once::new(),
+            slow_stop: Limiter::for_guest(),
             active: false,
             changes: Vec::new(),
         }
@@ -129,8 +130,8 @@ impl VirtioPci {
     fn follow_or_later(&mut self) -> Result<(), DeviceError> {
         match self.follow() {
             Err(e) if self.threads == Threads::Stopping || self.phase() == Phase::Resetting => {
-                if self.slow_stop.first() {
-                    log::warn!("virtio device {} takes long to stop: {e}", self.id);
+                if let Some(admitted) = self.slow_stop.admit(Instant::now()) {
+                    log::warn!(device = self.id.as_str(); "the device takes long to stop: {e}{admitted}");
                 }
                 self.attention.request();
                 Ok(())
@@ -218,6 +219,23 @@ impl VirtioPci {
     }
 }
 
+static INTERRUPTS: Family = Family {
+    name: "vmm_virtio_interrupts",
+    help: "Interrupts from a virtqueue to its driver.",
+    unit: "",
+    kind: Kind::Counter,
+};
+
+impl Metered for VirtioPci {
+    fn measure(&self, measures: &mut Measures) {
+        self.device.measure(measures);
+        let interrupt = Arc::clone(&self.front().interrupt);
+        for (queue, raised) in interrupt.raised().enumerate() {
+            measures.sample(&INTERRUPTS, &[("queue", &queue.to_string())], Value::Counter(raised));
+        }
+    }
+}
+
 impl Lifecycle for VirtioPci {
     fn service(&mut self) -> Result<(), DeviceError> {
         if self.quiesced {
@@ -242,7 +260,7 @@ impl Lifecycle for VirtioPci {
             // What the driver asked for just before the pause, and its mistake: its status register tells.
             Err(error) if starts => {
                 let cause = error.source().map(ToString::to_string).unwrap_or_default();
-                log::warn!("{error}: {cause}");
+                log::warn!(device = self.id.as_str(); "{error}: {cause}");
                 Ok(())
             }
             done => done,

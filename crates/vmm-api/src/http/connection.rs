@@ -1,6 +1,7 @@
 //! One client: what it sent, what it is owed, and when it is given up.
 
 use crate::error::{ApiError, Code};
+use crate::http::counts::{Counts, UNREADABLE};
 use crate::http::descriptors::{Waiting, receive, send};
 use crate::http::parser::{Manner, Parser, Progress, Request};
 use crate::http::response::{CONTINUE, refusal};
@@ -26,6 +27,7 @@ pub(crate) struct Connection {
     pub(crate) watched: EventSet,
     parser: Parser,
     descriptors: Waiting,
+    counts: Arc<Counts>,
     answer: Vec<u8>,
     /// Bytes of `answer` that are sent.
     sent: usize,
@@ -62,12 +64,13 @@ pub(crate) enum Step {
 }
 
 impl Connection {
-    pub(crate) fn new(stream: UnixStream, config: &Config, now: Instant) -> Self {
+    pub(crate) fn new(stream: UnixStream, config: &Config, counts: Arc<Counts>, now: Instant) -> Self {
         Self {
             stream,
             watched: EventSet::IN,
             parser: Parser::new(config.limits),
             descriptors: Waiting::new(config.max_descriptors),
+            counts,
             answer: Vec::new(),
             sent: 0,
             stage: Stage::Reading,
@@ -229,6 +232,7 @@ impl Connection {
     }
 
     fn refuse(&mut self, error: &ApiError, manner: Manner, now: Instant) {
+        self.counts.count(UNREADABLE, error.code.status());
         self.owe(refusal(error, Manner { keep_alive: false, ..manner }, &[]));
         self.enter(Stage::Closing, now);
     }

@@ -5,6 +5,7 @@
 //! to the host's mailbox and goes on; it never waits for the host. Answers that go on are [`stream`]s.
 
 mod connection;
+pub mod counts;
 pub(crate) mod descriptors;
 pub mod parser;
 pub mod response;
@@ -13,5 +14,6 @@ mod server;
 mod socket;
 pub mod stream;
 
+pub use counts::Counts;
 pub use server::{Config, Server, ServerError, ServerHandle};
 pub use socket::{ApiSocket, SocketError};

@@ -4,9 +4,10 @@ use crate::command::{ApiRequest, Endpoint, Incoming, Outcome, ReplySlot};
 use crate::config::UnknownFields;
 use crate::error::{ApiError, Code};
 use crate::http::connection::{Connection, Step};
+use crate::http::counts::{Counts, UNKNOWN};
 use crate::http::parser::{Limits, Manner, Request};
-use crate::http::response::{answer, refusal, stream_head};
-use crate::http::route::{Misrouted, route, stream_route};
+use crate::http::response::{answer, refusal, status, stream_head};
+use crate::http::route::{Misrouted, ROOT, route, stream_route};
 use crate::http::socket::ApiSocket;
 use crate::http::stream::{Query, Stream, StreamRoute, Streams};
 use std::collections::HashMap;
@@ -16,6 +17,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use vmm_device_model::limiter::Limiter;
 use vmm_epoll::{Inbox, Mailbox, mailbox};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -85,6 +87,7 @@ pub struct Server<H: 'static> {
     table: &'static [Endpoint<H>],
     streams: Streams,
     requests: Mailbox<ApiRequest<H>>,
+    counts: Arc<Counts>,
     notes: Mailbox<Note>,
     inbox: Inbox<Note>,
     epoll: Epoll,
@@ -173,6 +176,7 @@ impl<H: 'static> Server<H> {
             table,
             streams: Streams { routes: Vec::new(), ready: Arc::new(ready) },
             requests,
+            counts: Arc::default(),
             notes,
             inbox,
             epoll,
@@ -181,6 +185,12 @@ impl<H: 'static> Server<H> {
             next_client: FIRST_CLIENT,
             ends_at: None,
         })
+    }
+
+    /// Where it counts its answers.
+    #[must_use]
+    pub fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
     }
 
     /// The server has a stream, too.
@@ -280,15 +290,18 @@ impl<H: 'static> Server<H> {
             Ok(None) => {}
             Ok(Some(stream)) => {
                 let opened = self.open_stream(stream, &request.query);
+                let status = opened.as_ref().map_or_else(|error| error.code.status(), |_| 200);
+                self.counts.count(stream.name(), status);
                 return self.start_stream(id, opened, manner, now);
             }
-            Err(misrouted) => return self.refuse(id, &misrouted, manner, now),
+            Err(misrouted) => return self.refuse(id, &request.path, &misrouted, manner, now),
         }
         match route(self.table, manner.verb, &request.path) {
             Ok(endpoint) => {
                 log::debug!("API request {}", endpoint.name());
-                let notes = self.notes.clone();
+                let (notes, counts, name) = (self.notes.clone(), Arc::clone(&self.counts), endpoint.name());
                 let slot = ReplySlot::new(move |outcome| {
+                    counts.count(name, status(&outcome));
                     // The server may have ended; then nobody waits.
                     let _ = notes.send(Note::Reply { client: id, outcome });
                 });
@@ -299,12 +312,16 @@ impl<H: 'static> Server<H> {
                     let _ = self.requests.send(prepared);
                 }
             }
-            Err(misrouted) => self.refuse(id, &misrouted, manner, now),
+            Err(misrouted) => self.refuse(id, &request.path, &misrouted, manner, now),
         }
     }
 
-    fn refuse(&mut self, id: u64, misrouted: &Misrouted, manner: Manner, now: Instant) {
+    fn refuse(&mut self, id: u64, path: &str, misrouted: &Misrouted, manner: Manner, now: Instant) {
         log::debug!("API request refused: {}", misrouted.error);
+        let name = path.strip_prefix(ROOT).unwrap_or_default();
+        let streams = self.streams.routes.iter().map(|stream| stream.name());
+        let known = self.table.iter().map(Endpoint::name).chain(streams).find(|known| *known == name);
+        self.counts.count(known.unwrap_or(UNKNOWN), misrouted.error.code.status());
         if let Some(client) = self.clients.get_mut(&id) {
             client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
         }
@@ -384,7 +401,11 @@ impl<H: 'static> Server<H> {
             Ok((stream, _)) => self.admit(stream, now),
             Err(error) if is_passing(&error) => {}
             Err(error) => {
-                log::warn!("cannot accept an API connection: {error}");
+                // As often as clients come while there are no descriptors.
+                static TOLD: Limiter = Limiter::for_guest();
+                if let Some(admitted) = TOLD.admit(now) {
+                    log::warn!("cannot accept an API connection: {error}{admitted}");
+                }
                 self.close_door(rest(now));
             }
         }
@@ -397,7 +418,7 @@ impl<H: 'static> Server<H> {
             return log::warn!("cannot watch an API connection: {error}");
         }
         self.next_client = self.next_client.saturating_add(1);
-        self.clients.insert(id, Connection::new(stream, &self.config, now));
+        self.clients.insert(id, Connection::new(stream, &self.config, Arc::clone(&self.counts), now));
     }
 
     /// All places are taken: the connection idle for longest gives way if it was idle long enough. Otherwise the door

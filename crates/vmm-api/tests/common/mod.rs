@@ -10,7 +10,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_api::client::Client;
@@ -18,7 +18,7 @@ use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{EventRoute, Journal};
-use vmm_api::http::{ApiSocket, Config, Server, ServerHandle};
+use vmm_api::http::{ApiSocket, Config, Counts, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_epoll::{ControlLoop, Mailbox, Stopper, mailbox};
 use vmm_state::{Phase, VmSlot};
@@ -180,6 +180,7 @@ pub(crate) struct Rig {
     server: Option<ServerHandle>,
     host: Option<JoinHandle<()>>,
     stopper: Stopper,
+    pub(crate) counts: Arc<Counts>,
     releases: Mailbox<()>,
     /// What `vmm.events` streams.
     pub(crate) journal: Journal,
@@ -224,10 +225,12 @@ impl Rig {
         });
         let socket = ApiSocket::bind(&path).unwrap();
         let server = Server::new(socket, &TABLE, requests, config).unwrap();
-        let server = server.with_stream(EventRoute(journal.clone())).start(|| ()).unwrap();
+        let server = server.with_stream(EventRoute(journal.clone()));
+        let counts = server.counts();
+        let server = server.start(|| ()).unwrap();
         let stopper = stopper.recv().unwrap();
         let (folder, server, host) = (Some(folder), Some(server), Some(host));
-        Self { path, folder, server, host, stopper, releases, journal }
+        Self { path, folder, server, host, stopper, counts, releases, journal }
     }
 
     pub(crate) fn client(&self) -> Client {
