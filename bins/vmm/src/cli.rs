@@ -126,10 +126,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     let unknown_fields = process::unknown_fields(&matches, &mut faults);
     let log = process::log_options(&matches, &mut faults);
     let reactions = process::reactions(&matches, &mut faults);
-    if vm_flags(&matches).is_empty() && api_socket.is_none() && faults.is_empty() {
+    let flags = vm_flags(&matches);
+    if flags.is_empty() && api_socket.is_none() && faults.is_empty() {
         return Err(UsageError::NothingToDo);
     }
-    let config = vm_of(&matches, &mut faults);
+    let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
     if faults.is_empty() {
         let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
