@@ -40,7 +40,7 @@ fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
 /// A machine, and what it tells.
 fn build_told(fake: &Fake, spec: &MachineSpec) -> Result<(Machine, Inbox<MachineMessage>), MachineError> {
     let (mailbox, inbox) = mailbox().unwrap();
-    let post = EventPost { machine: 1, mailbox };
+    let post = EventPost::new(1, mailbox);
     Ok((Machine::build(fake, spec, &Ports::default(), &post, &mut Stages::default())?, inbox))
 }
 

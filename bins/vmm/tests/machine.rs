@@ -30,7 +30,7 @@ fn run(scratch: &Scratch, guest: Guest) -> Running {
     let consoles = Consoles::open(&spec).unwrap();
     let ports = Ports { serial: consoles.serial.as_ref().map(Console::end), ..Ports::default() };
     let (mailbox, inbox) = mailbox().unwrap();
-    let post = EventPost { machine: 1, mailbox };
+    let post = EventPost::new(1, mailbox);
     let mut machine =
         Machine::build(&Kvm::open().unwrap(), &spec, &ports, &post, &mut Stages::default()).unwrap();
     machine.start();

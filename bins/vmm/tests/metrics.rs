@@ -32,7 +32,7 @@ fn the_documented_table_is_this_one() {
     let ports =
         Ports { serial: end(&consoles.serial), console: end(&consoles.console), debug: end(&consoles.debug) };
     let (mailbox, _inbox) = mailbox().unwrap();
-    let post = EventPost { machine: 1, mailbox };
+    let post = EventPost::new(1, mailbox);
     let machine = Machine::build(&Fake::new(), &spec, &ports, &post, &mut Stages::default()).unwrap();
 
     let page = vmm::metrics::page(Some(&machine), Some(&Counts::default()));

@@ -153,7 +153,7 @@ impl Vmm {
             hypervisor: Arc::clone(&self.hypervisor),
             spec: Arc::clone(&configured.spec),
             ports,
-            post: EventPost { machine: self.boot.machines, mailbox: self.post.clone() },
+            post: EventPost::new(self.boot.machines, self.post.clone()),
             stages,
         };
         Ok((build, fresh))
