@@ -71,6 +71,27 @@ fn the_limit_is_for_the_whole_answer() {
 }
 
 #[test]
+fn a_calls_limit_does_not_outlive_it() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    // Another name of the same socket, whose time limit it shows.
+    let socket = ours.try_clone().unwrap();
+    let mut client = Client::from(ours);
+    client.set_timeout(Some(LONG)).unwrap();
+    let vmm = thread::spawn(move || {
+        assert!(peer.read(&mut [0; 4096]).unwrap() > 0);
+        let whole = answer("200 OK", r#"{"version": "1"}"#);
+        let (first, second) = whole.split_at(20);
+        peer.write_all(first.as_bytes()).unwrap();
+        // What is left of the time for the second is less.
+        thread::sleep(SHORT);
+        peer.write_all(second.as_bytes()).unwrap();
+    });
+    client.call::<vmm::Ping>(&()).unwrap();
+    vmm.join().unwrap();
+    assert_eq!(socket.read_timeout().unwrap(), Some(LONG));
+}
+
+#[test]
 fn a_vmm_that_goes_away_is_told_from_one_that_is_late() {
     let (mut client, peer) = pair();
     drop(peer);
