@@ -80,11 +80,11 @@ fn a_calls_limit_does_not_outlive_it() {
     let vmm = thread::spawn(move || {
         assert!(peer.read(&mut [0; 4096]).unwrap() > 0);
         let whole = answer("200 OK", r#"{"version": "1"}"#);
-        let (first, second) = whole.split_at(20);
-        peer.write_all(first.as_bytes()).unwrap();
-        // What is left of the time for the second is less.
-        thread::sleep(SHORT);
-        peer.write_all(second.as_bytes()).unwrap();
+        // What is left of the time for the last part is less than all of it.
+        for part in whole.as_bytes().chunks(20) {
+            thread::sleep(SHORT);
+            peer.write_all(part).unwrap();
+        }
     });
     client.call::<vmm::Ping>(&()).unwrap();
     vmm.join().unwrap();
