@@ -9,19 +9,23 @@ mod error;
 mod process;
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::ArgMatches;
 use clap::error::ErrorKind;
+use clap::{ArgMatches, Command};
+use clap_complete::Shell;
 use vmm_api::config::{Fault, UnknownFields, Warning};
 use vmm_api::options::{Arity, FLAGS, VmFlags};
 use vmm_api::spec::{Checked, MachineSpec, fill_ids};
 use vmm_state::Reactions;
 
+use crate::ctl;
 use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 use command::Help;
+pub(crate) use command::{CH_REMOTE, vm_arguments};
+pub use command::{shell_command, whole_command};
 pub use error::UsageError;
 
 /// The newest release of the contract that is followed, as its version is printed.
@@ -44,7 +48,9 @@ pub enum Invocation {
         /// Answer in JSON.
         json: bool,
     },
-    /// Print this text on standard output, and be done: help or version.
+    /// Send a command to a VMM.
+    Ctl(Box<ctl::Job>),
+    /// Print this text on standard output, and be done: help, version, a shell's completion.
     Print(String),
 }
 
@@ -103,24 +109,19 @@ pub enum SeccompMode {
 /// All that is wrong with them, by flag and key. What clap cannot split into flags and values is reported alone.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
     let args: Vec<OsString> = args.into_iter().collect();
+    if let Some(answer) = subcommand(&args) {
+        return answer;
+    }
     let name = args.first().map_or(OsStr::new(""), OsString::as_os_str);
     let read = |help| command::command(help, name).try_get_matches_from(&args);
     let matches = match read(Help::Brief) {
-        Ok(matches) => Ok(matches),
-        Err(error) if error.kind() == ErrorKind::DisplayHelp => read(Help::Full),
-        Err(error) => Err(error),
-    };
-    let matches = match matches {
         Ok(matches) => matches,
-        Err(error) => return by_clap(&error),
+        // The whole command line also knows what is nearest to a mistake.
+        Err(_) => match read(Help::Full) {
+            Ok(matches) => matches,
+            Err(error) => return by_clap(&error),
+        },
     };
-    if let Some((command::DOCTOR, doctor)) = matches.subcommand() {
-        return Ok(Invocation::Doctor { json: doctor.get_flag("json") });
-    }
-    if let Some((command::VALIDATE, validate)) = matches.subcommand() {
-        let file = validate.get_one::<PathBuf>("file").filter(|file| file.as_os_str() != "-").cloned();
-        return Ok(Invocation::Validate { file, json: validate.get_flag("json") });
-    }
 
     let mut faults = process::later(&matches);
     let api_socket = process::api_socket(&matches, &mut faults);
@@ -156,8 +157,37 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
 }
 
+/// What a subcommand comes to, if there is one: only then its command line is made.
+fn subcommand(args: &[OsString]) -> Option<Result<Invocation, UsageError>> {
+    let (program, rest) = args.split_first()?;
+    if Path::new(program).file_name().is_some_and(|name| name == CH_REMOTE) {
+        return Some(ctl::parse(rest, true));
+    }
+    let (word, rest) = rest.split_first()?;
+    let read = |command: Command, then: fn(&ArgMatches) -> Invocation| {
+        let name = command.get_name().to_owned();
+        let matches = command.bin_name(name).no_binary_name(true).try_get_matches_from(rest);
+        Some(matches.map(|matches| then(&matches)).or_else(|error| by_clap(&error)))
+    };
+    match word.to_str()? {
+        command::DOCTOR => {
+            read(command::doctor("vmm doctor"), |given| Invocation::Doctor { json: given.get_flag("json") })
+        }
+        command::VALIDATE => read(command::validate("vmm validate"), |given| {
+            let file = given.get_one::<PathBuf>("file").filter(|file| file.as_os_str() != "-").cloned();
+            Invocation::Validate { file, json: given.get_flag("json") }
+        }),
+        command::COMPLETION => read(command::completion("vmm completion"), |given| {
+            let shell = given.get_one::<Shell>("shell").copied().unwrap_or(Shell::Bash);
+            Invocation::Print(command::script(shell))
+        }),
+        command::CTL => Some(ctl::parse(rest, false)),
+        _ => None,
+    }
+}
+
 /// Help and version are answers; the rest is an error.
-fn by_clap(error: &clap::Error) -> Result<Invocation, UsageError> {
+pub(crate) fn by_clap(error: &clap::Error) -> Result<Invocation, UsageError> {
     let text = error.render().to_string();
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Invocation::Print(text)),
@@ -184,6 +214,12 @@ fn vm_flags(matches: &ArgMatches) -> VmFlags {
         }
     }
     flags
+}
+
+/// The VM that the flags among the arguments describe, if there are any.
+pub(crate) fn vm_of(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Option<Checked> {
+    let flags = vm_flags(matches);
+    if flags.is_empty() { None } else { checked(&flags, faults) }
 }
 
 /// The VM that the flags describe; faults and warnings name flags and keys.

@@ -12,6 +12,10 @@ pub enum ExitCode {
     VmmError = 1,
     /// The command line is wrong.
     Usage = 2,
+    /// No VMM answers.
+    NoVmm = 3,
+    /// A time limit passed.
+    TimedOut = 4,
     /// The guest crashed.
     GuestCrashed = 10,
     /// A thread made a system call that its filter forbids.
@@ -20,20 +24,29 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// All of them, by number.
-    pub const ALL: [Self; 5] =
-        [Self::Success, Self::VmmError, Self::Usage, Self::GuestCrashed, Self::ForbiddenCall];
+    pub const ALL: [Self; 7] = [
+        Self::Success,
+        Self::VmmError,
+        Self::Usage,
+        Self::NoVmm,
+        Self::TimedOut,
+        Self::GuestCrashed,
+        Self::ForbiddenCall,
+    ];
 
     /// What it means, for people.
     #[must_use]
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Success => {
-                "The guest powered off, or a client or a signal ended the VMM; `doctor`: a VM can run here."
+                "The guest powered off, or a client or a signal ended the VMM; `doctor`: a VM can run here; `ctl`: it is done."
             }
             Self::VmmError => {
-                "The VMM could not start or go on; `doctor`: no VM can run here; `validate`: the VM would not boot."
+                "The VMM could not start or go on; `doctor`: no VM can run here; `validate`: the VM would not boot; `ctl`: the VMM refuses, or the command failed."
             }
             Self::Usage => "The command line is wrong; nothing was started.",
+            Self::NoVmm => "`ctl`: no VMM listens at the socket, or it went away before it answered.",
+            Self::TimedOut => "`ctl`: the time limit passed.",
             Self::GuestCrashed => "The guest crashed: KVM could not go on with a vCPU.",
             Self::ForbiddenCall => {
                 "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."

@@ -6,6 +6,7 @@
 pub mod boot_trace;
 pub mod cli;
 pub mod console;
+pub mod ctl;
 pub mod doctor;
 pub mod events;
 pub mod exit;

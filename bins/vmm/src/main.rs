@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use vmm::boot_trace::Startup;
 use vmm::cli::{self, Invocation};
 use vmm::exit::{self, ExitCode};
-use vmm::{console, doctor, logger, run, validate};
+use vmm::{console, ctl, doctor, logger, run, validate};
 
 fn main() -> std::process::ExitCode {
     let mut startup = Startup::begin();
@@ -13,6 +13,7 @@ fn main() -> std::process::ExitCode {
         Ok(Invocation::Run(options)) => start(*options, startup),
         Ok(Invocation::Doctor { json }) => doctor::run(json),
         Ok(Invocation::Validate { file, json }) => validate::run(file.as_deref(), json),
+        Ok(Invocation::Ctl(job)) => ctl::run(*job),
         Ok(Invocation::Print(text)) => {
             // Nobody may be listening any more; `print!` would panic.
             let _ = io::stdout().write_all(text.as_bytes());

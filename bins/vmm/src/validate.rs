@@ -33,19 +33,23 @@ pub fn run(file: Option<&Path>, json: bool) -> ExitCode {
 fn check(file: Option<&Path>) -> Result<ValidateReply, String> {
     let name = file.map_or("standard input".to_owned(), |file| file.display().to_string());
     let unreadable = |error: io::Error| format!("error: cannot read {name}\n  caused by: {error}");
-    let mut body = Vec::new();
-    // One byte more than a document may have tells one that is too long.
-    let most = MAX_DOCUMENT as u64 + 1;
-    match file {
-        Some(file) => File::open(file).and_then(|file| file.take(most).read_to_end(&mut body)),
-        None => io::stdin().lock().take(most).read_to_end(&mut body),
-    }
-    .map_err(unreadable)?;
+    let body = document(file).map_err(unreadable)?;
     let request = ValidateRequest::decode(Incoming { body, ..Incoming::default() });
     let request = request.map_err(|error| format!("error: {name}: {error}"))?;
     // Without KVM there is no limit to hold against the document; `vmm doctor` tells of KVM.
     let most_vcpus = Kvm::open().map_or(u32::MAX, |kvm| kvm.max_vcpus());
     Ok(preflight::report(request, most_vcpus))
+}
+
+/// The content of a file, or of standard input; of one that is too long for a document, a byte more than may be.
+pub(crate) fn document(file: Option<&Path>) -> io::Result<Vec<u8>> {
+    let mut body = Vec::new();
+    let most = MAX_DOCUMENT as u64 + 1;
+    match file {
+        Some(file) => File::open(file)?.take(most).read_to_end(&mut body)?,
+        None => io::stdin().lock().take(most).read_to_end(&mut body)?,
+    };
+    Ok(body)
 }
 
 fn as_json(reply: &ValidateReply) -> String {
@@ -55,7 +59,8 @@ fn as_json(reply: &ValidateReply) -> String {
     }
 }
 
-fn as_text(reply: &ValidateReply) -> String {
+/// What stands against the boot, one a line.
+pub(crate) fn as_text(reply: &ValidateReply) -> String {
     let lines = |word: &str, list: &[vmm_api::error::FaultReport]| -> String {
         list.iter().map(|fault| format!("{word}: {}: {}\n", fault.path, fault.message)).collect()
     };

@@ -332,26 +332,27 @@ impl ErrorForm {
 }
 
 /// The RFC 9457 body of an error. `type` is left out, which means `about:blank`: the title is the status phrase.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Problem {
     /// The phrase of the status.
     pub title: String,
     /// The HTTP status.
     pub status: u16,
-    /// The stable word of [`Code`].
+    /// The stable word of [`Code`]; empty in what other VMMs answer.
     pub code: String,
     /// What failed.
     pub detail: String,
     /// What failed, then what that came from.
     pub causes: Vec<String>,
     /// What is wrong with the document that was sent.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<FaultReport>,
     /// The phase the VM is in, where that was the reason.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub phase: Option<String>,
     /// The phases in which the request would be accepted, where that was the reason.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allowed_phases: Vec<String>,
 }
 

@@ -4,17 +4,28 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use clap::builder::ValueParser;
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, Command, value_parser};
+use clap_complete::Shell;
 use vmm_api::options::{Arity, FLAGS, Flag, help_for};
 use vmm_state::GuestEvent;
 
 use super::CONTRACT_VERSION;
+use crate::ctl;
 
 /// Name of the subcommand that checks the machine.
 pub(super) const DOCTOR: &str = "doctor";
 
 /// Name of the subcommand that checks a configuration.
 pub(super) const VALIDATE: &str = "validate";
+
+/// Name of the subcommand that talks to a VMM.
+pub(super) const CTL: &str = "ctl";
+
+/// Name of the subcommand that prints a shell's completion.
+pub(super) const COMPLETION: &str = "completion";
+
+/// The contract's name for the program that `ctl` is.
+pub(crate) const CH_REMOTE: &str = "ch-remote";
 
 /// The flags that choose what follows guest events, and the events.
 pub(super) const REACTIONS: [(&str, GuestEvent, &str); 4] = [
@@ -72,7 +83,8 @@ pub(super) enum Help {
 /// The name that management software starts its VMM under, to read the version of the contract.
 const CONTRACT_NAME: &str = "cloud-hypervisor";
 
-/// The command line of a program that was started as `name`.
+/// The command line of a program that was started as `name`, without what only a subcommand takes: that is made when
+/// there is one.
 pub(super) fn command(help: Help, name: &OsStr) -> Command {
     let command = command_of_vmm(help);
     let file_name = Path::new(name).file_name();
@@ -85,27 +97,7 @@ pub(super) fn command(help: Help, name: &OsStr) -> Command {
 }
 
 fn command_of_vmm(help: Help) -> Command {
-    let doctor = Command::new(DOCTOR)
-        .about("Check whether and how well this machine runs VMs, and say what to do where it does not")
-        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
-    let validate = Command::new(VALIDATE)
-        .about("Check a VM's configuration (the JSON of vm.create) against this build and this machine")
-        .arg(valued(Arg::new("file"), "FILE", ValueParser::path_buf()).required(true).help("The file, or -"))
-        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
-    let command = Command::new("vmm")
-        .version(concat!("v", env!("CARGO_PKG_VERSION")))
-        .about("Runs a virtual machine on Linux KVM.")
-        .override_usage(
-            "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
-             vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
-             vmm validate FILE [--json]           check a configuration\n       \
-             vmm doctor [--json]                  check this machine",
-        )
-        .max_term_width(110)
-        .args_conflicts_with_subcommands(true)
-        .disable_help_subcommand(true)
-        .subcommand(doctor)
-        .subcommand(validate)
+    let command = base()
         .args(vm_flags(help))
         .args(process_flags())
         .args(reaction_flags())
@@ -113,9 +105,79 @@ fn command_of_vmm(help: Help) -> Command {
     match help {
         Help::Brief => command,
         Help::Full => command
+            .subcommands(subcommands())
             .after_help(format!("{EXAMPLES}\n`vmm --help` lists the keys of each flag."))
             .after_long_help(format!("{SYNTAX}\n{}\n{EXAMPLES}", not_built())),
     }
+}
+
+fn base() -> Command {
+    Command::new("vmm")
+        .version(concat!("v", env!("CARGO_PKG_VERSION")))
+        .about("Runs a virtual machine on Linux KVM.")
+        .override_usage(
+            "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
+             vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
+             vmm ctl COMMAND ...                  send a command to a VMM\n       \
+             vmm validate FILE [--json]           check a configuration\n       \
+             vmm doctor [--json]                  check this machine",
+        )
+        .max_term_width(110)
+        .args_conflicts_with_subcommands(true)
+        .disable_help_subcommand(true)
+}
+
+fn subcommands() -> [Command; 4] {
+    [ctl::command(ctl::NAME).name(CTL), validate(VALIDATE), doctor(DOCTOR), completion(COMPLETION)]
+}
+
+/// The whole command line with all its subcommands and texts, for manual pages.
+#[must_use]
+pub fn whole_command() -> Command {
+    command_of_vmm(Help::Full)
+}
+
+/// The whole command line as shells complete it: without what is refused.
+#[must_use]
+pub fn shell_command() -> Command {
+    base().args(shown_flags(Help::Brief)).args(process_flags()).args(reaction_flags()).subcommands([
+        ctl::command(CTL),
+        completion(COMPLETION),
+        validate(VALIDATE),
+        doctor(DOCTOR),
+    ])
+}
+
+/// What makes the shell complete command lines.
+pub(super) fn script(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut shell_command(), "vmm", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+/// The flags of a VM, for a subcommand that takes them too.
+pub(crate) fn vm_arguments() -> impl Iterator<Item = Arg> {
+    vm_flags(Help::Brief)
+}
+
+pub(super) fn doctor(name: &'static str) -> Command {
+    Command::new(name)
+        .about("Check whether and how well this machine runs VMs, and say what to do where it does not")
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"))
+}
+
+pub(super) fn validate(name: &'static str) -> Command {
+    Command::new(name)
+        .about("Check a VM's configuration (the JSON of vm.create) against this build and this machine")
+        .arg(valued(Arg::new("file"), "FILE", ValueParser::path_buf()).required(true).help("The file, or -"))
+        .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"))
+}
+
+pub(super) fn completion(name: &'static str) -> Command {
+    let shell = Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(Shell));
+    Command::new(name)
+        .about("Print what makes a shell complete the command lines of vmm")
+        .arg(shell.hide_possible_values(true).help("bash, fish or zsh"))
 }
 
 const EXAMPLES: &str = "\
@@ -142,11 +204,14 @@ Option strings:
 
 /// The flags about the VM: those that help shows first, in its order.
 fn vm_flags(help: Help) -> impl Iterator<Item = Arg> {
-    let shown = SHOWN.iter().flat_map(move |(heading, names)| {
-        names.iter().filter_map(move |name| Some(vm_flag(Flag::by_name(name)?, help).help_heading(*heading)))
-    });
     let hidden = FLAGS.iter().filter(|flag| !is_shown(flag.name));
-    shown.chain(hidden.map(move |flag| vm_flag(flag, help).hide(true)))
+    shown_flags(help).chain(hidden.map(move |flag| vm_flag(flag, help).hide(true)))
+}
+
+fn shown_flags(help: Help) -> impl Iterator<Item = Arg> {
+    SHOWN.iter().flat_map(move |(heading, names)| {
+        names.iter().filter_map(move |name| Some(vm_flag(Flag::by_name(name)?, help).help_heading(*heading)))
+    })
 }
 
 fn is_shown(name: &str) -> bool {

@@ -362,3 +362,22 @@ fn version_and_doctor() {
     assert!(matches!(parsed(&["doctor"]), Ok(Invocation::Doctor { json: false })));
     assert!(matches!(parsed(&["doctor", "--json"]), Ok(Invocation::Doctor { json: true })));
 }
+
+#[test]
+fn subcommands_are_made_only_when_they_are_asked_for() {
+    assert_eq!(
+        command::command(Help::Brief, "vmm".as_ref()).get_subcommands().count(),
+        0,
+        "each start would pay for them"
+    );
+    assert!(matches!(parsed(&["ctl", "--api-socket", "s", "info"]), Ok(Invocation::Ctl(_))));
+    assert!(text(&["ctl", "-h"]).contains("\nUsage: vmm ctl [OPTIONS] <COMMAND>\n"));
+    assert!(text(&["ctl", "resize", "-h"]).contains("\nUsage: vmm ctl resize [OPTIONS]\n"));
+    assert!(text(&["completion", "bash"]).contains("add-generic-vhost-user"));
+    // Their names are no values of other flags, and mistakes are helped.
+    assert!(error(&["-v", "ctl", "info"]).contains("ctl"));
+    assert!(error(&["doctr"]).contains("'doctor'"));
+    let as_contract = |args: &[&str]| parse(["/usr/bin/ch-remote"].iter().chain(args).map(OsString::from));
+    assert!(matches!(as_contract(&["--api-socket", "path=s", "info"]), Ok(Invocation::Ctl(_))));
+    assert!(as_contract(&["doctor"]).is_err());
+}

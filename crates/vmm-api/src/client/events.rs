@@ -1,6 +1,7 @@
 //! The events of a VMM, one after the other.
 
 use std::io;
+use std::time::Duration;
 
 use super::{Client, ClientError, MAX_HEAD, read_head};
 use crate::events::{EVENTS_ROUTE, StreamItem};
@@ -45,6 +46,9 @@ impl Client {
 
     fn stream_events(mut self, query: &str) -> Result<EventReader, ClientError> {
         let unreadable = |what: String| ClientError::Answer { name: EVENTS_ROUTE.to_owned(), what };
+        if self.out_of_step {
+            return Err(ClientError::OutOfStep { name: EVENTS_ROUTE.to_owned() });
+        }
         let request = format!(
             "GET {ROOT}{EVENTS_ROUTE}?{query} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\r\n"
         );
@@ -63,24 +67,43 @@ impl Client {
                 None => self.fill(EVENTS_ROUTE)?,
             }
         }
-        let answer = self.read_answer(EVENTS_ROUTE)?;
-        Err(match serde_json::from_slice(&answer.body) {
-            Ok(problem) => ClientError::Refused(Box::new(problem)),
-            Err(_) => unreadable(format!("status {} without a problem report", answer.status)),
-        })
+        match self.read_answer(EVENTS_ROUTE)?.judge() {
+            Ok(answer) => Err(unreadable(format!("status {} is no stream's", answer.status))),
+            Err(error) => Err(error),
+        }
     }
 }
 
 impl EventReader {
-    fn read(&mut self) -> Result<Option<StreamItem>, ClientError> {
+    /// Limits the wait for the next event.
+    ///
+    /// # Errors
+    /// The time is zero.
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.client.set_timeout(timeout)
+    }
+
+    /// The next line as it came, with its end; for those who pass it on.
+    pub fn next_line(&mut self) -> Option<Result<Vec<u8>, ClientError>> {
+        if self.ended {
+            return None;
+        }
+        let line = self.read();
+        self.ended = match &line {
+            Ok(line) => line.is_none(),
+            Err(error) => !error.is_timeout(),
+        };
+        line.transpose()
+    }
+
+    fn read(&mut self) -> Result<Option<Vec<u8>>, ClientError> {
         let unreadable = |what: String| ClientError::Answer { name: EVENTS_ROUTE.to_owned(), what };
         let mut searched = 0;
         loop {
             let buffer = &mut self.client.buffer;
             let found = buffer.iter().skip(searched).position(|byte| *byte == b'\n');
             if let Some(end) = found.map(|at| searched.saturating_add(at)) {
-                let line: Vec<u8> = buffer.drain(..=end).collect();
-                return StreamItem::parse(&line).map(Some).map_err(|error| unreadable(error.to_string()));
+                return Ok(Some(buffer.drain(..=end).collect()));
             }
             if buffer.len() > MAX_LINE {
                 return Err(unreadable("a line is too long".to_owned()));
@@ -101,18 +124,12 @@ impl Iterator for EventReader {
     type Item = Result<StreamItem, ClientError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let item = self.read();
-        let passing = |error: &ClientError| {
-            matches!(error, ClientError::Io { source, .. }
-                if matches!(source.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
-        };
-        self.ended = match &item {
-            Ok(item) => item.is_none(),
-            Err(error) => !passing(error),
-        };
-        item.transpose()
+        let line = self.next_line()?;
+        Some(line.and_then(|line| {
+            StreamItem::parse(&line).map_err(|error| {
+                self.ended = true;
+                ClientError::Answer { name: EVENTS_ROUTE.to_owned(), what: error.to_string() }
+            })
+        }))
     }
 }

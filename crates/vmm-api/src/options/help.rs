@@ -12,8 +12,11 @@ use crate::config::table::{Field, Need, Shape, Status, Table};
 /// The keys of a flag's option string with their values and defaults, one a line; `None` if it has none.
 #[must_use]
 pub fn help_for(flag: &str) -> Option<String> {
-    let flag = Flag::by_name(flag)?;
-    let table = flag.table()?;
+    Some(keys(Flag::by_name(flag)?.table()?))
+}
+
+/// The keys of an object's option string.
+pub(super) fn keys(table: &Table) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.
     if let Some(mode) = table.by_name("mode") {
@@ -37,7 +40,7 @@ pub fn help_for(flag: &str) -> Option<String> {
     if !later.is_empty() {
         let _ = writeln!(text, "Not in this build yet, accepted at their defaults: {}", later.join(", "));
     }
-    Some(text)
+    text
 }
 
 fn sockets(table: &Table) -> &'static str {

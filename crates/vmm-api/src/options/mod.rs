@@ -149,6 +149,77 @@ impl Flag {
     }
 }
 
+/// An object of the contract that an option string can say.
+pub trait FromOptions: Sized {
+    /// The object that `text` says, `path=/d,readonly=on` for a [`DiskConfig`]; `place` names the text in faults. What
+    /// this build does not support is not refused.
+    ///
+    /// ```
+    /// use vmm_api::config::DiskConfig;
+    /// use vmm_api::options::FromOptions;
+    ///
+    /// assert!(DiskConfig::from_options("add-disk", "path=/d,readonly=on").unwrap().readonly);
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// All faults, each with `place` and its key (`add-disk path`).
+    ///
+    /// [`DiskConfig`]: crate::config::DiskConfig
+    fn from_options(place: &str, text: &str) -> Result<Self, Vec<Fault>>;
+
+    /// The keys with their values and defaults, one a line.
+    fn option_help() -> String;
+}
+
+impl<T: Wire> FromOptions for T {
+    fn from_options(place: &str, text: &str) -> Result<Self, Vec<Fault>> {
+        let mut faults = Vec::new();
+        let node = match T::shape() {
+            Shape::Object(table) => OptionReader::new(place.to_owned(), &mut faults).object(text, table),
+            _ => Node::Text(text.to_owned()),
+        };
+        let mut reader = Reader::new(UnknownFields::Refuse);
+        let value = T::read(&node, &mut reader);
+        for fault in reader.finish().0 {
+            let keys: Vec<&str> = fault.path.split('.').map(|name| key_of(T::shape(), name)).collect();
+            let path = format!("{place} {}", keys.join(" "));
+            // A text that could not be read leaves its field missing; that was said already.
+            if !faults.iter().any(|known| known.path == path) {
+                faults.push(Fault { path, ..fault });
+            }
+        }
+        value.filter(|_| faults.is_empty()).ok_or(faults)
+    }
+
+    fn option_help() -> String {
+        match T::shape() {
+            Shape::Object(table) => help::keys(table),
+            _ => String::new(),
+        }
+    }
+}
+
+/// The key of an option string that sets the field `name`.
+fn key_of(shape: Shape, name: &str) -> &str {
+    match shape {
+        Shape::Object(table) => table
+            .by_name(name)
+            .map_or(name, |field| if field.key.is_empty() { field.name } else { field.key }),
+        _ => name,
+    }
+}
+
+/// A number of bytes with its suffix, `512M`; `None` if it is none.
+///
+/// ```
+/// assert_eq!(vmm_api::options::size("512M"), Some(512 << 20));
+/// ```
+#[must_use]
+pub fn size(text: &str) -> Option<u64> {
+    text::bytes(text)
+}
+
 /// A name that is not a flag of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no flag of the configuration is called --{name}")]

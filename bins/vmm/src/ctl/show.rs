@@ -1,0 +1,162 @@
+//! Replies as tables. Control characters of foreign texts do not reach the terminal.
+
+use vmm_api::config::{Bytes, VmConfig};
+use vmm_api::info::{CountersReply, DeviceNode, VmInfo};
+
+/// A text whose control characters are escaped.
+pub(super) fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { plain.extend(c.escape_default()) } else { plain.push(c) }
+    }
+    plain
+}
+
+/// `vm.info`: what the VM is, then its devices.
+pub(super) fn info(info: &VmInfo) -> String {
+    let VmInfo { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = info;
+    // Other VMMs tell no phase and do not count.
+    let phase = if phase.is_empty() { format!("{state:?}") } else { plain(phase) };
+    let mut facts = vec![["state", &phase].map(str::to_owned)];
+    if *boots > 0 {
+        facts.push(["boots".to_owned(), boots.to_string()]);
+    }
+    if let Some(event) = last_guest_event {
+        facts.push(["last event".to_owned(), plain(event)]);
+    }
+    facts.push(["vCPUs".to_owned(), vcpus(config)]);
+    facts.push(["memory".to_owned(), Bytes(*memory_actual_size).to_string()]);
+    facts.extend(boots_what(config).map(|(what, path)| [what.to_owned(), path]));
+    let mut text = table(&facts);
+    if let Some(tree) = device_tree {
+        let header = ["DEVICE", "ADDRESS", "PARENT"].map(str::to_owned);
+        let rows: Vec<[String; 3]> = [header].into_iter().chain(tree.values().map(device)).collect();
+        text.push('\n');
+        text.push_str(&table(&rows));
+    }
+    text
+}
+
+fn vcpus(config: &VmConfig) -> String {
+    let (boot, max) = (config.cpus.boot_vcpus, config.cpus.max_vcpus);
+    if max == boot { boot.to_string() } else { format!("{boot} of {max}") }
+}
+
+/// The files that the VM boots from.
+fn boots_what(config: &VmConfig) -> impl Iterator<Item = (&'static str, String)> {
+    let payload = config.payload.clone().unwrap_or_default();
+    let path = |path: std::path::PathBuf| plain(&path.to_string_lossy());
+    let files =
+        [("kernel", payload.kernel), ("initramfs", payload.initramfs), ("firmware", payload.firmware)];
+    files.into_iter().filter_map(move |(what, file)| Some((what, path(file?))))
+}
+
+fn device(node: &DeviceNode) -> [String; 3] {
+    let or_dash = |text: &Option<String>| text.as_deref().map_or("-".to_owned(), plain);
+    [plain(&node.id), or_dash(&node.pci_bdf), or_dash(&node.parent)]
+}
+
+/// `vm.counters`: one counter a line.
+pub(super) fn counters(counters: &CountersReply) -> String {
+    let header = ["DEVICE", "COUNTER", "VALUE"].map(str::to_owned);
+    let rows = counters.0.iter().flat_map(|(device, counters)| {
+        counters.iter().map(|(counter, value)| [plain(device), plain(counter), value.to_string()])
+    });
+    table(&[header].into_iter().chain(rows).collect::<Vec<_>>())
+}
+
+/// Columns two spaces apart; what is only numbers below its header stands at the right.
+pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width =
+        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
+    let numbers: [bool; N] = std::array::from_fn(|column| {
+        let below = rows.iter().skip(1).filter_map(|row| row.get(column));
+        column > 0 && N > 2 && rows.len() > 1 && below.into_iter().all(|cell| cell.parse::<u64>().is_ok())
+    });
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(widths.iter().zip(&numbers)).map(|(cell, (width, number))| {
+            if *number { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmm_api::config::PayloadConfig;
+    use vmm_api::info::VmState;
+
+    fn node(id: &str, bdf: Option<&str>) -> (String, DeviceNode) {
+        let node = DeviceNode { id: id.to_owned(), pci_bdf: bdf.map(str::to_owned), ..DeviceNode::default() };
+        (id.to_owned(), node)
+    }
+
+    #[test]
+    fn info_is_two_tables() {
+        let mut config = VmConfig::default();
+        config.cpus.max_vcpus = 4;
+        config.payload =
+            Some(PayloadConfig { kernel: Some("/boot/vmlinux".into()), ..PayloadConfig::default() });
+        let running = VmInfo {
+            config,
+            state: VmState::Running,
+            memory_actual_size: 512 << 20,
+            device_tree: Some([node("_disk0", Some("0000:00:02.0")), node("serial", None)].into()),
+            phase: "Running".to_owned(),
+            boots: 2,
+            last_guest_event: Some("reset".to_owned()),
+        };
+        let expected = "\
+state       Running
+boots       2
+last event  reset
+vCPUs       1 of 4
+memory      512M
+kernel      /boot/vmlinux
+
+DEVICE  ADDRESS       PARENT
+_disk0  0000:00:02.0  -
+serial  -             -
+";
+        assert_eq!(info(&running), expected);
+        let other = VmInfo {
+            config: VmConfig::default(),
+            device_tree: None,
+            phase: String::new(),
+            boots: 0,
+            last_guest_event: None,
+            ..running
+        };
+        assert_eq!(info(&other), "state   Running\nvCPUs   1\nmemory  512M\n");
+    }
+
+    #[test]
+    fn counters_stand_below_each_other() {
+        let of =
+            |list: &[(&str, u64)]| list.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        let all = [
+            ("_disk0".to_owned(), of(&[("read_bytes", 4096), ("read_ops", 1)])),
+            ("_net10".to_owned(), of(&[("rx", 12)])),
+        ];
+        let expected = "\
+DEVICE  COUNTER     VALUE
+_disk0  read_bytes   4096
+_disk0  read_ops        1
+_net10  rx             12
+";
+        assert_eq!(counters(&CountersReply(all.into())), expected);
+        assert_eq!(counters(&CountersReply::default()), "DEVICE  COUNTER  VALUE\n");
+    }
+
+    #[test]
+    fn no_text_commands_the_terminal() {
+        assert_eq!(plain("a\u{1b}[2Jb\n\u{9b}é"), "a\\u{1b}[2Jb\\n\\u{9b}é");
+        let evil = node("\u{1b}c", Some("\r"));
+        assert_eq!(device(&evil.1), ["\\u{1b}c", "\\r", "-"].map(str::to_owned));
+    }
+}
