@@ -405,10 +405,8 @@ fn ptys_and_sockets_that_nobody_uses_never_spin() {
 fn clients_come_and_go_and_leave_nothing() {
     let mut rig = Rig::boot(Guest::Echo, &serial_socket);
     let path = rig.place("serial");
-    read_until(&connect(&path), "ready\n");
-    // The client is seen off a moment later.
-    thread::sleep(Duration::from_millis(200));
     let before = rig.vmm.holdings();
+    read_until(&connect(&path), "ready\n");
     for round in 0..300 {
         let mut client = connect(&path);
         // Some send nothing, some more than is taken.

@@ -217,8 +217,11 @@ impl Consoles {
     }
 
     /// A guest has them: the user's terminal is in raw mode, and a device that was restored learns the size of its window.
+    ///
+    /// What came while the device was being built was not taken, and is offered again.
     pub fn attach(&mut self) {
         self.resized();
+        self.iter_mut().for_each(|console| console.end.room.notify());
         if self.reads_stdin && self.raw.is_none() {
             self.raw = RawTerminal::enter();
         }

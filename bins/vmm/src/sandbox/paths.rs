@@ -34,6 +34,8 @@ pub enum Usage {
     Sockets,
     /// A file that holds guest memory, or the folder where one is made.
     Memory,
+    /// What the process is told of itself, for metrics.
+    Itself,
     /// What the configuration says.
     Granted(PathAccess),
 }
@@ -66,6 +68,8 @@ pub fn rules(spec: &MachineSpec) -> Vec<PathRule> {
             rules.add("/proc/meminfo", Usage::Read);
         }
     }
+    rules.add("/proc/self", Usage::Itself);
+    rules.add("/proc/stat", Usage::Read);
     for granted in &spec.landlock.rules {
         rules.add(&granted.path, Usage::Granted(granted.access));
     }
@@ -140,6 +144,8 @@ mod tests {
             (STANDARD_OUTPUT, Usage::Terminal),
             ("/dev/shm", Usage::Memory),
             ("/proc/meminfo", Usage::Read),
+            ("/proc/self", Usage::Itself),
+            ("/proc/stat", Usage::Read),
             ("/more", Usage::Granted(PathAccess { read: false, write: true })),
         ];
         assert_eq!(found, expected.map(|(path, usage)| (path.to_owned(), usage)));
@@ -158,6 +164,8 @@ mod tests {
             (".", Usage::Sockets),
             ("/dev/ptmx", Usage::Terminal),
             ("/dev/pts", Usage::Terminal),
+            ("/proc/self", Usage::Itself),
+            ("/proc/stat", Usage::Read),
         ];
         assert_eq!(found, expected.map(|(path, usage)| (path.to_owned(), usage)));
     }

@@ -93,6 +93,8 @@ fn a_vm_of_the_api_is_confined_if_it_asks_for_it() {
     api.create(&confined(&kernel, serial.path()));
     api.puts(&["vm.boot"]);
     serial.wait_for("halted");
+    let metrics = api.get("vmm.metrics").body;
+    assert!(metrics.contains("process_open_fds") && metrics.contains("process_start_time"), "{metrics}");
     api.puts(&["vm.reboot", "vm.shutdown"]);
     replace(&scratch, &kernel);
     boot_is_refused(&mut api, &kernel);

@@ -232,7 +232,10 @@ fn the_whole_life_passes_the_filters() {
         if is_socket {
             talk(&mut api, &serial, &socket);
         }
-        assert_eq!(api.get("vm.counters").status, 200);
+        for name in ["vm.counters", "vmm.metrics", "vm.boot-trace", "vmm.openapi", "vmm.log-level"] {
+            assert_eq!(api.get(name).status, 200, "{name}");
+        }
+        api.puts(&["vm.nmi", "vm.power-button"]);
         api.puts(&["vm.pause", "vm.resume", "vm.pause", "vm.resume"]);
         driven(&mut api, &serial, "vm.reboot");
         api.puts(&["vm.pause"]);
