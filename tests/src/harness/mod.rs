@@ -6,6 +6,8 @@
 mod api;
 pub mod linux;
 mod output;
+mod pending;
+mod requests;
 mod vmm;
 
 use std::ffi::OsStr;
@@ -17,6 +19,8 @@ use serde_json::{Value, json};
 
 pub use api::{Answer, Api};
 pub use output::{Output, SerialFile};
+pub use pending::Pending;
+pub use requests::{PENDING, Requests, UNBOOTABLE, UNROUTED};
 pub use vmm::{Holdings, Vmm};
 
 use crate::tiny::Guest;
