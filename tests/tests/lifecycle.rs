@@ -120,6 +120,29 @@ fn a_command_during_a_reboot_waits_and_is_served() {
     assert_eq!((api.phase(), boots(&mut api)), (Phase::Paused, 2));
 }
 
+/// All memory was touched, so that it takes its time to go.
+#[test]
+fn clients_are_served_while_a_vm_is_switched_off() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = slow(&scratch, Guest::Halt);
+    let mut api = vmm.api();
+    for (name, phase) in [("vm.shutdown", Phase::Shutdown), ("vm.delete", Phase::Empty)] {
+        api.puts(&["vm.boot"]);
+        let mut pending = vmm.begin(name);
+        let mut served = 0;
+        loop {
+            assert_eq!(api.get("vmm.ping").status, 200);
+            if pending.is_answered() {
+                break;
+            }
+            served += 1;
+        }
+        assert!(served > 2, "{served} requests were answered before {name}");
+        assert_eq!((pending.answer().status, api.phase()), (204, phase));
+    }
+    serial.wait_for("halted");
+}
+
 #[test]
 fn what_waits_for_a_boot_that_fails_is_answered_and_a_retry_works() {
     let scratch = Scratch::new();

@@ -4,6 +4,7 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod teardown;
 mod tree;
 
 use std::collections::BTreeSet;
@@ -114,6 +115,7 @@ impl Vmm {
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
+        self.boot.before.wait();
         self.ending.get_or_insert(code);
     }
 
@@ -156,21 +158,37 @@ impl Vmm {
 
     /// Switches the machine off; the configuration and the consoles stay, the user's terminal is given back.
     fn stop(&mut self) {
-        self.drop_machine();
+        self.stop_then(|| ());
+    }
+
+    /// The same; `done` is called when nothing is left of the machine.
+    fn stop_then(&mut self, done: impl FnOnce() + Send + 'static) {
+        self.drop_machine(done);
         if let Some(consoles) = self.slot.config_mut().and_then(|c| c.consoles.as_mut()) {
             consoles.detach();
         }
     }
 
-    fn drop_machine(&mut self) {
+    fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
-        drop(self.slot.stop());
+        match self.slot.stop() {
+            Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
+            machine => {
+                drop(machine);
+                done();
+            }
+        }
     }
 
     /// Removes the VM, consoles and all.
     fn remove(&mut self) {
+        self.remove_then(|| ());
+    }
+
+    /// The same; `done` is called when nothing is left of the machine.
+    fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
         self.give_up_boot();
-        self.stop();
+        self.stop_then(done);
         self.inputs.drop_all();
         self.slot.clear();
     }

@@ -234,6 +234,58 @@ fn a_boot_that_fails_leads_where_the_table_says() {
     }
 }
 
+/// Whatever call of the hypervisor fails on the way.
+#[test]
+fn switching_off_always_gets_there() {
+    for (name, phase) in [
+        ("vm.shutdown", Phase::Running),
+        ("vm.shutdown", Phase::Paused),
+        ("vm.delete", Phase::Running),
+        ("vm.delete", Phase::Paused),
+    ] {
+        let (mut calls, mut nth) = (0, 1);
+        while nth <= calls.max(1) {
+            let fake = Fake::new();
+            let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(phase);
+            let before = fake.calls().len();
+            fake.fail_nth(nth);
+            rig.ask(name).unwrap();
+            fake.heal();
+            calls = fake.calls().len() - before;
+            let off = if name == "vm.delete" { Phase::Empty } else { Phase::Shutdown };
+            assert_eq!(rig.vmm.phase(), off, "{name} in {phase}, call {nth} of {calls}");
+            if off == Phase::Empty {
+                rig.ask("vm.create").unwrap();
+            }
+            rig.ask("vm.boot").unwrap();
+            nth += 1;
+        }
+        assert!(calls > 0, "{name} in {phase} makes calls that can fail");
+    }
+}
+
+/// Its memory is needed.
+#[test]
+fn the_machine_before_has_gone_when_the_next_is_built() {
+    let fake = Fake::new();
+    let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(Phase::Running);
+    for _ in 0..50 {
+        rig.ask("vm.reboot").unwrap();
+        let off = rig.begin("vm.shutdown");
+        let boot = rig.begin("vm.boot");
+        rig.wait(&off).unwrap();
+        rig.wait(&boot).unwrap();
+    }
+    let calls = fake.calls();
+    let lives: Vec<_> = calls.split(|call| *call == "KVM_CREATE_VM").skip(1).collect();
+    let slots = |life: &[&str]| life.iter().filter(|call| **call == "KVM_SET_USER_MEMORY_REGION").count();
+    let (last, ended) = lives.split_last().unwrap();
+    assert_eq!(ended.len(), 100);
+    for (number, life) in ended.iter().enumerate() {
+        assert_eq!(slots(life), 2 * slots(last), "machine {number} gives back the memory that it took");
+    }
+}
+
 fn reactions(event: GuestEvent, reaction: Reaction) -> Reactions {
     let mut reactions = Reactions::default();
     match event {

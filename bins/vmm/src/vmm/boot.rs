@@ -8,6 +8,7 @@ use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
 use vmm_state::Phase;
 
+use super::teardown::Teardown;
 use super::{Vmm, VmmError};
 use crate::console::{Console, Consoles};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
@@ -15,6 +16,8 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
 pub(super) struct Boot {
+    /// The end of the machine before.
+    pub(super) before: Teardown,
     job: Option<Job>,
     /// In the order in which they came.
     waiting: Vec<ApiRequest<Vmm>>,
@@ -75,7 +78,7 @@ impl Vmm {
 
     /// Switches the machine off and boots again. The consoles go from one machine to the next.
     pub(super) fn reboot_for(&mut self, asker: Asker) {
-        self.drop_machine();
+        self.drop_machine(|| ());
         self.boot_for(asker);
     }
 
@@ -134,6 +137,7 @@ impl Vmm {
             spec: Arc::clone(&configured.spec),
             ports,
             post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            before: self.boot.before.take(),
         };
         Ok((build, fresh))
     }
@@ -189,10 +193,13 @@ struct Build {
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
+    /// The machine before, whose memory and disks are needed.
+    before: Teardown,
 }
 
 impl Build {
-    fn run(self) -> Result<Machine, MachineError> {
+    fn run(mut self) -> Result<Machine, MachineError> {
+        self.before.wait();
         Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post)
     }
 }
