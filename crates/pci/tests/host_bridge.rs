@@ -17,7 +17,7 @@ use vmm_pci::host_bridge::{
 };
 use vmm_pci::resources::PciResources;
 use vmm_pci::slots::{SlotAllocator, SlotsV1};
-use vmm_snapshot::{Schema, golden};
+use vmm_snapshot::{RecordError, Schema, golden};
 
 const HIGH: u64 = 0x12_0000_0000;
 
@@ -314,6 +314,8 @@ fn fuzz_states() {
         }
         taken += 1;
         assert_eq!(device.save_record(), record);
+        let latch = u32::from_le_bytes(port_read(&machine, CONFIG_PORTS, 4).try_into().unwrap());
+        assert_eq!(latch & !0x80ff_fffc, 0, "reserved bits read as zero");
         fuzz_registers(&*machine.bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), 2, 7);
     }
     assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
@@ -321,7 +323,12 @@ fn fuzz_states() {
     let mut slots = SlotAllocator::new();
     slots.take("_disk0", Some(3)).unwrap();
     slots.take("_rng", None).unwrap();
-    let restored = |bytes: Vec<u8>| SlotsV1::decode(&bytes).and_then(SlotAllocator::restore);
+    let restored = |bytes: Vec<u8>| {
+        let state = SlotsV1::decode(&bytes)?;
+        let slots = SlotAllocator::restore(state.clone())?;
+        assert_eq!(slots.save(), state, "all of it was taken");
+        Ok::<_, RecordError>(())
+    };
     let restored: Vec<_> = hostile_records(&slots.save().encode()).into_iter().map(restored).collect();
     assert!(restored.iter().any(Result::is_ok) && restored.iter().any(Result::is_err));
 }
