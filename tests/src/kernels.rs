@@ -17,8 +17,11 @@ const METAPACKAGE: &str = "linux-image-cloud-amd64";
 
 /// Modules that a guest of ours may need; what a kernel has built in, or has not at all, is left out for it.
 const GUEST_MODULES: &[&str] = &[
+    "button",
+    "evdev",
     "nd_pmem",
     "overlay",
+    "pvpanic_pci",
     "vfat",
     "virtio_balloon",
     "virtio_blk",

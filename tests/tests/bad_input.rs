@@ -123,7 +123,7 @@ fn bad_flags() {
         ("--kernel K --serial wibble", USAGE, "--serial"),
         ("--kernel K --serial file=/proc/none/x", FAILED, "/proc/none/x"),
         ("--kernel K --seccomp maybe", USAGE, "--seccomp: expected true, false or log"),
-        ("--api-socket path=/proc/none/x", FAILED, "cannot bind API socket /proc/none/x"),
+        ("--api-socket path=/proc/none/x", FAILED, "cannot bind socket /proc/none/x"),
         ("--api-socket path=K", FAILED, "exists and is not a socket"),
         ("--api-socket fd=99", FAILED, "cannot take descriptor 99 as the API socket"),
     ];

@@ -8,7 +8,7 @@ mod command;
 mod error;
 mod process;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::ArgMatches;
@@ -18,10 +18,14 @@ use vmm_api::options::{Arity, FLAGS, VmFlags};
 use vmm_api::spec::{Checked, MachineSpec, fill_ids};
 use vmm_state::Reactions;
 
+use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
 
 use command::Help;
 pub use error::UsageError;
+
+/// The newest release of the contract that is followed, as its version is printed.
+pub const CONTRACT_VERSION: &str = "v53.0.0";
 
 /// What the user asked for.
 #[derive(Debug)]
@@ -51,8 +55,12 @@ pub struct RunOptions {
     pub config: Option<Checked>,
     /// Where commands are taken.
     pub api_socket: Option<ApiSocketArg>,
+    /// Where the contract's events are written.
+    pub event_monitor: Option<MonitorTarget>,
     /// What is logged, and where.
     pub log: LogOptions,
+    /// Where the stages of the boot are written.
+    pub boot_trace: Option<PathBuf>,
     /// What a system call outside the filters leads to.
     pub seccomp: SeccompMode,
     /// What happens to unknown fields in the bodies of requests.
@@ -91,7 +99,8 @@ pub enum SeccompMode {
 /// All that is wrong with them, by flag and key. What clap cannot split into flags and values is reported alone.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let read = |help| command::command(help).try_get_matches_from(&args);
+    let name = args.first().map_or(OsStr::new(""), OsString::as_os_str);
+    let read = |help| command::command(help, name).try_get_matches_from(&args);
     let matches = match read(Help::Brief) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == ErrorKind::DisplayHelp => read(Help::Full),
@@ -111,6 +120,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
 
     let mut faults = process::later(&matches);
     let api_socket = process::api_socket(&matches, &mut faults);
+    let event_monitor = process::event_monitor(&matches, &mut faults);
     let seccomp = process::seccomp(&matches, &mut faults);
     let unknown_fields = process::unknown_fields(&matches, &mut faults);
     let log = process::log_options(&matches, &mut faults);
@@ -121,9 +131,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
     let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
     if faults.is_empty() {
+        let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
-        let options =
-            RunOptions { config, api_socket, log, seccomp, unknown_fields, verify_state, reactions };
+        let options = RunOptions {
+            config,
+            api_socket,
+            event_monitor,
+            log,
+            boot_trace,
+            seccomp,
+            unknown_fields,
+            verify_state,
+            reactions,
+        };
         Ok(Invocation::Run(Box::new(options)))
     } else {
         Err(UsageError::Faults(faults))

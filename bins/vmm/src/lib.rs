@@ -3,12 +3,15 @@
 //! [`cli`] says what to do, [`run`] sets threads and sockets up, [`vmm`] is the state that the control thread
 //! owns, [`machine`] is where all parts of a guest's machine meet.
 
+pub mod boot_trace;
 pub mod cli;
 pub mod console;
 pub mod doctor;
+pub mod events;
 pub mod exit;
 pub mod logger;
 pub mod machine;
+pub mod metrics;
 pub mod preflight;
 pub mod run;
 pub mod signals;

@@ -1,32 +1,55 @@
-//! Where log messages go: one line each, to standard error or a file.
+//! Where log messages go: one line each, to standard error or a file, as text or as JSON.
 //!
-//! A line reads `vmm: 12.345678s: <vcpu0> WARN:vmm_pci::slots -- message`: seconds since the start, thread, level,
-//! module. It is written by one call, so that lines of several threads and processes do not mix. A message is one
-//! line whatever it holds: control characters are escaped. What cannot be written is lost, and nothing else happens.
+//! A line reads `vmm: 12.345678s: <vcpu0> WARN:vmm_pci::slots -- message device=_disk0`: seconds since the start,
+//! thread, level, module, the message, and the fields that the log statement names. It is written by one call, so that
+//! lines of several threads and processes do not mix. A message is one line whatever it holds: control characters are
+//! escaped. What cannot be written is lost, and nothing else happens.
 
-use std::fmt::Write as _;
+mod filter;
+mod line;
+mod time;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Instant, SystemTime};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// What is logged, and where.
+pub use filter::{Filter, FilterError};
+use line::Moment;
+
+/// What is logged, how, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogOptions {
-    /// The least important level that is logged.
+    /// The least important level that is logged at first; see [`set_level`].
     pub level: LevelFilter,
+    /// Modules that have a level of their own.
+    pub filter: Filter,
+    /// The form of a line.
+    pub format: LogFormat,
     /// The file that the log is appended to; `None` is standard error.
     pub file: Option<PathBuf>,
 }
 
 impl Default for LogOptions {
     fn default() -> Self {
-        Self { level: LevelFilter::Warn, file: None }
+        Self { level: LevelFilter::Warn, filter: Filter::default(), format: LogFormat::default(), file: None }
     }
+}
+
+/// The form of a line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
 }
 
 /// The log cannot be set up.
@@ -47,38 +70,114 @@ pub enum LogError {
     Again,
 }
 
+static LOGGER: OnceLock<Logger> = OnceLock::new();
+
 /// Sets up the log of this process, once. Times count from here.
 ///
 /// # Errors
 ///
 /// The file cannot be opened, or there is a log already.
 pub fn init(options: &LogOptions) -> Result<(), LogError> {
-    let logger = Logger { start: Instant::now(), level: options.level, output: Output::open(options)? };
-    // It lives as long as the process, as every log does.
-    log::set_logger(Box::leak(Box::new(logger))).map_err(|_| LogError::Again)?;
-    log::set_max_level(options.level);
+    LOGGER.set(Logger::new(options)?).map_err(|_| LogError::Again)?;
+    let logger = LOGGER.get().ok_or(LogError::Again)?;
+    log::set_logger(logger).map_err(|_| LogError::Again)?;
+    log::set_max_level(logger.most(options.level));
     Ok(())
+}
+
+/// Changes the level of all modules that have none of their own, at any time and from any thread. Answers the one before;
+/// `Off` if there is no log.
+pub fn set_level(level: LevelFilter) -> LevelFilter {
+    LOGGER.get().map_or(LevelFilter::Off, |logger| {
+        // Two at a time could leave the one's maximum with the other's level.
+        let _one = logger.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = logger.set_level(level);
+        log::set_max_level(logger.most(level));
+        before
+    })
+}
+
+/// The level of all modules that have none of their own; `Off` if there is no log.
+pub fn level() -> LevelFilter {
+    LOGGER.get().map_or(LevelFilter::Off, |logger| to_filter(logger.level.load(Ordering::Relaxed)))
+}
+
+/// What the field `vm` says from now on, on each line; `None` for no such field.
+pub fn set_vm(name: Option<String>) {
+    if let Some(logger) = LOGGER.get() {
+        *logger.vm.write().unwrap_or_else(PoisonError::into_inner) = name;
+    }
 }
 
 #[derive(Debug)]
 struct Logger {
     start: Instant,
-    level: LevelFilter,
+    /// A `LevelFilter` as its number.
+    level: AtomicUsize,
+    changing: Mutex<()>,
+    filter: Filter,
+    format: LogFormat,
+    vm: RwLock<Option<String>>,
     output: Output,
+}
+
+impl Logger {
+    fn new(options: &LogOptions) -> Result<Self, LogError> {
+        Ok(Self {
+            start: Instant::now(),
+            level: AtomicUsize::new(options.level as usize),
+            changing: Mutex::default(),
+            filter: options.filter.clone(),
+            format: options.format,
+            vm: RwLock::default(),
+            output: Output::open(options)?,
+        })
+    }
+
+    fn set_level(&self, level: LevelFilter) -> LevelFilter {
+        to_filter(self.level.swap(level as usize, Ordering::Relaxed))
+    }
+
+    /// The most that any module logs while the others log `level`.
+    fn most(&self, level: LevelFilter) -> LevelFilter {
+        level.max(self.filter.most())
+    }
+
+    fn line(&self, record: &Record<'_>) -> String {
+        let thread = thread::current();
+        // The process's first thread has the process's name, as it shows in /proc.
+        let name = thread.name().map_or("unnamed", |name| if name == "main" { "vmm" } else { name });
+        let vm = self.vm.read().unwrap_or_else(PoisonError::into_inner);
+        let moment = Moment {
+            time: SystemTime::now(),
+            elapsed: self.start.elapsed(),
+            thread: name,
+            vm: vm.as_deref(),
+        };
+        match self.format {
+            LogFormat::Text => line::text(&moment, record),
+            LogFormat::Json => line::json(&moment, record),
+        }
+    }
+}
+
+fn to_filter(number: usize) -> LevelFilter {
+    LevelFilter::iter().nth(number).unwrap_or(LevelFilter::Off)
 }
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.level() <= self.level
+        let level = metadata.level();
+        match self.filter.level_of(metadata.target()) {
+            Some(most) => level <= most,
+            None => level as usize <= self.level.load(Ordering::Relaxed),
+        }
     }
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            let thread = thread::current();
             // Nobody is left to be told of a failure.
-            // The process's first thread has the process's name, as it shows in /proc.
-            let name = thread.name().map(|name| if name == "main" { "vmm" } else { name });
-            let _ = self.output.write(line(self.start.elapsed(), name, record).as_bytes());
+            let _ = self.output.write(self.line(record).as_bytes());
         }
     }
 
@@ -109,39 +208,6 @@ impl Output {
     }
 }
 
-fn line(elapsed: Duration, thread: Option<&str>, record: &Record<'_>) -> String {
-    let mut line = String::with_capacity(128);
-    // Writing to a String fails only if a Display of the message does.
-    let _ = write!(
-        line,
-        "vmm: {}.{:06}s: <{}> {}:{} -- ",
-        elapsed.as_secs(),
-        elapsed.subsec_micros(),
-        thread.unwrap_or("unnamed"),
-        record.level(),
-        record.target(),
-    );
-    let _ = write!(Escaped(&mut line), "{}", record.args());
-    line.push('\n');
-    line
-}
-
-/// Escapes control characters, so that a message can neither forge a line nor drive a terminal.
-struct Escaped<'s>(&'s mut String);
-
-impl std::fmt::Write for Escaped<'_> {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        for character in text.chars() {
-            if character.is_control() {
-                self.0.extend(character.escape_default());
-            } else {
-                self.0.push(character);
-            }
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Barrier;
@@ -150,29 +216,46 @@ mod tests {
 
     use super::*;
 
-    fn line_of(level: Level, message: &str) -> String {
-        let elapsed = Duration::new(12, 345_678_900);
-        let record = |args| Record::builder().level(level).target("vmm_pci::slots").args(args).build();
-        line(elapsed, Some("vcpu0"), &record(format_args!("{message}")))
-    }
-
     fn log(logger: &Logger, level: Level, message: &str) {
         logger.log(&Record::builder().level(level).target("t").args(format_args!("{message}")).build());
     }
 
-    #[test]
-    fn a_line_has_time_thread_level_and_target() {
-        let expected = "vmm: 12.345678s: <vcpu0> WARN:vmm_pci::slots -- slot 3 is taken\n";
-        assert_eq!(line_of(Level::Warn, "slot 3 is taken"), expected);
-        let record = Record::builder().args(format_args!("x")).build();
-        assert_eq!(line(Duration::ZERO, None, &record), "vmm: 0.000000s: <unnamed> INFO: -- x\n");
+    fn logs(logger: &Logger, level: Level, module: &str) -> bool {
+        logger.enabled(&Metadata::builder().level(level).target(module).build())
     }
 
     #[test]
-    fn a_message_is_one_line() {
-        let text = line_of(Level::Info, "a\nvmm: forged\r\u{1b}[2J\u{85}ü");
-        assert!(text.ends_with("-- a\\nvmm: forged\\r\\u{1b}[2J\\u{85}ü\n"), "{text}");
-        assert_eq!(text.lines().count(), 1);
+    fn the_level_changes_at_once_and_modules_keep_their_own() {
+        let filter = "quiet=error,loud=trace".parse().unwrap();
+        let logger = Logger::new(&LogOptions { filter, ..LogOptions::default() }).unwrap();
+        let at =
+            |level| [logs(&logger, level, "m"), logs(&logger, level, "quiet"), logs(&logger, level, "loud")];
+        assert_eq!((at(Level::Warn), at(Level::Info)), ([true, false, true], [false, false, true]));
+        assert_eq!(logger.set_level(LevelFilter::Debug), LevelFilter::Warn);
+        assert_eq!((at(Level::Debug), at(Level::Trace)), ([true, false, true], [false, false, true]));
+        assert_eq!(logger.set_level(LevelFilter::Off), LevelFilter::Debug);
+        assert_eq!((at(Level::Error), at(Level::Trace)), ([false, true, true], [false, false, true]));
+        // What the macros ask first must let the loudest module through.
+        assert_eq!(logger.most(LevelFilter::Off), LevelFilter::Trace);
+        for level in LevelFilter::iter() {
+            assert_eq!(to_filter(level as usize), level);
+        }
+    }
+
+    #[test]
+    fn a_line_has_this_thread_and_the_vm_in_the_form_that_was_asked_for() {
+        let mut logger = Logger::new(&LogOptions::default()).unwrap();
+        *logger.vm.get_mut().unwrap() = Some("web".to_owned());
+        let record = |args| Record::builder().level(Level::Info).target("t").args(args).build();
+        let name = thread::current().name().unwrap().to_owned();
+        let text = logger.line(&record(format_args!("x")));
+        assert!(text.ends_with(&format!("s: <{name}> INFO:t -- x vm=web\n")), "{text}");
+        logger.format = LogFormat::Json;
+        let object: serde_json::Value =
+            serde_json::from_str(&logger.line(&record(format_args!("x")))).unwrap();
+        assert_eq!((&object["thread"], &object["vm"]), (&name.into(), &"web".into()));
+        let unnamed = thread::spawn(move || logger.line(&record(format_args!("x")))).join().unwrap();
+        assert!(unnamed.contains("\"thread\":\"unnamed\""), "{unnamed}");
     }
 
     #[test]
@@ -182,9 +265,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         std::fs::write(&path, "kept\n").unwrap();
-        let options = LogOptions { level: LevelFilter::Info, file: Some(path.clone()) };
-        let logger =
-            Logger { start: Instant::now(), level: options.level, output: Output::open(&options).unwrap() };
+        let options =
+            LogOptions { level: LevelFilter::Info, file: Some(path.clone()), ..LogOptions::default() };
+        let logger = Logger::new(&options).unwrap();
         let start = Barrier::new(THREADS);
         thread::scope(|scope| {
             for _ in 0..THREADS {
@@ -210,11 +293,7 @@ mod tests {
     #[test]
     fn a_log_that_cannot_be_written_is_no_error() {
         let options = LogOptions { file: Some("/dev/full".into()), ..LogOptions::default() };
-        let logger = Logger {
-            start: Instant::now(),
-            level: LevelFilter::Trace,
-            output: Output::open(&options).unwrap(),
-        };
+        let logger = Logger::new(&options).unwrap();
         assert!(logger.output.write(b"x").is_err(), "/dev/full takes nothing");
         log(&logger, Level::Error, "x");
     }

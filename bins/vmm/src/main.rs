@@ -2,13 +2,15 @@
 
 use std::io::{self, Write};
 
+use vmm::boot_trace::Startup;
 use vmm::cli::{self, Invocation};
 use vmm::exit::{self, ExitCode};
 use vmm::{console, doctor, logger, run, validate};
 
 fn main() -> std::process::ExitCode {
-    let code = match cli::parse(std::env::args_os()) {
-        Ok(Invocation::Run(options)) => start(*options),
+    let mut startup = Startup::begin();
+    let code = match startup.time("command line", || cli::parse(std::env::args_os())) {
+        Ok(Invocation::Run(options)) => start(*options, startup),
         Ok(Invocation::Doctor { json }) => doctor::run(json),
         Ok(Invocation::Validate { file, json }) => validate::run(file.as_deref(), json),
         Ok(Invocation::Print(text)) => {
@@ -24,10 +26,10 @@ fn main() -> std::process::ExitCode {
     code.into()
 }
 
-fn start(options: cli::RunOptions) -> ExitCode {
+fn start(options: cli::RunOptions, startup: Startup) -> ExitCode {
     let result = logger::init(&options.log).map_err(|e| exit::report(&e)).and_then(|()| {
         run::confine();
-        run::run(options).map_err(|e| exit::report(&e))
+        run::run(options, startup).map_err(|e| exit::report(&e))
     });
     console::restore_terminal();
     result.unwrap_or_else(|report| {

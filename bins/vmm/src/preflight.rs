@@ -11,6 +11,7 @@ use std::path::Path;
 use vmm_api::commands::vm::ValidateRequest;
 use vmm_api::error::FaultReport;
 use vmm_api::info::ValidateReply;
+use vmm_api::socket::ListeningSocket;
 use vmm_api::spec::{Checked, MachineSpec, Sink};
 use vmm_memory_manager::zone;
 use vmm_virtio_devices::rng::RngDevice;
@@ -66,8 +67,12 @@ pub fn preflight(spec: &MachineSpec, most_vcpus: u32) -> Vec<FaultReport> {
         ("debug_console", spec.debug_console.as_ref().map(|console| &console.sink)),
     ];
     for (name, sink) in consoles {
-        if let Some(Sink::File(path)) = sink {
-            faults.check(&format!("{name}.file"), writable(path));
+        match sink {
+            Some(Sink::File(path)) => faults.check(&format!("{name}.file"), writable(path)),
+            Some(Sink::Socket(path)) => {
+                faults.check(&format!("{name}.socket"), ListeningSocket::check(path));
+            }
+            Some(Sink::Null | Sink::Tty | Sink::Pty) | None => {}
         }
     }
     faults.0
@@ -158,10 +163,17 @@ mod tests {
             "disks": [{ "path": garbage, "image_type": "Raw" }, { "path": garbage, "image_type": "Raw" }],
             "rng": { "src": "/nonexistent" },
             "serial": { "mode": "File", "file": "/nonexistent/serial" },
-            "console": { "mode": "Off" },
+            "console": { "mode": "Socket", "socket": garbage },
         });
-        let expected =
-            ["cpus.max_vcpus", "memory", "payload.initramfs", "disks[1].path", "rng.src", "serial.file"];
+        let expected = [
+            "cpus.max_vcpus",
+            "memory",
+            "payload.initramfs",
+            "disks[1].path",
+            "rng.src",
+            "serial.file",
+            "console.socket",
+        ];
         assert_eq!(paths(&json), expected);
         let json = serde_json::json!({ "payload": { "kernel": garbage }, "console": { "mode": "Off" } });
         let faults = preflight(&spec(&json), 8);

@@ -3,18 +3,21 @@
 use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
-use vmm_api::http::{self, ApiSocket, Server, ServerError, ServerHandle, SocketError};
+use vmm_api::events::{Event, EventRoute, Journal};
+use vmm_api::http::{self, ApiSocket, Counts, Server, ServerError, ServerHandle, SocketError};
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
 
+use crate::boot_trace::{Startup, TraceFileError};
 use crate::cli::{ApiSocketArg, RunOptions, SeccompMode};
 use crate::console::restore_terminal;
+use crate::events::{Events, Monitor, MonitorError, MonitorTarget, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::signals::{self, SignalError};
 use crate::vmm::{Policy, TABLE, Vmm, VmmError};
 
-/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, and a
-/// panic restores the terminal and says where it happened.
+/// What holds for the whole process from its first moment: files are the user's own, threads share a heap, a panic or
+/// crash restores the terminal, and a panic says where it happened.
 pub fn confine() {
     signals::private_files();
     signals::one_heap();
@@ -23,30 +26,44 @@ pub fn confine() {
         restore_terminal();
         report(info);
     }));
+    signals::restore_terminal_in_crashes();
 }
 
 /// Runs until the guest, a client or a signal ends it.
 ///
 /// # Errors
 /// The VMM cannot be set up, or the VM of the command line does not boot.
-pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
+pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunError> {
     // SIGPIPE is ignored by the runtime; what comes here is asked for by the user.
     let signals = signals::block()?;
+    let (events, monitor) = start_events(options.event_monitor.as_ref())?;
     if options.seccomp != SeccompMode::Off {
         log::info!("filters of system calls are not built yet: none is in force");
     }
-    let hypervisor = Arc::new(Kvm::open()?);
+    if let Some(path) = &options.boot_trace {
+        startup.write_to(path)?;
+    }
+    let hypervisor = Arc::new(startup.time("kvm", Kvm::open)?);
+    startup.publish();
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
-    let server =
-        options.api_socket.map(|socket| serve(socket, requests, options.unknown_fields)).transpose()?;
+    let stream = events.stream();
+    let server = options
+        .api_socket
+        .map(|socket| serve(socket, requests, stream, options.unknown_fields))
+        .transpose()?;
+    let (server, answers) = server.unzip();
 
     let policy = Policy {
         serves_clients: server.is_some(),
         verify_state: options.verify_state,
         reactions: options.reactions,
     };
-    let mut control_loop = ControlLoop::new(Vmm::new(hypervisor, post, policy))?;
+    let mut vmm = Vmm::new(hypervisor, post, policy, events.clone());
+    if let Some(answers) = answers {
+        vmm.tell_answers(answers);
+    }
+    let mut control_loop = ControlLoop::new(vmm)?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
     control_loop.control(|_, control| -> Result<(), LoopError> {
         control.add_mailbox("machine", machines, |vmm, control, message| {
@@ -61,14 +78,19 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
         })?;
         control.add_fd("signals", signals, |vmm, control, signals, _| {
             for signal in signals::take(signals)? {
-                log::info!("ended by signal {signal}");
-                vmm.end(ExitCode::Success);
+                if signal == signals::WINDOW_CHANGED {
+                    vmm.window_changed();
+                } else {
+                    log::info!("ended by signal {signal}");
+                    vmm.end(ExitCode::Success);
+                }
             }
             vmm.settle(control);
             Ok(())
         })?;
         Ok(())
     })?;
+    events.tell(NO_MACHINE, &Event::VmmStarted);
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
             vmm.create(checked);
@@ -84,14 +106,25 @@ pub fn run(options: RunOptions) -> Result<ExitCode, RunError> {
     if let Some(server) = server {
         server.stop();
     }
+    drop(monitor);
     Ok(code)
+}
+
+/// The event monitor first of all, so that it tells of everything.
+fn start_events(target: Option<&MonitorTarget>) -> Result<(Events, Option<Monitor>), MonitorError> {
+    let journal = target.map(|_| Journal::default());
+    let events = Events::new().with_monitor(journal.clone());
+    let monitor = target.zip(journal).map(|(target, journal)| Monitor::start(target, journal)).transpose()?;
+    events.tell(NO_MACHINE, &Event::VmmStarting { version: env!("CARGO_PKG_VERSION").into() });
+    Ok((events, monitor))
 }
 
 fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
+    events: Journal,
     unknown_fields: vmm_api::config::UnknownFields,
-) -> Result<ServerHandle, RunError> {
+) -> Result<(ServerHandle, Arc<Counts>), RunError> {
     let socket = match socket {
         ApiSocketArg::Path(path) => ApiSocket::bind(&path)?,
         ApiSocketArg::Fd(fd) => {
@@ -100,7 +133,9 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    Ok(Server::new(socket, &TABLE, requests, config)?.start(|| ())?)
+    let server = Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events));
+    let counts = server.counts();
+    Ok((server.start(|| ())?, counts))
 }
 
 /// The VMM cannot run.
@@ -110,9 +145,15 @@ pub enum RunError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[from] SignalError),
+    /// The event monitor cannot be set up.
+    #[error("event monitor")]
+    Monitor(#[from] MonitorError),
     /// KVM cannot be used.
     #[error("cannot use KVM (`vmm doctor` says what this host lacks)")]
     Kvm(#[from] OpenError),
+    /// The file for boot traces cannot be used.
+    #[error(transparent)]
+    BootTrace(#[from] TraceFileError),
     /// A mailbox cannot be made.
     #[error("cannot create a mailbox")]
     Mailbox(#[source] std::io::Error),

@@ -4,11 +4,17 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::sync::OnceLock;
+
+use crate::console;
 
 /// What ends the VMM in an orderly way.
 const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+/// The user's terminal has another size.
+pub const WINDOW_CHANGED: u32 = libc::SIGWINCH as u32;
 
 /// Signals cannot be received.
 #[derive(Debug, thiserror::Error)]
@@ -23,8 +29,8 @@ fn last(call: &'static str) -> SignalError {
     SignalError { call, source: io::Error::last_os_error() }
 }
 
-/// Blocks the signals that end the VMM, for this thread and all that it will start, and gives the
-/// descriptor where they arrive (signalfd(2)).
+/// Blocks the signals that end the VMM and the one of its terminal's size, for this thread and all that it will
+/// start, and gives the descriptor where they arrive (signalfd(2)). A hang-up that is ignored (nohup(1)) stays so.
 ///
 /// # Errors
 /// A call failed.
@@ -32,7 +38,8 @@ pub fn block() -> Result<File, SignalError> {
     let mut set = MaybeUninit::uninit();
     // SAFETY: a valid place to write to.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    for signal in ENDING {
+    let asked_for = ENDING.into_iter().filter(|signal| *signal != libc::SIGHUP || !is_ignored(*signal));
+    for signal in asked_for.chain([libc::SIGWINCH]) {
         // SAFETY: the set was initialised above.
         unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
     }
@@ -49,6 +56,15 @@ pub fn block() -> Result<File, SignalError> {
     }
     // SAFETY: the call just returned the descriptor, and nobody else has it.
     Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Whether whoever started this process has it ignore the signal.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: only asks; `action` is a valid place to write to.
+    let asked = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 /// Signals that have arrived.
@@ -68,6 +84,49 @@ pub fn take(signals: &mut File) -> io::Result<Vec<u32>> {
             Ok(_) => return Ok(taken),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(taken),
             Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Signals by which a process dies without being asked to end: its own defects, and what others send to see a core dump.
+const CRASHES: [libc::c_int; 7] =
+    [libc::SIGABRT, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGQUIT, libc::SIGSEGV, libc::SIGTRAP];
+
+/// What each of them led to before; the runtime tells of a stack overflow so.
+static FORMER: [OnceLock<libc::sigaction>; CRASHES.len()] = [const { OnceLock::new() }; CRASHES.len()];
+
+/// A process that crashes gives the user's terminal back first.
+pub fn restore_terminal_in_crashes() {
+    for (signal, former) in CRASHES.into_iter().zip(&FORMER) {
+        // SAFETY: all zeroes is a valid sigaction.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
+        let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = crashed as extern "C" fn(_, _, _) as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // SAFETY: the handler does only what signal-safety(7) allows; `old` is a valid place to write to.
+        if unsafe { libc::sigaction(signal, &raw const action, &raw mut old) } == 0 {
+            let _ = former.set(old);
+        }
+    }
+}
+
+extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *const libc::c_void) {
+    console::restore_terminal_in_handler();
+    // SAFETY: the kernel gives a valid one with SA_SIGINFO.
+    let code = unsafe { (*info).si_code };
+    let former = CRASHES.iter().position(|crash| *crash == signal).and_then(|at| FORMER.get(at)?.get());
+    match former {
+        // A fault of the kernel's telling comes again when this returns.
+        Some(former) if code > 0 && signal != libc::SIGTRAP => {
+            // SAFETY: what the kernel gave for this signal before.
+            unsafe { libc::sigaction(signal, former, ptr::null_mut()) };
+        }
+        _ => {
+            // SAFETY: the call has no preconditions.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+            // SAFETY: as above. It arrives when this returns.
+            unsafe { libc::raise(signal) };
         }
     }
 }
@@ -114,4 +173,24 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, not ours so far, named by the user for this purpose, and taken over
     // once: it is close-on-exec from now on.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Writes to a descriptor do not block from now on, whoever shares it.
+///
+/// # Errors
+/// It is not open for writing, or a call failed.
+pub fn write_without_blocking(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: a valid descriptor; the call takes nothing else.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if !matches!(flags & libc::O_ACCMODE, libc::O_WRONLY | libc::O_RDWR) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not open for writing"));
+    }
+    // SAFETY: a valid descriptor and its own flags, with one more.
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

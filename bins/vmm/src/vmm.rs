@@ -5,6 +5,7 @@ mod guest;
 mod handlers;
 mod inputs;
 mod teardown;
+mod told;
 mod tree;
 
 use std::collections::BTreeSet;
@@ -16,6 +17,8 @@ use vmm_api::command::Endpoint;
 use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{Event, PanicEvent};
+use vmm_api::http::Counts;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -25,6 +28,7 @@ use vmm_platform_devices::events::SystemEvent;
 use vmm_state::{GuestEvent, Reactions, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
+use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use boot::Boot;
@@ -64,14 +68,15 @@ pub struct Vmm {
     hypervisor: Arc<dyn Hypervisor>,
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
-    /// Machines built so far.
-    machines: u64,
     boot: Boot,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
+    /// Counts of the API's answers, where there is an API.
+    answers: Option<Arc<Counts>>,
+    events: Events,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -87,18 +92,24 @@ pub struct Policy {
 }
 
 impl Vmm {
-    /// A VMM without a VM. Machines post their events to `post`.
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, post: Mailbox<MachineMessage>, policy: Policy) -> Self {
+    /// A VMM without a VM. Machines post their events to `post`; what happens is told to `events`.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        post: Mailbox<MachineMessage>,
+        policy: Policy,
+        events: Events,
+    ) -> Self {
         Self {
             hypervisor,
             slot: VmSlot::Empty,
             post,
-            machines: 0,
             boot: Boot::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
             policy,
+            answers: None,
+            events,
         }
     }
 
@@ -109,13 +120,21 @@ impl Vmm {
 
     /// Number of the machine that was built last; 0 before the first.
     pub fn machines(&self) -> u64 {
-        self.machines
+        self.boot.machines
+    }
+
+    /// The API's answers are counted there; metrics tell of them.
+    pub fn tell_answers(&mut self, counts: Arc<Counts>) {
+        self.answers = Some(counts);
     }
 
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
         self.boot.before.wait();
+        if self.ending.is_none() {
+            self.events.tell(NO_MACHINE, &Event::VmmShutdown);
+        }
         self.ending.get_or_insert(code);
     }
 
@@ -123,12 +142,14 @@ impl Vmm {
     pub fn create(&mut self, checked: Checked) {
         warn(&checked.spec);
         if self.slot.create(Configured::new(checked)).is_err() {
-            log::error!("a VM exists already");
+            return log::error!("a VM exists already");
         }
+        self.events.tell(NO_MACHINE, &Event::Created);
     }
 
     /// Stops the guest; what it did meanwhile waits.
     fn pause(&mut self) -> Result<(), VmmError> {
+        self.note(&Event::Pausing);
         let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
         machine.pause()?;
         if self.policy.verify_state
@@ -138,14 +159,30 @@ impl Vmm {
             self.stop();
             return Err(error.into());
         }
-        self.slot.pause().map_err(|_| VmmError::NoVm)
+        self.slot.pause().map_err(|_| VmmError::NoVm)?;
+        self.note(&Event::Paused);
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
-        self.slot.machine_mut().ok_or(VmmError::NoVm)?.resume()?;
+        self.note(&Event::Resuming);
+        let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
+        let resumed = machine.resume();
+        told::changes(&self.events, machine);
+        resumed?;
         self.slot.resume().map_err(|_| VmmError::NoVm)?;
+        self.note(&Event::Resumed);
         self.catch_up();
         Ok(())
+    }
+
+    fn raise_nmi(&self) -> Result<(), VmmError> {
+        Ok(self.slot.machine().ok_or(VmmError::NoVm)?.nmi()?)
+    }
+
+    /// Tells what happens to the machine that is there.
+    fn note(&self, event: &Event) {
+        self.events.tell(self.slot.machine().map_or(NO_MACHINE, Machine::number), event);
     }
 
     fn press_power_button(&self) -> Result<(), VmmError> {
@@ -163,9 +200,13 @@ impl Vmm {
 
     /// The same; `done` is called when nothing is left of the machine.
     fn stop_then(&mut self, done: impl FnOnce() + Send + 'static) {
+        let number = self.slot.machine().map(Machine::number);
         self.drop_machine(done);
         if let Some(consoles) = self.slot.config_mut().and_then(|c| c.consoles.as_mut()) {
             consoles.detach();
+        }
+        if let Some(number) = number {
+            self.events.tell(number, &Event::Shutdown);
         }
     }
 
@@ -190,18 +231,25 @@ impl Vmm {
         self.give_up_boot();
         self.stop_then(done);
         self.inputs.drop_all();
-        self.slot.clear();
+        if let (Some(_), _) = self.slot.clear() {
+            self.events.tell(NO_MACHINE, &Event::Deleted);
+        }
     }
 
     /// A machine's thread tells something.
     pub fn machine_says(&mut self, message: MachineMessage) {
         let MachineMessage { machine, event } = message;
         if let MachineEvent::Built(result) = event {
-            return self.built(machine, *result);
+            let (result, stages) = *result;
+            return self.built(machine, result, &stages);
         }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
             return;
+        }
+        // While the VM is paused, what its guest does again is not told again.
+        if let Some((_, exit)) = told::exit(&event).filter(|(what, _)| !self.deferred.contains(what)) {
+            self.events.tell(machine, &exit);
         }
         match event {
             MachineEvent::Vcpu(event) => {
@@ -219,12 +267,30 @@ impl Vmm {
                 match event {
                     SystemEvent::Reset(_) => self.guest_did(GuestEvent::Reset),
                     SystemEvent::Shutdown(_) => self.guest_did(GuestEvent::Shutdown),
+                    SystemEvent::Panicked => {
+                        // A guest can say so again and again.
+                        if configured.last_event != Some(GuestEvent::Panic) {
+                            log::error!("the guest reports a {event}");
+                            self.events.tell(machine, &Event::GuestPanic { event: PanicEvent::Panic });
+                        }
+                        self.guest_did(GuestEvent::Panic);
+                    }
+                    // Its crash kernel goes on; ending the guest would end that, too.
+                    SystemEvent::CrashLoaded => {
+                        let level = configured.told.level("crash kernel");
+                        log::log!(level, "the guest reports a {event}");
+                        if level == Level::Error {
+                            self.events.tell(machine, &Event::GuestPanic { event: PanicEvent::CrashLoaded });
+                        }
+                    }
                     _ => {}
                 }
             }
             MachineEvent::Attention { device, pending } => {
                 pending.store(false, Ordering::SeqCst);
-                if let Err(error) = current.service(&device) {
+                let serviced = current.service(&device);
+                told::changes(&self.events, current);
+                if let Err(error) = serviced {
                     let level = configured.told.level(&device);
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }
@@ -293,6 +359,9 @@ impl Configured {
             }
             if config.console.mode == ConsoleMode::Pty {
                 config.console.file = path(&consoles.console);
+            }
+            if config.debug_console.mode == ConsoleMode::Pty {
+                config.debug_console.file = path(&consoles.debug);
             }
         }
         config

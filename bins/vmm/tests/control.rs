@@ -1,15 +1,13 @@
 //! The control thread: what it does when a boot fails, when nobody reads, when a path is a trap.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
-#![expect(unsafe_code, reason = "terminals are C's")]
 
 use std::fs;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command};
-use std::ptr;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmm_tests::harness::terminal::Terminal;
 use vmm_tests::harness::{Api, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
@@ -139,23 +137,13 @@ fn only_descriptors_that_were_passed_are_taken_for_the_api() {
 #[test]
 fn the_users_terminal_is_raw_only_while_a_guest_has_it() {
     let scratch = Scratch::new();
-    let (_main, terminal) = open_terminal();
-    let socket = scratch.path("api");
-    let mut vmm = Command::new(env!("CARGO_BIN_EXE_vmm"));
-    vmm.args(["--api-socket", &format!("path={}", socket.display())])
-        .stdin(terminal.try_clone().unwrap())
-        .stdout(terminal.try_clone().unwrap());
-    let mut child = Killed(vmm.spawn().unwrap());
-    wait_until(
-        SOON,
-        || std::os::unix::net::UnixStream::connect(&socket).ok(),
-        || "the API socket".to_owned(),
-    );
-    let mut api = Api::connect(&socket);
+    let terminal = Terminal::new();
+    let mut vmm = Vmm::on_terminal(&scratch, &terminal, false, &[]);
+    let mut api = vmm.api();
     let kernel = scratch.path("kernel");
     api.create(&with_serial(&kernel, json!({ "mode": "Tty" })));
     boot_fails(&mut api, "No such file");
-    assert!(!is_raw(&terminal), "after a boot that failed");
+    assert!(!terminal.is_raw(), "after a boot that failed");
     fs::copy(scratch.guest(Guest::Halt), &kernel).unwrap();
     for (way, raw) in [
         ("vm.boot", true),
@@ -165,43 +153,12 @@ fn the_users_terminal_is_raw_only_while_a_guest_has_it() {
         ("vm.delete", false),
     ] {
         api.puts(&[way]);
-        assert_eq!(is_raw(&terminal), raw, "after {way}");
+        assert_eq!(terminal.is_raw(), raw, "after {way}");
     }
     api.create(&with_serial(&kernel, json!({ "mode": "Tty" })));
     api.puts(&["vm.boot"]);
-    assert!(is_raw(&terminal));
+    assert!(terminal.is_raw());
     api.puts(&["vmm.shutdown"]);
-    assert!(child.0.wait().unwrap().success());
-    assert!(!is_raw(&terminal), "after the end");
-}
-
-/// A process that does not outlive the test.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The far side of a new terminal, and the side that programs use.
-fn open_terminal() -> (OwnedFd, OwnedFd) {
-    let (mut main, mut other) = (-1, -1);
-    // SAFETY: two valid places to write to; nothing else is given.
-    let result =
-        unsafe { libc::openpty(&raw mut main, &raw mut other, ptr::null_mut(), ptr::null(), ptr::null()) };
-    assert_eq!(result, 0);
-    // SAFETY: the call just made it, and nobody else has it.
-    let main = unsafe { OwnedFd::from_raw_fd(main) };
-    // SAFETY: as above.
-    (main, unsafe { OwnedFd::from_raw_fd(other) })
-}
-
-fn is_raw(terminal: &OwnedFd) -> bool {
-    // SAFETY: all zeroes is a valid termios.
-    let mut termios: libc::termios = unsafe { std::mem::zeroed() };
-    // SAFETY: a valid place to write to.
-    assert_eq!(unsafe { libc::tcgetattr(terminal.as_raw_fd(), &raw mut termios) }, 0);
-    termios.c_lflag & libc::ICANON == 0
+    vmm.expect_exit(0);
+    assert!(!terminal.is_raw(), "after the end");
 }

@@ -1,13 +1,19 @@
 //! The assembly on the scripted hypervisor: whatever call of boot and pause fails, nothing is left behind.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use vmm::machine::{EventPost, Machine, MachineError, Ports};
+use vmm::machine::stages::Stages;
+use vmm::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::{MachineSpec, parse_and_check};
-use vmm_epoll::mailbox;
+use vmm_cpu_manager::set::VcpuError;
+use vmm_device_model::metrics::{Sample, Value};
+use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
+use vmm_platform_devices::events::SystemEvent;
 use vmm_tests::tiny::Guest;
 
 /// A machine with a disk, a random source and both consoles.
@@ -22,13 +28,32 @@ fn spec(folder: &Path) -> MachineSpec {
         "disks": [{ "path": disk, "image_type": "Raw" }],
         "serial": { "mode": "Null" },
         "console": { "mode": "Null" },
+        "pvpanic": true,
     });
     parse_and_check(json.to_string().as_bytes(), UnknownFields::Refuse).unwrap().spec
 }
 
 fn build(fake: &Fake, spec: &MachineSpec) -> Result<Machine, MachineError> {
-    let (mailbox, _inbox) = mailbox().unwrap();
-    Machine::build(fake, spec, &Ports::default(), &EventPost { machine: 1, mailbox })
+    Ok(build_told(fake, spec)?.0)
+}
+
+/// A machine, and what it tells.
+fn build_told(fake: &Fake, spec: &MachineSpec) -> Result<(Machine, Inbox<MachineMessage>), MachineError> {
+    let (mailbox, inbox) = mailbox().unwrap();
+    let post = EventPost::new(1, mailbox);
+    Ok((Machine::build(fake, spec, &Ports::default(), &post, &mut Stages::default())?, inbox))
+}
+
+/// Waits for what `look` finds.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not happen");
+        std::thread::yield_now();
+    }
 }
 
 fn life(fake: &Fake, spec: &MachineSpec) -> Result<(), MachineError> {
@@ -103,4 +128,109 @@ fn a_guest_that_does_odd_things_is_answered() {
     }
     machine.pause().unwrap();
     machine.save_reset_restore().unwrap();
+}
+
+fn config_address(device: u8, register: u32) -> Exit {
+    let address = 0x8000_0000 | u32::from(device) << 11 | register;
+    Exit::PioWrite { port: 0xcf8, data: address.to_le_bytes().to_vec() }
+}
+
+const READ_CONFIG: Exit = Exit::PioRead { port: 0xcfc, size: 4, count: 1 };
+
+#[test]
+fn a_guest_finds_the_panic_device_and_its_panic_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let (mut machine, mut inbox) = build_told(&fake, &spec).unwrap();
+    for device in 0..32 {
+        fake.script(0, [config_address(device, 0), READ_CONFIG]);
+        fake.script(0, [config_address(device, 0x10), READ_CONFIG]);
+    }
+    machine.start();
+    let answers = wait_for(|| Some(fake.answers()).filter(|answers| answers.len() == 64));
+    let value = |at: usize| u32::from_le_bytes(answers[at].data.as_slice().try_into().unwrap());
+    let device = (0..32).find(|device| value(2 * device) == 0x0011_1b36).unwrap();
+    let bar = u64::from(value(2 * device + 1));
+    let enable = Exit::PioWrite { port: 0xcfc, data: vec![2] };
+    let says = |event| Exit::MmioWrite { address: bar, data: vec![event] };
+    fake.script(0, [config_address(device as u8, 4), enable, says(2), says(1)]);
+    let mut told = Vec::new();
+    wait_for(|| {
+        told.extend(inbox.take_all().into_iter().map(|message| message.event));
+        (told.len() == 2).then_some(())
+    });
+    assert!(matches!(told[0], MachineEvent::System(SystemEvent::CrashLoaded)), "{told:?}");
+    assert!(matches!(told[1], MachineEvent::System(SystemEvent::Panicked)), "{told:?}");
+    machine.pause().unwrap();
+    machine.save_reset_restore().unwrap();
+    fake.script(0, [says(1)]);
+    machine.resume().unwrap();
+    wait_for(|| inbox.take_all().pop_front());
+}
+
+#[test]
+fn an_nmi_reaches_a_paused_guest_or_its_refusal_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let mut machine = build(&fake, &spec).unwrap();
+    machine.start();
+    machine.nmi().unwrap();
+    machine.pause().unwrap();
+    machine.nmi().unwrap();
+    assert_eq!(fake.count("KVM_NMI"), 4, "two vCPUs, twice");
+    machine.save_reset_restore().unwrap();
+    fake.fail_nth_of("KVM_NMI", 1);
+    let error = machine.nmi().unwrap_err();
+    assert!(matches!(error, MachineError::Vcpu(VcpuError::Nmi { .. })), "{error:?}");
+    machine.resume().unwrap();
+}
+
+#[test]
+fn counts_are_told_in_both_forms_and_begin_anew_with_a_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let exits = |machine: &Machine| -> u64 {
+        let of_guest = |sample: &Sample| {
+            let (_, reason) = sample.labels.last().unwrap();
+            sample.family.name == "vmm_vcpu_exits" && reason == "pio_write"
+        };
+        let value = |sample: &Sample| if let Value::Counter(count) = sample.value { count } else { 0 };
+        machine.metrics().iter().filter(|sample| of_guest(sample)).map(value).sum()
+    };
+    for _ in 0..2 {
+        let mut machine = build(&fake, &spec).unwrap();
+        assert_eq!(exits(&machine), 0);
+        fake.script(0, vec![Exit::PioWrite { port: 0x3f8, data: vec![b'x'] }; 5]);
+        machine.start();
+        wait_for(|| (exits(&machine) == 5).then_some(()));
+        machine.pause().unwrap();
+        machine.save_reset_restore().unwrap();
+        machine.resume().unwrap();
+        assert_eq!(exits(&machine), 5, "counts go on over a pause");
+
+        let counters = machine.counters();
+        let disk = &counters["_disk0"];
+        assert_eq!(counters.len(), 1, "{counters:?}");
+        let names: Vec<_> = disk.keys().map(String::as_str).collect();
+        assert_eq!(names, ["read_bytes", "read_ops", "write_bytes", "write_ops"]);
+        check(&machine.metrics());
+    }
+}
+
+/// What OpenMetrics asks of samples.
+fn check(samples: &[Sample]) {
+    let mut seen = BTreeSet::new();
+    for Sample { family, labels, value } in samples {
+        assert_eq!(value.kind(), family.kind, "{family:?}");
+        assert!(family.unit.is_empty() || family.name.ends_with(&format!("_{}", family.unit)), "{family:?}");
+        assert!(family.name.starts_with("vmm_") && !family.name.ends_with("_total"), "{family:?}");
+        assert!(family.help.ends_with('.'), "{family:?}");
+        assert!(seen.insert((family.name, labels)), "{} {labels:?} is there twice", family.name);
+    }
+    for name in ["vmm_vcpu_exits", "vmm_block_latency_seconds", "vmm_rng_bytes", "vmm_virtio_interrupts"] {
+        assert!(seen.iter().any(|(seen, _)| *seen == name), "{name}");
+    }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use vmm::events::Events;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
 use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
@@ -38,7 +39,8 @@ impl Rig {
         std::fs::write(folder.path().join("disk"), [0; 4096]).unwrap();
         let (post, inbox) = mailbox().unwrap();
         let policy = Policy { serves_clients: true, verify_state: false, reactions };
-        Self { folder, vmm: Vmm::new(Arc::new(fake), post, policy), serial, inbox }
+        let vmm = Vmm::new(Arc::new(fake), post, policy, Events::new());
+        Self { folder, vmm, serial, inbox }
     }
 
     fn in_phase(phase: Phase) -> Self {
@@ -139,7 +141,7 @@ impl Rig {
             GuestEvent::Shutdown => MachineEvent::System(SystemEvent::Shutdown(Cause::AcpiSleep)),
             GuestEvent::TripleFault => vcpu(VcpuEventKind::TripleFault),
             GuestEvent::Crash => vcpu(VcpuEventKind::InternalError { suberror: 1 }),
-            GuestEvent::Panic => return self.vmm.guest_did(event),
+            GuestEvent::Panic => MachineEvent::System(SystemEvent::Panicked),
         };
         self.vmm.machine_says(MachineMessage { machine, event });
     }

@@ -13,6 +13,7 @@
 pub mod affinity;
 pub mod cpuid;
 pub mod entry;
+mod exits;
 mod run;
 pub mod set;
 pub mod state;

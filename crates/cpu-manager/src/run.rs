@@ -10,10 +10,12 @@
 //! channel only when the vCPU was interrupted: the road of an exit has no check on it. Kicks that come
 //! close together are one interruption, so the thread then obeys every order that has come.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 
-use vmm_hypervisor::{Vcpu, VcpuExit};
+use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
 
+use crate::exits::ExitCounter;
 use crate::set::{ExitTargets, VcpuEvent, VcpuEventKind};
 use crate::state::{StateError, VcpuV1};
 
@@ -28,8 +30,8 @@ pub(crate) enum Order {
     Save(Sender<(u32, Result<VcpuV1, StateError>)>),
     /// Take the state over. Parked.
     Restore(Box<VcpuV1>, Sender<(u32, Result<(), StateError>)>),
-    /// Raise a non-maskable interrupt.
-    Nmi,
+    /// Raise a non-maskable interrupt and tell.
+    Nmi(Sender<(u32, Result<(), HypervisorError>)>),
     /// End.
     Stop,
 }
@@ -39,7 +41,8 @@ pub(crate) struct Runner {
     pub(crate) vcpu: Box<dyn Vcpu>,
     pub(crate) targets: ExitTargets,
     pub(crate) orders: Receiver<Order>,
-    pub(crate) msrs: std::sync::Arc<[u32]>,
+    pub(crate) msrs: Arc<[u32]>,
+    pub(crate) exits: Arc<ExitCounter>,
 }
 
 enum Next {
@@ -83,10 +86,8 @@ impl Runner {
                 let _ = reply.send((self.index, state.apply(&mut *self.vcpu)));
                 current
             }
-            Order::Nmi => {
-                if let Err(error) = self.vcpu.nmi() {
-                    log::warn!("vcpu{}: cannot inject an NMI: {error}", self.index);
-                }
+            Order::Nmi(reply) => {
+                let _ = reply.send((self.index, self.vcpu.nmi()));
                 current
             }
             Order::Stop => Next::Stop,
@@ -110,7 +111,9 @@ impl Runner {
 
     fn run(&mut self) -> Next {
         loop {
-            let ending = match self.vcpu.run() {
+            let exit = self.vcpu.run();
+            self.exits.count(&exit);
+            let ending = match exit {
                 Ok(VcpuExit::Interrupted) => match self.obey_all() {
                     Next::Run => continue,
                     other => return other,

@@ -10,11 +10,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_device_model::bus::Bus;
+use vmm_device_model::metrics::Sample;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Kick, Vm};
 
 use crate::affinity::{CoreScheduling, pin_current_thread, thread_id};
 use crate::cpuid::Cpuid;
 use crate::entry::{Entry, set_up};
+use crate::exits::ExitCounter;
 use crate::run::{Order, Runner};
 use crate::state::{StateError, VcpuV1};
 use crate::topology::Topology;
@@ -108,6 +110,7 @@ pub struct VcpuSet {
 struct VcpuThread {
     orders: Sender<Order>,
     kick: Arc<dyn Kick>,
+    exits: Arc<ExitCounter>,
     handle: Option<JoinHandle<()>>,
     thread: libc::pid_t,
 }
@@ -238,11 +241,27 @@ impl VcpuSet {
             .try_for_each(|(vcpu, result)| result.map_err(|source| VcpuError::State { vcpu, source }))
     }
 
-    /// Raises a non-maskable interrupt on every vCPU.
-    pub fn nmi(&self) {
+    /// Raises a non-maskable interrupt on every vCPU. One that does not run takes it when it runs; until then it is part
+    /// of its state ([`EventsV1`](crate::state::EventsV1)).
+    ///
+    /// # Errors
+    /// A vCPU does not answer, or its hypervisor refuses; the others have theirs.
+    pub fn nmi(&self) -> Result<(), VcpuError> {
+        let (reply, answers) = channel();
         for thread in &self.threads {
-            thread.order(Order::Nmi);
+            thread.order(Order::Nmi(reply.clone()));
         }
+        drop(reply);
+        let results = collect(&answers, self.threads.len(), |answer| answer.0)
+            .map_err(|vcpu| VcpuError::DoesNotObey { vcpu })?;
+        results
+            .into_iter()
+            .try_for_each(|(vcpu, result)| result.map_err(|source| VcpuError::Nmi { vcpu, source }))
+    }
+
+    /// How often each vCPU left the guest, by reason, since it was created.
+    pub fn measure(&self) -> Vec<Sample> {
+        (0..).zip(&self.threads).flat_map(|(vcpu, thread)| thread.exits.samples(vcpu)).collect()
     }
 }
 
@@ -289,6 +308,8 @@ fn spawn(
     let (core_scheduling, first) = (spec.core_scheduling, before.first().map(|first| first.thread));
     let (orders, inbox) = channel();
     let (ready, started) = channel();
+    let exits = Arc::<ExitCounter>::default();
+    let counted = Arc::clone(&exits);
     // The vCPU is created on its thread: KVM is fastest when the same thread makes all the calls.
     let main = move || {
         let create = || {
@@ -308,7 +329,7 @@ fn spawn(
             Ok((vcpu, kick)) => {
                 let _ = ready.send(Ok((kick, thread_id())));
                 drop((ready, vm));
-                Runner { index, vcpu, targets, orders: inbox, msrs }.main();
+                Runner { index, vcpu, targets, orders: inbox, msrs, exits: counted }.main();
             }
             Err(error) => {
                 let _ = ready.send(Err(error));
@@ -320,7 +341,7 @@ fn spawn(
         .spawn(main)
         .map_err(|source| VcpuError::Thread { vcpu: index, source })?;
     match started.recv() {
-        Ok(Ok((kick, thread))) => Ok(VcpuThread { orders, kick, handle: Some(handle), thread }),
+        Ok(Ok((kick, thread))) => Ok(VcpuThread { orders, kick, exits, handle: Some(handle), thread }),
         Ok(Err(error)) => {
             let _ = handle.join();
             Err(error)
@@ -377,6 +398,15 @@ pub enum VcpuError {
         /// Why.
         #[source]
         source: StateError,
+    },
+    /// A vCPU did not take a non-maskable interrupt.
+    #[error("cannot raise an NMI on vcpu{vcpu}")]
+    Nmi {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why.
+        #[source]
+        source: HypervisorError,
     },
     /// Saved states of another number of vCPUs.
     #[error("{states} saved vCPU states for {vcpus} vCPUs")]

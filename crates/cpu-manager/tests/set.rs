@@ -13,6 +13,7 @@ use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, Vcp
 use vmm_cpu_manager::state::VcpuV1;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
+use vmm_device_model::metrics::Value;
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
 use vmm_hypervisor::{Hypervisor, VmOptions};
@@ -199,9 +200,86 @@ fn an_nmi_reaches_every_vcpu() {
     let (fake, world) = (Fake::new(), world());
     let mut set = create(&fake, 3, &world.targets).unwrap();
     set.run();
-    set.nmi();
-    wait_for(|| fake.count("KVM_NMI") == 3);
+    set.nmi().unwrap();
+    assert_eq!(fake.count("KVM_NMI"), 3);
     assert!(!matches!(world.events.try_recv(), Ok(VcpuEvent { kind: VcpuEventKind::Failed(_), .. })));
+}
+
+#[test]
+fn an_nmi_that_is_refused_is_told_and_the_others_have_theirs() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 3, &world.targets).unwrap();
+    for running in [false, true] {
+        if running {
+            set.run();
+        }
+        let before = fake.count("KVM_NMI");
+        fake.fail_nth_of("KVM_NMI", 2);
+        assert!(matches!(set.nmi(), Err(VcpuError::Nmi { .. })));
+        assert_eq!(fake.count("KVM_NMI"), before + 3);
+        set.nmi().unwrap();
+    }
+}
+
+#[test]
+fn an_nmi_to_a_paused_guest_waits_in_its_state() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    let pending = |set: &VcpuSet| -> Vec<_> {
+        set.save().unwrap().iter().map(|state| state.events.as_ref().unwrap().nmi_pending).collect()
+    };
+    set.run();
+    set.pause().unwrap();
+    assert_eq!(pending(&set), [0, 0]);
+    set.nmi().unwrap();
+    assert_eq!(pending(&set), [1, 1]);
+    let states = set.save().unwrap();
+    drop(set);
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    set.restore(states).unwrap();
+    assert_eq!(pending(&set), [1, 1], "it moves with the state");
+    set.run();
+    set.pause().unwrap();
+    assert_eq!(pending(&set), [0, 0], "taken by the guest");
+}
+
+#[test]
+fn exits_are_counted_by_vcpu_and_reason() {
+    let (fake, world) = (Fake::new(), world());
+    let write = || Exit::PioWrite { port: 0x80, data: vec![1] };
+    let read = || Exit::MmioRead { address: 0x2000, size: 4 };
+    fake.script(0, [write(), read(), write(), Exit::IoapicEoi(3), Exit::InternalError(1)]);
+    fake.script(1, [read(), Exit::RunFails(libc::EIO)]);
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    let count = |set: &VcpuSet, vcpu: &str, reason: &str| {
+        let wanted = [("vcpu", vcpu.to_owned()), ("reason", reason.to_owned())];
+        let samples = set.measure();
+        let found: Vec<_> = samples.iter().filter(|sample| sample.labels == wanted).collect();
+        assert_eq!((found.len(), found[0].family.name), (1, "vmm_vcpu_exits"));
+        found[0].value.clone()
+    };
+    set.run();
+    for _ in 0..2 {
+        world.events.recv_timeout(Duration::from_secs(5)).unwrap();
+    }
+    let expected = [
+        ("0", "pio_write", 2),
+        ("0", "mmio_read", 1),
+        ("0", "ioapic_eoi", 1),
+        ("0", "failure", 1),
+        ("0", "mmio_write", 0),
+        ("1", "mmio_read", 1),
+        ("1", "failure", 1),
+        ("1", "pio_write", 0),
+    ];
+    for (vcpu, reason, times) in expected {
+        assert_eq!(count(&set, vcpu, reason), Value::Counter(times), "{reason} of vcpu{vcpu}");
+    }
+    // Counts go on over a pause.
+    set.pause().unwrap();
+    set.run();
+    set.pause().unwrap();
+    assert_eq!(count(&set, "0", "pio_write"), Value::Counter(2));
 }
 
 #[test]
@@ -211,7 +289,7 @@ fn orders_whose_kicks_fall_together_are_all_obeyed() {
     for round in 1..=200 {
         set.run();
         set.run();
-        set.nmi();
+        set.nmi().unwrap();
         set.pause().unwrap();
         assert_eq!(fake.count("KVM_NMI"), 2 * round);
     }

@@ -8,8 +8,11 @@ use std::time::{Duration, Instant};
 use vmm_device_manager::machine::{Attentions, Lines, Machine, Parts};
 use vmm_device_manager::set::DeviceSet;
 use vmm_device_model::bus::BusDevice;
-use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{
+    Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
+};
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
 use vmm_pci::host_bridge::HostBridge;
@@ -24,6 +27,8 @@ impl BusDevice for Toy {
     fn read(&mut self, _region: u16, _offset: u64, _data: &mut [u8]) {}
     fn write(&mut self, _region: u16, _offset: u64, _data: &[u8]) {}
 }
+
+impl Metered for Toy {}
 
 impl Lifecycle for Toy {
     fn service(&mut self) -> Result<(), DeviceError> {
@@ -40,6 +45,9 @@ impl Lifecycle for Toy {
         Ok(())
     }
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -91,7 +91,7 @@ impl Machine {
                 Resource::Slot { .. } => drop(self.slots.release(id)),
                 Resource::Function { bdf } => {
                     if let Err(error) = self.parts.bridge.detach(*bdf) {
-                        log::warn!("{id}: {error}");
+                        log::warn!(device = id; "{error}");
                     }
                 }
             }

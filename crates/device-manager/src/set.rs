@@ -1,8 +1,10 @@
 //! All devices of a VM, in the order in which they were added.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
-use vmm_device_model::device::{Blocker, DeviceError, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, VmDevice};
+use vmm_device_model::metrics::{Measures, Sample};
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_pci::resources::PciResources;
 use vmm_snapshot::{RecordError, RecordSet, SetError};
@@ -19,6 +21,15 @@ pub type AnyRecipe = Box<dyn for<'a> Recipe<dyn PciResources + 'a>>;
 pub struct DeviceSet {
     devices: Vec<Slot>,
     machine: Machine,
+}
+
+/// What the devices of a VM counted, see [`vmm_device_model::metrics`].
+#[derive(Debug, Default)]
+pub struct DeviceCounts {
+    /// By device id and counter, as `vm.counters` tells it. Devices without such counters are left out.
+    pub counters: BTreeMap<String, BTreeMap<String, u64>>,
+    /// The same and more as metrics, in the order of the devices.
+    pub samples: Vec<Sample>,
 }
 
 #[derive(Debug)]
@@ -67,6 +78,15 @@ impl DeviceSet {
             Some(slot) => slot.device.service().map_err(|source| step("service", id, source)),
             None => Ok(()),
         }
+    }
+
+    /// What guests made of the devices since the last call: each with its id, by device, oldest first.
+    pub fn take_changes(&mut self) -> Vec<(String, DeviceChange)> {
+        let of_slot = |slot: &mut Slot| {
+            let changes = slot.device.take_changes();
+            changes.into_iter().map(|change| (slot.id.clone(), change)).collect::<Vec<_>>()
+        };
+        self.devices.iter_mut().flat_map(of_slot).collect()
     }
 
     /// Brings every device to rest: all are asked first, then waited for until `deadline`. vCPUs are
@@ -147,6 +167,22 @@ impl DeviceSet {
             slot.device.blockers().into_iter().map(|blocker| (slot.id.clone(), blocker)).collect()
         };
         self.devices.iter().flat_map(of).collect()
+    }
+
+    /// What every device counted.
+    pub fn measure(&self) -> DeviceCounts {
+        let mut counts = DeviceCounts::default();
+        for slot in &self.devices {
+            let mut measures = Measures::of_device(&slot.id);
+            slot.device.measure(&mut measures);
+            let (counters, samples) = measures.into_parts();
+            counts.samples.extend(samples);
+            if !counters.is_empty() {
+                let named = counters.into_iter().map(|(name, value)| (name.to_owned(), value));
+                counts.counters.insert(slot.id.clone(), named.collect());
+            }
+        }
+        counts
     }
 
     /// The device tree.

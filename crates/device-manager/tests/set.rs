@@ -8,8 +8,11 @@ use vmm_device_manager::machine::{Attentions, Lines, Machine, Parts};
 use vmm_device_manager::node::Resource;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError};
 use vmm_device_model::bus::{Bus, BusDevice};
-use vmm_device_model::device::{Attention, Blocker, Blocks, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{
+    Attention, Blocker, Blocks, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice,
+};
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_device_model::testing::{TestAttention, TestDoorbells, TestLine, TestMsi, TestResources};
 use vmm_pci::config::BarKind;
@@ -84,6 +87,17 @@ impl Toy {
     }
 }
 
+static VALUES: Family = Family { name: "toy_value", help: "Value.", unit: "", kind: Kind::Gauge };
+
+impl Metered for Toy {
+    fn measure(&self, measures: &mut Measures) {
+        if self.value != 0 {
+            measures.counter("value", self.value.into());
+        }
+        measures.sample(&VALUES, &[], Value::Gauge(self.value.into()));
+    }
+}
+
 impl Lifecycle for Toy {
     fn service(&mut self) -> Result<(), DeviceError> {
         self.note("service");
@@ -107,6 +121,9 @@ impl Lifecycle for Toy {
     fn blockers(&self) -> Vec<Blocker> {
         let blocker = Blocker { blocks: Blocks::Migration, reason: "toy".to_owned() };
         if self.stubborn { vec![blocker] } else { Vec::new() }
+    }
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        if self.stubborn { vec![DeviceChange::NeedsReset, DeviceChange::Reset] } else { Vec::new() }
     }
 }
 
@@ -182,6 +199,20 @@ fn a_failed_build_gives_everything_back() {
 }
 
 #[test]
+fn counts_are_told_by_device() {
+    let mut world = world();
+    for (id, port, gsi) in [("b", 0x10, 5), ("a", 0x200, 6), ("c", 0x22, 7)] {
+        world.set.add(recipe(&world, id, port, gsi)).unwrap();
+    }
+    let found = world.set.measure();
+    let value = |value| std::collections::BTreeMap::from([("value".to_owned(), value)]);
+    // "a" counts nothing for clients: its value is 0 as a byte.
+    assert_eq!(found.counters, [("b".to_owned(), value(0x10)), ("c".to_owned(), value(0x22))].into());
+    let told: Vec<_> = found.samples.iter().map(|sample| (&*sample.labels[0].1, &sample.value)).collect();
+    assert_eq!(told, [("b", &Value::Gauge(0x10)), ("a", &Value::Gauge(0)), ("c", &Value::Gauge(0x22))]);
+}
+
+#[test]
 fn all_are_asked_before_any_is_waited_for() {
     let mut world = world();
     world.set.add(recipe(&world, "a", 0x10, 5)).unwrap();
@@ -201,6 +232,9 @@ fn all_are_asked_before_any_is_waited_for() {
     let log = world.log.lock().unwrap();
     assert_eq!(log[log.len() - 3..], ["resume a", "resume b", "resume c"], "all work again");
     assert_eq!(world.set.blockers().len(), 1);
+    let changes = [DeviceChange::NeedsReset, DeviceChange::Reset].map(|change| ("c".to_owned(), change));
+    drop(log);
+    assert_eq!(world.set.take_changes(), changes);
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusDevice;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_device_model::testing::{TestResources, save_reset_restore};
 use vmm_snapshot::RecordError;
@@ -65,6 +66,20 @@ impl Lifecycle for Counter {
     fn blockers(&self) -> Vec<Blocker> {
         Vec::new()
     }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        Vec::new()
+    }
+}
+
+/// What it counts.
+static WRITES: Family =
+    Family { name: "toy_writes", help: "Writes to the register.", unit: "", kind: Kind::Counter };
+
+impl Metered for Counter {
+    fn measure(&self, measures: &mut Measures) {
+        measures.sample(&WRITES, &[], Value::Counter(self.front().writes.into()));
+    }
 }
 
 /// Its saved state, first version.
@@ -117,6 +132,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let record = save_reset_restore(&mut *device)?;
     println!("saved, reset and restored: {record:?}");
+    let mut measures = Measures::of_device("_counter");
+    device.measure(&mut measures);
+    println!("it counts {:?}", measures.into_parts().1);
     let mut count = [0];
     guest.read(0x500, &mut count);
     println!("the guest reads {count:?} at port 0x500");

@@ -14,6 +14,8 @@ use std::time::Instant;
 
 use vmm_snapshot::{Record, RecordError, Schema};
 
+use crate::metrics::Metered;
+
 /// What the thread that owns the VM does with a device. Every step is a decision: nothing has a default.
 ///
 /// A method must not wait for a vCPU, and must not hold the front's lock while it waits for a thread.
@@ -48,6 +50,21 @@ pub trait Lifecycle: Send {
 
     /// What stands against a snapshot, a migration or an unplug of the device, now.
     fn blockers(&self) -> Vec<Blocker>;
+
+    /// What became of the device since the last call, oldest first: by its guest's will, not by the steps above.
+    fn take_changes(&mut self) -> Vec<DeviceChange>;
+}
+
+/// What a guest made of a device, for whoever watches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceChange {
+    /// Its driver has set it up, and it works.
+    Activated,
+    /// Its driver has reset it, which was active.
+    Reset,
+    /// It cannot work as its driver set it up, and waits for a reset.
+    NeedsReset,
 }
 
 /// A device's saved state, as the device's own type.
@@ -88,9 +105,9 @@ impl<T: SaveState> SaveRecord for T {
 }
 
 /// A device as the thread that owns the VM sees it.
-pub trait VmDevice: Lifecycle + SaveRecord + fmt::Debug {}
+pub trait VmDevice: Lifecycle + SaveRecord + Metered + fmt::Debug {}
 
-impl<T: Lifecycle + SaveRecord + fmt::Debug> VmDevice for T {}
+impl<T: Lifecycle + SaveRecord + Metered + fmt::Debug> VmDevice for T {}
 
 /// Asks the thread that owns the VM to call [`Lifecycle::service`] on one device; given to its front.
 ///

@@ -9,6 +9,8 @@
 //! - [`interrupt`]: lines, MSI vectors, and who gives them;
 //! - [`doorbell`]: guest writes that become an eventfd signal without leaving the kernel;
 //! - [`dirty`]: sources of dirty guest pages;
+//! - [`limiter`]: how often a guest can make the log say something;
+//! - [`metrics`]: what devices count, and how it is told;
 //! - [`recipe`]: a checked description of a device that can be built, and the resources it is built from.
 //!
 //! Lock order, for everybody: bus map (writers only), then PCI configuration space, then the device.
@@ -20,7 +22,8 @@ pub mod dirty;
 pub mod dma;
 pub mod doorbell;
 pub mod interrupt;
-pub mod once;
+pub mod limiter;
+pub mod metrics;
 pub mod recipe;
 pub mod testing;
 

@@ -38,6 +38,11 @@ pub trait Engine: Send + fmt::Debug {
     /// Readable while completions wait to be reaped. It may be readable once too often, never too seldom.
     fn completion_fd(&self) -> BorrowedFd<'_>;
 
+    /// Says whether completions are announced by [`completion_fd`](Self::completion_fd), which they are at first. An owner that
+    /// reaps again and again switches that off meanwhile: it costs system calls. Before it sleeps it switches it on, and does
+    /// not sleep if that returns true: something may wait to be reaped that was not announced.
+    fn announce(&mut self, on: bool) -> bool;
+
     /// Appends all waiting completions to `out`, and continues requests that the kernel did in part.
     ///
     /// # Errors

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use log::Level;
+
 use crate::bounce::BounceBudget;
 use crate::buffers::{AlignedMemory, IoRange};
 use crate::disk::{Disk, Topology};
@@ -58,13 +60,16 @@ impl Disk for RawDisk {
         if kind != EngineKind::Sync {
             match UringEngine::new(self.raw.clone(), depth) {
                 Ok(engine) => {
-                    log::debug!("disk {path:?}: io_uring engine of depth {depth}");
+                    log::debug!(path:? = path; "io_uring engine of depth {depth}");
                     return Ok(Box::new(engine));
                 }
                 Err(error) if kind == EngineKind::IoUring => return Err(error),
                 Err(error) => {
                     let cause = error.source().map(ToString::to_string).unwrap_or_default();
-                    log::info!("disk {path:?}: synchronous engine, for {error}: {cause}");
+                    // Each reset by a guest's driver leads here again.
+                    let again = self.raw.quirks.fell_back.swap(true, Ordering::Relaxed);
+                    let level = if again { Level::Debug } else { Level::Info };
+                    log::log!(level, path:? = path; "synchronous engine, for {error}: {cause}");
                 }
             }
         }
@@ -132,6 +137,8 @@ pub(crate) struct Quirks {
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_block_discard: AtomicBool,
+    /// It was logged that there is no io_uring.
+    fell_back: AtomicBool,
 }
 
 /// A way to discard or zero a range.
@@ -190,7 +197,7 @@ impl Raw {
     pub(crate) fn missing(&self, feature: Feature, error: &io::Error) {
         let permanent = matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY));
         if permanent && !self.quirks.flag(feature).swap(true, Ordering::Relaxed) {
-            log::warn!("disk {:?} has no {feature:?}: {error}", self.parts.path);
+            log::warn!(path:? = self.parts.path; "the disk has no {feature:?}: {error}");
         }
     }
 
@@ -260,7 +267,7 @@ impl Drop for Raw {
     fn drop(&mut self) {
         // Closing would unlock too, but the kernel may hold the file a while for an io_uring that is going away.
         if let Err(error) = self.unlock() {
-            log::warn!("cannot unlock disk {:?}: {error}", self.parts.path);
+            log::warn!(path:? = self.parts.path; "cannot unlock the disk: {error}");
         }
     }
 }

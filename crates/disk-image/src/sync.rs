@@ -15,13 +15,15 @@ pub(crate) struct SyncEngine {
     raw: Arc<Raw>,
     depth: usize,
     ready: Vec<Completion>,
+    announces: bool,
     notifier: Notifier,
 }
 
 impl SyncEngine {
     pub(crate) fn new(raw: Arc<Raw>, depth: u16) -> Result<Self, EngineError> {
         let notifier = Notifier::new().map_err(EngineError::EventFd)?;
-        Ok(Self { raw, depth: depth.into(), ready: Vec::with_capacity(depth.into()), notifier })
+        let ready = Vec::with_capacity(depth.into());
+        Ok(Self { raw, depth: depth.into(), ready, announces: true, notifier })
     }
 }
 
@@ -39,7 +41,7 @@ impl Engine for SyncEngine {
         }
         let mut job = Job::new(request.op, &self.raw);
         let result = run(&mut job, &self.raw);
-        if self.ready.is_empty() {
+        if self.announces && self.ready.is_empty() {
             self.notifier.set();
         }
         self.ready.push(Completion { token: request.token, result, buffers: job.into_buffers() });
@@ -54,8 +56,18 @@ impl Engine for SyncEngine {
         self.notifier.as_fd()
     }
 
+    fn announce(&mut self, on: bool) -> bool {
+        if self.announces && !on {
+            self.notifier.clear();
+        }
+        self.announces = on;
+        !self.ready.is_empty()
+    }
+
     fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
-        self.notifier.clear();
+        if self.announces {
+            self.notifier.clear();
+        }
         out.append(&mut self.ready);
         Ok(())
     }

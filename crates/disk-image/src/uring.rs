@@ -10,6 +10,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
@@ -33,6 +34,7 @@ pub(crate) struct UringEngine {
     /// Requests that ended without the kernel.
     ready: Vec<Completion>,
     answers: Vec<(u64, i32)>,
+    announces: bool,
     notifier: Notifier,
     raw: Arc<Raw>,
 }
@@ -57,6 +59,7 @@ impl UringEngine {
             free: (0..depth).rev().collect(),
             ready: Vec::new(),
             answers: Vec::with_capacity(depth.into()),
+            announces: true,
             notifier,
             raw,
         })
@@ -117,8 +120,15 @@ impl UringEngine {
 
     /// The kernel is short of something: makes the owner call `reap`, which enters again.
     fn enter_later(&self) -> io::Result<()> {
-        self.notifier.set();
+        self.tell();
         Ok(())
+    }
+
+    /// There is something for `reap` that the kernel does not announce.
+    fn tell(&self) {
+        if self.announces {
+            self.notifier.set();
+        }
     }
 
     /// Waits until the kernel has given every slot back; what is left of the requests is dropped.
@@ -168,7 +178,7 @@ impl Engine for UringEngine {
         }
         if let Some(completion) = self.advance(index) {
             self.ready.push(completion);
-            self.notifier.set();
+            self.tell();
         }
         Ok(())
     }
@@ -181,9 +191,28 @@ impl Engine for UringEngine {
         self.notifier.as_fd()
     }
 
+    fn announce(&mut self, on: bool) -> bool {
+        if self.announces != on {
+            let completion = self.ring.completion();
+            if on {
+                completion.enable_eventfd();
+                // The kernel looks at the switch after it has posted; here it is the other way round.
+                fence(Ordering::SeqCst);
+            } else {
+                completion.disable_eventfd();
+                drop(completion);
+                self.notifier.clear();
+            }
+            self.announces = on;
+        }
+        !self.ready.is_empty() || !self.ring.completion().is_empty() || !self.ring.submission().is_empty()
+    }
+
     fn reap(&mut self, out: &mut Vec<Completion>) -> io::Result<()> {
-        // Cleared first: what completes after the look at the queue sets it again.
-        self.notifier.clear();
+        if self.announces {
+            // Cleared first: what completes after the look at the queue sets it again.
+            self.notifier.clear();
+        }
         out.append(&mut self.ready);
         self.collect();
         let answers = mem::take(&mut self.answers);
@@ -194,7 +223,7 @@ impl Engine for UringEngine {
                 .ok()
                 .and_then(|index| Some((index, self.slots.get_mut(usize::from(index))?)));
             let Some((index, Some(slot))) = slot else {
-                log::error!("disk {:?}: io_uring answered slot {index}, which is free", self.raw.parts.path);
+                log::error!(path:? = self.raw.parts.path; "io_uring answered slot {index}, which is free");
                 continue;
             };
             let completion = match slot.job.answer(answer, &self.raw) {
@@ -216,8 +245,8 @@ impl Drop for UringEngine {
     fn drop(&mut self) {
         if let Err(error) = self.settle() {
             log::error!(
-                "disk {:?}: {error} while requests were in flight; their memory stays allocated",
-                self.raw.parts.path
+                path:? = self.raw.parts.path;
+                "{error} while requests were in flight; their memory stays allocated"
             );
             mem::forget(mem::take(&mut self.slots));
             mem::forget(self.raw.clone());
@@ -239,7 +268,7 @@ impl fmt::Debug for UringEngine {
 
 /// A ring with room for `depth` operations.
 fn build(depth: u32) -> io::Result<IoUring> {
-    // The kernel need not interrupt a running thread: `reap` makes a system call before it looks.
+    // The kernel need not interrupt a running thread, which makes a system call sooner or later: it sleeps at least.
     let ring = match IoUring::builder().dontfork().setup_coop_taskrun().build(depth) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             // Before Linux 5.19.
@@ -314,7 +343,7 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::OwnedFd;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
     use std::thread;
 
     use super::*;
@@ -379,6 +408,44 @@ mod tests {
         drop(engine);
         assert!(freed_after.load(Ordering::SeqCst));
         kernel.join().unwrap();
+    }
+
+    /// Whether there is an announcement within 10 s, or now.
+    fn announced(engine: &UringEngine, wait: bool) -> bool {
+        let mut poll = libc::pollfd { fd: engine.notifier.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        loop {
+            // SAFETY: one pollfd, as said.
+            match unsafe { libc::poll(&raw mut poll, 1, if wait { 10_000 } else { 0 }) } {
+                // Interrupted by the kernel's own work.
+                -1 => assert_eq!(io::Error::last_os_error().kind(), io::ErrorKind::Interrupted),
+                ready => return ready == 1,
+            }
+        }
+    }
+
+    #[test]
+    fn what_ends_is_announced_as_long_as_the_owner_wants_it() {
+        let (mut engine, mut writer) = on_pipe(2);
+        let mut done = Vec::new();
+        for token in 0..3 {
+            assert!(!engine.announce(false));
+            engine.submit(read(token, Buffers::zeroed(8).unwrap())).unwrap();
+            engine.kick().unwrap();
+            assert!(!engine.announce(true), "nothing has ended yet");
+            writer.write_all(&[1; 8]).unwrap();
+            assert!(announced(&engine, true), "an owner that sleeps is woken");
+            assert!(engine.announce(true), "it is there, too");
+            engine.announce(false);
+            engine.reap(&mut done).unwrap();
+
+            engine.submit(read(token, Buffers::zeroed(8).unwrap())).unwrap();
+            writer.write_all(&[1; 8]).unwrap();
+            engine.kick().unwrap();
+            engine.ring.submit_and_wait(1).unwrap();
+            assert!(!announced(&engine, false), "an owner that is awake is not told");
+            engine.reap(&mut done).unwrap();
+            assert_eq!(done.drain(..).count(), 2);
+        }
     }
 
     #[test]

@@ -29,6 +29,10 @@ const CASES: &[Case] = &[
     ("write_zeroes_zeroes", write_zeroes_zeroes),
     ("discard_leaves_the_rest_alone", discard_leaves_the_rest_alone),
     ("completion_fd_follows_the_completions", completion_fd_follows_the_completions),
+    (
+        "what_is_not_announced_is_told_before_the_owner_sleeps",
+        what_is_not_announced_is_told_before_the_owner_sleeps,
+    ),
     ("memory_is_held_and_given_back", memory_is_held_and_given_back),
     ("dropping_finishes_what_was_kicked", dropping_finishes_what_was_kicked),
     ("engines_share_a_disk_and_cross_threads", engines_share_a_disk_and_cross_threads),
@@ -279,6 +283,47 @@ fn completion_fd_follows_the_completions(setup: &Setup) {
     // What needs no kernel is announced too.
     bench.engine.submit(Request { token: 0, op: Op::Discard { offset: 0, len: 0 } }).unwrap();
     assert!(readable(bench.engine.completion_fd(), 0));
+}
+
+fn what_is_not_announced_is_told_before_the_owner_sleeps(setup: &Setup) {
+    let mut bench = Bench::new(setup);
+    let submit = |bench: &mut Bench, token| {
+        let op = Op::Read { offset: token * 4096, buffers: Buffers::zeroed(4096).unwrap() };
+        bench.engine.submit(Request { token, op }).unwrap();
+        bench.engine.kick().unwrap();
+    };
+    assert!(!bench.engine.announce(false));
+    for round in 0..3 {
+        let mut done = Vec::new();
+        submit(&mut bench, 0);
+        // As a thread that is never out of work.
+        poll_until(|| {
+            bench.engine.reap(&mut done).unwrap();
+            done.len() == 1
+        });
+        submit(&mut bench, 1);
+        submit(&mut bench, 2);
+        // As a thread that is about to sleep.
+        while done.len() < 3 {
+            if !bench.engine.announce(true) {
+                assert!(readable(bench.engine.completion_fd(), 5000), "round {round}");
+            }
+            bench.engine.announce(false);
+            bench.engine.reap(&mut done).unwrap();
+        }
+    }
+    // What needs no kernel is told, too.
+    bench.engine.submit(Request { token: 0, op: Op::Discard { offset: 0, len: 0 } }).unwrap();
+    assert!(bench.engine.announce(true));
+}
+
+/// Waits for what comes without a signal; each look is a system call.
+fn poll_until(mut done: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !done() {
+        assert!(start.elapsed() < std::time::Duration::from_secs(10));
+        std::thread::yield_now();
+    }
 }
 
 fn memory_is_held_and_given_back(setup: &Setup) {

@@ -4,6 +4,7 @@
 //! learn how many calls it makes ([`Fake::calls`]), then once for every n, and compare [`Fake::live`] with
 //! what it was before: nothing may be left behind.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -297,6 +298,7 @@ impl Vm for FakeVm {
             fake: self.fake.clone(),
             id,
             registers,
+            pending_nmis: Cell::new(0),
             pending_read: false,
             buffer: Vec::new(),
         }))
@@ -385,6 +387,8 @@ struct FakeVcpu {
     fake: Fake,
     id: u32,
     registers: Registers,
+    /// NMIs that the guest has not taken: it does when it runs. At most 2, as in KVM.
+    pending_nmis: Cell<u8>,
     /// The last exit was a read whose answer is in `buffer`.
     pending_read: bool,
     buffer: Vec<u8>,
@@ -466,6 +470,7 @@ impl Vcpu for FakeVcpu {
 
     fn run(&mut self) -> Result<VcpuExit<'_>> {
         self.keep_answer();
+        self.pending_nmis.set(0);
         Ok(match self.next()? {
             None => VcpuExit::Interrupted,
             Some(Exit::PioRead { port, size, count }) => {
@@ -504,8 +509,19 @@ impl Vcpu for FakeVcpu {
     kept!(regs, set_regs, Regs, "KVM_GET_REGS", "KVM_SET_REGS");
     kept!(sregs, set_sregs, Sregs, "KVM_GET_SREGS", "KVM_SET_SREGS");
     kept!(lapic, set_lapic, Lapic, "KVM_GET_LAPIC", "KVM_SET_LAPIC");
-    kept!(events, set_events, VcpuEvents, "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS");
     kept!(debug_regs, set_debug_regs, DebugRegs, "KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS");
+
+    fn events(&self) -> Result<VcpuEvents> {
+        drop(self.fake.enter("KVM_GET_VCPU_EVENTS")?);
+        Ok(VcpuEvents { nmi_pending: self.pending_nmis.get(), ..self.registers.events })
+    }
+
+    fn set_events(&mut self, events: &VcpuEvents) -> Result<()> {
+        drop(self.fake.enter("KVM_SET_VCPU_EVENTS")?);
+        self.pending_nmis.set(events.nmi_pending);
+        self.registers.events = *events;
+        Ok(())
+    }
 
     fn xsave(&self) -> Result<Vec<u8>> {
         drop(self.fake.enter("KVM_GET_XSAVE")?);
@@ -575,6 +591,7 @@ impl Vcpu for FakeVcpu {
 
     fn nmi(&self) -> Result<()> {
         drop(self.fake.enter("KVM_NMI")?);
+        self.pending_nmis.set(self.pending_nmis.get().saturating_add(1).min(2));
         Ok(())
     }
 }

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use vmm_device_model::bus::{Bus, BusTarget};
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::doorbell::Doorbells;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::BuildError;
 use vmm_snapshot::RecordError;
 
@@ -271,6 +272,8 @@ impl HostBridgeDevice {
     }
 }
 
+impl Metered for HostBridgeDevice {}
+
 impl Lifecycle for HostBridgeDevice {
     fn service(&mut self) -> Result<(), DeviceError> {
         Ok(())
@@ -293,6 +296,10 @@ impl Lifecycle for HostBridgeDevice {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use vmm_device_model::interrupt::{MsiMessage, MsiVectors};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_snapshot::RecordError;
 
 use crate::config::{CAP_MSIX, Capability};
@@ -48,8 +49,8 @@ pub struct MsixTrigger {
 struct Shared {
     vectors: Arc<dyn MsiVectors>,
     state: Mutex<State>,
-    route_failure: Once,
-    trigger_failure: Once,
+    route_failure: Limiter,
+    trigger_failure: Limiter,
 }
 
 #[derive(Debug)]
@@ -90,7 +91,7 @@ impl Msix {
         }
         let entries = vec![Entry::RESET; usize::from(count)];
         let state = Mutex::new(State { enabled: false, function_masked: false, entries });
-        let (route_failure, trigger_failure) = (Once::new(), Once::new());
+        let (route_failure, trigger_failure) = (Limiter::for_guest(), Limiter::for_guest());
         Ok(Self { shared: Arc::new(Shared { vectors, state, route_failure, trigger_failure }) })
     }
 
@@ -259,8 +260,8 @@ impl Shared {
                 // pending.
                 Err(e) => {
                     taken = false;
-                    if self.route_failure.first() {
-                        log::error!("cannot route MSI-X vectors: {e}");
+                    if let Some(admitted) = self.route_failure.admit(Instant::now()) {
+                        log::error!("cannot route MSI-X vectors: {e}{admitted}");
                     }
                 }
             }
@@ -276,9 +277,9 @@ impl Shared {
     fn raise(&self, vector: u16) -> bool {
         let raised = self.vectors.trigger(vector);
         if let Err(e) = &raised
-            && self.trigger_failure.first()
+            && let Some(admitted) = self.trigger_failure.admit(Instant::now())
         {
-            log::error!("cannot raise MSI-X vector {vector}: {e}");
+            log::error!("cannot raise MSI-X vector {vector}: {e}{admitted}");
         }
         raised.is_ok()
     }

@@ -8,10 +8,11 @@
 //! never both.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use vmm_device_model::bus::{Bus, BusError, BusMap, Mapping};
 use vmm_device_model::doorbell::{DoorbellAddress, Doorbells};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 
 use crate::bdf::Bdf;
 use crate::config::BARS;
@@ -24,6 +25,7 @@ pub(crate) struct Placement {
     doorbells: Arc<dyn Doorbells>,
     windows: Windows,
     placed: Mutex<Vec<Placed>>,
+    stuck: Limiter,
 }
 
 /// One BAR and where it answers now.
@@ -35,9 +37,9 @@ struct Placed {
     at: Option<u64>,
     /// Where its doorbells are attached, and which they are.
     rung: Vec<(u64, usize)>,
-    refusal: Once,
+    refusal: Limiter,
     /// A doorbell could not be moved; a guest can move its BAR as often as it likes.
-    unheard: Once,
+    unheard: Limiter,
 }
 
 struct FunctionRef(Arc<Mutex<dyn PciFunction>>);
@@ -50,7 +52,7 @@ impl std::fmt::Debug for FunctionRef {
 
 impl Placement {
     pub(crate) fn new(bus: Arc<Bus>, doorbells: Arc<dyn Doorbells>, windows: Windows) -> Self {
-        Self { bus, doorbells, windows, placed: Mutex::default() }
+        Self { bus, doorbells, windows, placed: Mutex::default(), stuck: Limiter::for_guest() }
     }
 
     /// From now on the BARs of a function are kept in line.
@@ -61,8 +63,8 @@ impl Placement {
             function: FunctionRef(Arc::clone(&attach.function)),
             at: None,
             rung: Vec::new(),
-            refusal: Once::new(),
-            unheard: Once::new(),
+            refusal: Limiter::for_guest(),
+            unheard: Limiter::for_guest(),
         });
         let mut table = self.lock();
         table.extend(placed);
@@ -136,7 +138,11 @@ impl Placement {
                 }
             }
             // Only our own bookkeeping can be wrong here; the map did not change.
-            Err(e) => log::error!("PCI BARs did not move: {e}"),
+            Err(e) => {
+                if let Some(admitted) = self.stuck.admit(Instant::now()) {
+                    log::error!("PCI BARs did not move: {e}{admitted}");
+                }
+            }
         }
         for (placed, _) in &mut moves {
             self.ring(placed);
@@ -153,22 +159,24 @@ impl Placement {
             Err(BusError::BadRange { base, len })
         };
         match inserted {
-            Ok(()) => return Some(base),
-            Err(e) if placed.refusal.first() => {
-                log::warn!("BAR {} of PCI function {} is not mapped: {e}", placed.window.index, placed.bdf);
+            Ok(()) => Some(base),
+            Err(e) => {
+                if let Some(admitted) = placed.refusal.admit(Instant::now()) {
+                    let bar = placed.window.index;
+                    log::warn!(bdf:% = placed.bdf; "BAR {bar} is not mapped: {e}{admitted}");
+                }
+                None
             }
-            Err(_) => {}
         }
-        None
     }
 
     fn silence(&self, placed: &mut Placed) {
         for (address, bell) in placed.rung.drain(..) {
             let Some(bell) = placed.window.doorbells.get(bell) else { continue };
             if let Err(e) = self.doorbells.detach(DoorbellAddress::Mmio(address), &bell.event)
-                && placed.unheard.first()
+                && let Some(admitted) = placed.unheard.admit(Instant::now())
             {
-                log::error!("doorbell of PCI function {} stays at {address:#x}: {e}", placed.bdf);
+                log::error!(bdf:% = placed.bdf; "a doorbell stays at {address:#x}: {e}{admitted}");
             }
         }
     }
@@ -181,10 +189,11 @@ impl Placement {
             match self.doorbells.attach(DoorbellAddress::Mmio(address), &bell.event) {
                 Ok(()) => placed.rung.push((address, i)),
                 // It works without: the write goes through the bus.
-                Err(e) if placed.unheard.first() => {
-                    log::error!("no doorbell for PCI function {} at {address:#x}: {e}", placed.bdf);
+                Err(e) => {
+                    if let Some(admitted) = placed.unheard.admit(Instant::now()) {
+                        log::error!(bdf:% = placed.bdf; "no doorbell at {address:#x}: {e}{admitted}");
+                    }
                 }
-                Err(_) => {}
             }
         }
     }

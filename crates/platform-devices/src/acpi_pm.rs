@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::SaveState;
+use vmm_device_model::metrics::Metered;
 use vmm_snapshot::{NoState, RecordError};
 
 use crate::events::{Cause, SystemEvent, SystemEvents};
@@ -63,6 +64,8 @@ impl BusDevice for AcpiPm {
         });
     }
 }
+
+impl Metered for AcpiPm {}
 
 impl RegisterFile for AcpiPm {
     fn pause(&mut self) {}

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::SaveState;
+use vmm_device_model::metrics::Metered;
 use vmm_snapshot::RecordError;
 
 use crate::clock::Clock;
@@ -174,6 +175,8 @@ impl BusDevice for Cmos {
         });
     }
 }
+
+impl Metered for Cmos {}
 
 impl RegisterFile for Cmos {
     fn pause(&mut self) {}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::SaveState;
+use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
 use vmm_snapshot::{NoState, RecordError};
 
 use crate::clock::Clock;
@@ -130,6 +131,8 @@ impl BusDevice for PostPort {
     }
 }
 
+impl Metered for PostPort {}
+
 impl RegisterFile for PostPort {
     fn pause(&mut self) {}
 
@@ -158,6 +161,7 @@ impl SaveState for PostPort {
 #[derive(Debug)]
 pub struct DebugConsole {
     sink: Arc<dyn ByteSink>,
+    counts: ConsoleCounter,
 }
 
 /// What the port reads: how a guest finds out that it is there.
@@ -166,7 +170,7 @@ const DEBUG_CONSOLE_HERE: u8 = 0xe9;
 impl DebugConsole {
     /// Writes to `sink`.
     pub fn new(sink: Arc<dyn ByteSink>) -> Self {
-        Self { sink }
+        Self { sink, counts: ConsoleCounter::default() }
     }
 
     /// Recipe of the console at `port`, usually [`DEBUG_CONSOLE_PORT`].
@@ -184,8 +188,15 @@ impl BusDevice for DebugConsole {
         write_bytes(offset, data, |offset, value| {
             if offset == 0 {
                 self.sink.put(&[value]);
+                self.counts.output.add(1);
             }
         });
+    }
+}
+
+impl Metered for DebugConsole {
+    fn measure(&self, measures: &mut Measures) {
+        self.counts.measure(measures);
     }
 }
 
@@ -201,7 +212,7 @@ impl SaveState for DebugConsole {
     type State = NoState;
 
     fn save(&self) -> NoState {
-        let Self { sink: _ } = self;
+        let Self { sink: _, counts: _ } = self;
         NoState {}
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::{SaveState, VmDevice};
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
@@ -60,6 +61,8 @@ impl BusDevice for GedRegisters {
 
     fn write(&mut self, _: u16, _: u64, _: &[u8]) {}
 }
+
+impl Metered for GedRegisters {}
 
 impl RegisterFile for GedRegisters {
     fn pause(&mut self) {}

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::SaveState;
+use vmm_device_model::metrics::Metered;
 use vmm_snapshot::RecordError;
 
 use crate::events::{Cause, SystemEvent, SystemEvents};
@@ -81,6 +82,8 @@ impl BusDevice for I8042 {
         });
     }
 }
+
+impl Metered for I8042 {}
 
 impl RegisterFile for I8042 {
     fn pause(&mut self) {}

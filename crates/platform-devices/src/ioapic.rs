@@ -15,9 +15,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vmm_device_model::bus::BusTarget;
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
 use vmm_device_model::interrupt::{InterruptLine, MsiMessage};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
@@ -59,7 +60,7 @@ pub struct IoApic {
     pins: Mutex<Pins>,
     target: Arc<dyn IoApicTarget>,
     listeners: Mutex<Vec<(u8, Arc<dyn EoiListener>)>>,
-    refused: Once,
+    refused: Limiter,
 }
 
 impl IoApic {
@@ -69,7 +70,7 @@ impl IoApic {
             pins: Mutex::new(Pins::default()),
             target,
             listeners: Mutex::default(),
-            refused: Once::new(),
+            refused: Limiter::for_guest(),
         })
     }
 
@@ -142,7 +143,7 @@ impl IoApic {
             Ok(()) => true,
             // A destination that is not there is the guest's mistake.
             Err(e) => {
-                self.log_once(&format!("interrupt message {message:x?} was not taken: {e}"));
+                self.complain(format_args!("interrupt message {message:x?} was not taken: {e}"));
                 false
             }
         }
@@ -160,7 +161,7 @@ impl IoApic {
                 if before != after
                     && let Err(e) = self.target.set_routes(&[(pin, after)])
                 {
-                    self.log_once(&format!("cannot set the route of pin {pin}: {e}"));
+                    self.complain(format_args!("cannot set the route of pin {pin}: {e}"));
                 }
                 self.service(&mut pins, pin);
             }
@@ -168,9 +169,9 @@ impl IoApic {
         }
     }
 
-    fn log_once(&self, what: &str) {
-        if self.refused.first() {
-            log::warn!("ioapic: {what} (logged once)");
+    fn complain(&self, what: fmt::Arguments<'_>) {
+        if let Some(admitted) = self.refused.admit(Instant::now()) {
+            log::warn!(device = "ioapic"; "{what}{admitted}");
         }
     }
 
@@ -410,6 +411,8 @@ impl<R: Resources + ?Sized> Recipe<R> for IoApicRecipe {
 #[derive(Debug)]
 struct Back(Arc<IoApic>);
 
+impl Metered for Back {}
+
 impl Lifecycle for Back {
     fn service(&mut self) -> Result<(), DeviceError> {
         Ok(())
@@ -439,6 +442,10 @@ impl Lifecycle for Back {
     }
 
     fn blockers(&self) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
         Vec::new()
     }
 }

@@ -11,6 +11,7 @@ pub mod i8042;
 pub mod ioapic;
 pub mod output;
 pub mod pm_timer;
+pub mod pvpanic;
 pub mod registers;
 pub mod serial;
 pub mod testing;

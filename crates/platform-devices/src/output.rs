@@ -14,6 +14,9 @@ use crate::registers::lock;
 pub trait ByteSink: Send + Sync + fmt::Debug {
     /// Takes `bytes`, or loses some of what it has.
     fn put(&self, bytes: &[u8]);
+
+    /// Bytes lost so far because nobody took them in time; not those that nobody wanted.
+    fn lost(&self) -> u64;
 }
 
 /// Wakes somebody up. Never blocks; calls before the sleeper looks coalesce.
@@ -35,6 +38,10 @@ pub struct Discard;
 
 impl ByteSink for Discard {
     fn put(&self, _: &[u8]) {}
+
+    fn lost(&self) -> u64 {
+        0
+    }
 }
 
 impl Notify for Discard {
@@ -70,11 +77,6 @@ impl OutputRing {
     /// A ring of at most `capacity` bytes (at least 1) that notifies `ready` when it is no longer empty.
     pub fn new(capacity: usize, ready: Arc<dyn Notify>) -> Arc<Self> {
         Arc::new(Self { capacity: capacity.max(1), ready, ring: Mutex::default() })
-    }
-
-    /// Bytes lost so far because nobody took them in time.
-    pub fn lost(&self) -> u64 {
-        lock(&self.ring).lost
     }
 
     /// Writes out what there is. Only one thread may do so at a time; the guest does not wait meanwhile.
@@ -115,6 +117,17 @@ impl Ring {
         self.forget(written.min(self.bytes.len()));
     }
 
+    /// Adds `bytes`; what is too much for `capacity` goes, the oldest first.
+    fn put(&mut self, bytes: &[u8], capacity: usize) {
+        let (skipped, kept) = bytes.split_at(bytes.len().saturating_sub(capacity));
+        let oldest = (self.bytes.len() + kept.len()).saturating_sub(capacity);
+        self.forget(oldest);
+        // Where any are skipped, the ring is empty now.
+        self.start = self.start.wrapping_add(skipped.len() as u64);
+        self.lost = self.lost.saturating_add((oldest + skipped.len()) as u64);
+        self.bytes.extend(kept);
+    }
+
     fn forget(&mut self, count: usize) {
         self.bytes.drain(..count);
         self.start = self.start.wrapping_add(count as u64);
@@ -125,17 +138,15 @@ impl ByteSink for OutputRing {
     fn put(&self, bytes: &[u8]) {
         let mut ring = lock(&self.ring);
         let was_empty = ring.bytes.is_empty();
-        for byte in bytes {
-            if ring.bytes.len() == self.capacity {
-                ring.forget(1);
-                ring.lost += 1;
-            }
-            ring.bytes.push_back(*byte);
-        }
+        ring.put(bytes, self.capacity);
         drop(ring);
         if was_empty && !bytes.is_empty() {
             self.ready.notify();
         }
+    }
+
+    fn lost(&self) -> u64 {
+        lock(&self.ring).lost
     }
 }
 
@@ -197,6 +208,17 @@ mod tests {
         ring.drain(&mut out).unwrap();
         assert_eq!(out, b"abcd");
         assert!(lock(&ring.ring).bytes.capacity() < 64, "memory is bounded");
+    }
+
+    #[test]
+    fn of_more_than_the_ring_holds_the_end_stays() {
+        let ring = OutputRing::new(4, Arc::new(Discard));
+        ring.put(b"ab");
+        ring.put(b"cdefghi");
+        assert_eq!((ring.lost(), lock(&ring.ring).start), (5, 5));
+        let mut out = Vec::new();
+        ring.drain(&mut out).unwrap();
+        assert_eq!(out, b"fghi");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::SaveState;
+use vmm_device_model::metrics::Metered;
 use vmm_snapshot::RecordError;
 
 use crate::clock::Clock;
@@ -57,6 +58,8 @@ impl BusDevice for PmTimer {
 
     fn write(&mut self, _: u16, _: u64, _: &[u8]) {}
 }
+
+impl Metered for PmTimer {}
 
 impl RegisterFile for PmTimer {
     fn pause(&mut self) {

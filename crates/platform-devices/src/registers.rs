@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use vmm_device_model::bus::{BusDevice, BusTarget};
-use vmm_device_model::device::{Blocker, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::device::{Blocker, DeviceChange, DeviceError, Lifecycle, SaveState, VmDevice};
+use vmm_device_model::metrics::{Measures, Metered};
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
 /// A device that is nothing but its registers.
-pub trait RegisterFile: BusDevice + SaveState + fmt::Debug {
+pub trait RegisterFile: BusDevice + SaveState + Metered + fmt::Debug {
     /// vCPUs are paused: time stands still for the guest from here on.
     fn pause(&mut self);
     /// Undoes [`pause`](Self::pause), also after a restore.
@@ -59,6 +60,16 @@ impl<D: RegisterFile> Lifecycle for Registers<D> {
 
     fn blockers(&self) -> Vec<Blocker> {
         Vec::new()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        Vec::new()
+    }
+}
+
+impl<D: RegisterFile> Metered for Registers<D> {
+    fn measure(&self, measures: &mut Measures) {
+        lock(&self.0).measure(measures);
     }
 }
 

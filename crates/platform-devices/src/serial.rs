@@ -1,7 +1,8 @@
 //! The serial port: a 16550A, whose registers are `vm-superio`'s.
 //!
 //! Output goes byte by byte to a [`ByteSink`], input comes through a [`SerialInput`] as far as the receive
-//! FIFO has room.
+//! FIFO has room and the guest wants it: a driver that has opened the port (DTR) and takes RTS back is sent nothing, as by
+//! the other end of a cable with hardware flow control.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -13,6 +14,7 @@ use vm_superio::{SerialState, Trigger};
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::{SaveState, VmDevice};
 use vmm_device_model::interrupt::InterruptLine;
+use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
 use vmm_device_model::recipe::{BuildError, Recipe, Resources};
 use vmm_snapshot::RecordError;
 
@@ -29,6 +31,8 @@ pub const COM1_GSI: u32 = 4;
 const FIFO: usize = 64;
 
 const MCR: u8 = 4;
+const MCR_DTR: u8 = 1;
+const MCR_RTS: u8 = 1 << 1;
 const MCR_LOOP: u8 = 1 << 4;
 
 /// A 16550A.
@@ -39,25 +43,35 @@ pub struct Serial {
     room: Arc<dyn Notify>,
     /// Input was refused: whoever has it waits for `room`. Not saved: a new process has its own input.
     starved: bool,
+    counts: Arc<ConsoleCounter>,
 }
 
 impl Serial {
     /// A port after power-on. It pulses `line`, writes to `sink`, and notifies `room` when input that was
     /// refused may be tried again.
     pub fn new(line: Arc<dyn InterruptLine>, sink: Arc<dyn ByteSink>, room: Arc<dyn Notify>) -> Self {
-        let uart = Uart::new(Edge(Arc::clone(&line)), Out(Arc::clone(&sink)));
-        Self { uart, line, sink, room, starved: false }
+        let counts = Arc::<ConsoleCounter>::default();
+        let out = Out { sink: Arc::clone(&sink), counts: Arc::clone(&counts) };
+        let uart = Uart::new(Edge(Arc::clone(&line)), out);
+        Self { uart, line, sink, room, starved: false, counts }
     }
 
     fn enqueue(&mut self, bytes: &[u8]) -> usize {
-        let taken = self.uart.enqueue_raw_bytes(bytes).unwrap_or(0);
+        let taken = if self.holds() { 0 } else { self.uart.enqueue_raw_bytes(bytes).unwrap_or(0) };
         self.starved |= taken < bytes.len();
+        self.counts.input.add(taken as u64);
         taken
+    }
+
+    /// Whether the guest wants no input now. Without DTR nothing is held back: not every program sets the lines.
+    fn holds(&mut self) -> bool {
+        let control = self.uart.read(MCR);
+        control & MCR_LOOP != 0 || control & (MCR_DTR | MCR_RTS) == MCR_DTR
     }
 
     /// Tells who waits once the guest took all that was there: a driver reads in bursts.
     fn feed(&mut self) {
-        if self.starved && self.uart.fifo_capacity() == FIFO && self.uart.read(MCR) & MCR_LOOP == 0 {
+        if self.starved && self.uart.fifo_capacity() == FIFO && !self.holds() {
             self.starved = false;
             self.room.notify();
         }
@@ -65,7 +79,8 @@ impl Serial {
 
     fn uart_of(&self, state: &SerialState) -> Option<Uart<Edge, NoEvents, Out>> {
         let line = Edge(Arc::clone(&self.line));
-        Uart::from_state(state, line, NoEvents, Out(Arc::clone(&self.sink))).ok()
+        let out = Out { sink: Arc::clone(&self.sink), counts: Arc::clone(&self.counts) };
+        Uart::from_state(state, line, NoEvents, out).ok()
     }
 }
 
@@ -93,6 +108,12 @@ impl BusDevice for Serial {
             }
         });
         self.feed();
+    }
+}
+
+impl Metered for Serial {
+    fn measure(&self, measures: &mut Measures) {
+        self.counts.measure(measures);
     }
 }
 
@@ -171,7 +192,7 @@ impl SaveState for Serial {
     type State = SerialV1;
 
     fn save(&self) -> SerialV1 {
-        let Self { uart, line: _, sink: _, room: _, starved: _ } = self;
+        let Self { uart, line: _, sink: _, room: _, starved: _, counts: _ } = self;
         let SerialState {
             baud_divisor_low,
             baud_divisor_high,
@@ -261,11 +282,16 @@ impl Trigger for Edge {
     }
 }
 
-struct Out(Arc<dyn ByteSink>);
+struct Out {
+    sink: Arc<dyn ByteSink>,
+    counts: Arc<ConsoleCounter>,
+}
 
 impl Write for Out {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.put(bytes);
+        self.sink.put(bytes);
+        // Under the port's lock.
+        self.counts.output.add(bytes.len() as u64);
         Ok(bytes.len())
     }
 
@@ -341,6 +367,7 @@ impl SerialInput {
 
 #[cfg(test)]
 mod tests {
+    use vmm_device_model::metrics::Value;
     use vmm_device_model::testing::{TestLine, TestResources, fuzz_registers, save_reset_restore};
     use vmm_fuzzing::rounds;
 
@@ -429,6 +456,26 @@ mod tests {
     }
 
     #[test]
+    fn a_driver_holds_input_back_by_its_lines() {
+        let mut rig = rig();
+        rig.write(MCR, MCR_DTR | MCR_RTS);
+        assert_eq!(rig.serial.enqueue(b"a"), 1);
+        rig.write(MCR, MCR_DTR);
+        assert_eq!(rig.serial.enqueue(b"b"), 0);
+        rig.read(0);
+        assert_eq!(rig.room.take(), 0, "there is room, but the driver wants nothing");
+        rig.write(MCR, MCR_DTR | MCR_RTS);
+        assert_eq!(rig.room.take(), 1);
+        assert_eq!(rig.serial.enqueue(b"b"), 1);
+        rig.write(MCR, 0);
+        assert_eq!(
+            rig.serial.enqueue(b"c"),
+            1,
+            "who closed the port, or never set a line, is sent what comes"
+        );
+    }
+
+    #[test]
     fn reset_empties_the_fifo_and_feeds() {
         let mut rig = rig();
         rig.serial.enqueue(&[7; 65]);
@@ -507,5 +554,10 @@ mod tests {
         let mut data = [0];
         resources.pio.read(0x3f8, &mut data);
         assert_eq!(&data, b"a");
+        resources.pio.write(0x3f8, b"c");
+        let mut measures = Measures::of_device("_serial");
+        device.measure(&mut measures);
+        let values: Vec<_> = measures.into_parts().1.into_iter().map(|sample| sample.value).collect();
+        assert_eq!(values, [Value::Counter(1), Value::Counter(2)], "in and out, over a reset");
     }
 }

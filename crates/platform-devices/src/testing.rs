@@ -72,6 +72,10 @@ impl ByteSink for TestSink {
     fn put(&self, bytes: &[u8]) {
         lock(&self.0).extend(bytes);
     }
+
+    fn lost(&self) -> u64 {
+        0
+    }
 }
 
 /// Counts its notifications.

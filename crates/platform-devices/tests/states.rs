@@ -8,6 +8,7 @@ use vmm_device_model::device::VmDevice;
 use vmm_device_model::recipe::Recipe;
 use vmm_device_model::testing::{TestResources, Xorshift};
 use vmm_fuzzing::{hostile_records, rounds};
+use vmm_pci::testing::{TEST_ECAM, TestPciResources};
 use vmm_platform_devices::acpi_pm::AcpiPm;
 use vmm_platform_devices::cmos::{Cmos, RamSize};
 use vmm_platform_devices::debug_port::{DebugConsole, PostPort};
@@ -16,6 +17,7 @@ use vmm_platform_devices::i8042::I8042;
 use vmm_platform_devices::ioapic::{IOAPIC_BASE, IoApic, IoApicRecipe};
 use vmm_platform_devices::output::Discard;
 use vmm_platform_devices::pm_timer::PmTimer;
+use vmm_platform_devices::pvpanic::PvPanicRecipe;
 use vmm_platform_devices::serial::SerialRecipe;
 use vmm_platform_devices::testing::{TestClock, TestEvents, TestTarget};
 use vmm_snapshot::{Record, golden};
@@ -112,6 +114,18 @@ fn ged() -> Rig {
     rig
 }
 
+/// Its registers are its configuration space: PCI device 1, the lowest free one.
+fn pvpanic() -> Rig {
+    const CONFIG: u64 = TEST_ECAM + (1 << 15);
+    let mut machine = TestPciResources::new(0x1000).unwrap();
+    let recipe = Box::new(PvPanicRecipe::new("_pvpanic", Arc::<TestEvents>::default()));
+    let device = recipe.build(&mut machine).unwrap();
+    let rig = Rig { resources: machine.base, device, pio: 0..0, mmio: CONFIG..CONFIG + 0x100 };
+    rig.resources.mmio.write(CONFIG + 0x10, &0xd000_0000_u32.to_le_bytes());
+    rig.resources.mmio.write(CONFIG + 4, &[2]);
+    rig
+}
+
 fn stateless() -> [Rig; 3] {
     let events = Arc::<TestEvents>::default();
     [
@@ -121,7 +135,7 @@ fn stateless() -> [Rig; 3] {
     ]
 }
 
-const RIGS: [fn() -> Rig; 6] = [serial, i8042, cmos, ioapic, pm_timer, ged];
+const RIGS: [fn() -> Rig; 7] = [serial, i8042, cmos, ioapic, pm_timer, ged, pvpanic];
 
 #[test]
 fn shipped_bytes() {

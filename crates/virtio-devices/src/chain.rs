@@ -1,11 +1,12 @@
 //! Descriptor chains, taken out of the guest's hands: what it wrote is read once, into memory of ours.
 
-use std::sync::atomic::Ordering;
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::{AtomicBitmap, RefSlice};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 use vmm_device_model::dma::GuestRam;
 
 /// The driver does not want interrupts (virtio 1.3, section 2.7.7).
@@ -248,6 +249,79 @@ pub(crate) fn take_head(queue: &mut Queue, memory: &GuestRam) -> Result<Option<u
     if chain.head_index() < size { Ok(Some(chain.head_index())) } else { Err(RingError::Head) }
 }
 
+/// Chains that are done, until the driver is told of all of them at once: it watches the ring's index, which each
+/// change takes away from its CPU.
+#[derive(Debug, Default)]
+pub(crate) struct Used {
+    /// Head and bytes written.
+    chains: Vec<(u16, u32)>,
+    /// Published since the driver was last interrupted, or found not to want it.
+    news: u16,
+}
+
+impl Used {
+    /// A chain is done. Its head is one that the queue has.
+    pub(crate) fn add(&mut self, head: u16, len: u32) {
+        self.chains.push((head, len));
+    }
+
+    /// Puts all that is done into the used ring, and its new end last.
+    ///
+    /// # Errors
+    /// The ring does not lie in memory.
+    pub(crate) fn publish(&mut self, queue: &mut Queue, memory: &GuestRam) -> Result<(), GuestMemoryError> {
+        if self.chains.is_empty() {
+            return Ok(());
+        }
+        let (size, mut next) = (queue.size(), Wrapping(queue.next_used()));
+        // The rings were validated: nothing wraps.
+        let ring = GuestAddress(queue.used_ring());
+        let len = USED_HEADER + USED_ELEMENT * usize::from(size);
+        let whole = in_one_piece(memory, ring, len, Permissions::Write);
+        for (head, len) in self.chains.drain(..) {
+            let offset = USED_HEADER + USED_ELEMENT * usize::from(next.0 % size);
+            let element = (u64::from(head) | u64::from(len) << 32).to_le();
+            match &whole {
+                Some(whole) => whole.write_obj(element, offset)?,
+                None => memory.write_obj(element, ring.unchecked_add(offset as u64))?,
+            }
+            next += 1;
+            self.news = self.news.saturating_add(1);
+        }
+        queue.set_next_used(next.0);
+        memory.store(next.0.to_le(), ring.unchecked_add(USED_INDEX), Ordering::Release)
+    }
+
+    /// Whether there is news since the last call and the driver wants to be interrupted for it.
+    pub(crate) fn wants_interrupt(&mut self, queue: &Queue, memory: &GuestRam) -> bool {
+        let news = std::mem::take(&mut self.news);
+        if news == 0 {
+            return false;
+        }
+        // What was published is seen before the driver's wish is read (virtio 1.3, section 2.7.10).
+        fence(Ordering::SeqCst);
+        // The rings were validated; without an answer an interrupt too many does no harm.
+        let read = |offset: u64| -> u16 {
+            let at = GuestAddress(queue.avail_ring().wrapping_add(offset));
+            memory.load::<u16>(at, Ordering::Relaxed).map_or(0, u16::from_le)
+        };
+        if queue.event_idx_enabled() {
+            // Behind the ring's entries; whether the driver waits for one of the news.
+            let event = read(AVAILABLE_HEADER + 2 * u64::from(queue.size()));
+            return queue.next_used().wrapping_sub(event).wrapping_sub(1) < news;
+        }
+        read(0) & NO_INTERRUPT == 0
+    }
+}
+
+/// Bytes before the elements of a used ring, of one of them, and where in front is the index of its end
+/// (virtio 1.3, section 2.7.8).
+const USED_HEADER: usize = 4;
+const USED_ELEMENT: usize = 8;
+const USED_INDEX: u64 = 2;
+/// Bytes before the entries of an available ring (virtio 1.3, section 2.7.6).
+const AVAILABLE_HEADER: u64 = 4;
+
 /// Why an available ring makes no sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum RingError {
@@ -365,6 +439,69 @@ mod tests {
         assert_eq!(chain.take_last_byte(), None, "past the end of addresses");
         chain.readable = vec![span(0x2fff, 2)];
         assert!(chain.take_front::<2>(&memory).is_err(), "past the end of memory");
+    }
+
+    /// A queue of 4 with its used ring at `used`, about to wrap around.
+    fn queue(used: u64, event_index: bool) -> Queue {
+        let mut queue = Queue::new(4).unwrap();
+        queue.set_avail_ring_address(Some(0x40), Some(0));
+        queue.set_used_ring_address(Some(used as u32), Some(0));
+        queue.set_event_idx(event_index);
+        queue.set_next_used(0xfffe);
+        queue
+    }
+
+    #[test]
+    fn chains_that_are_done_are_published_together_and_the_index_last() {
+        // In one region, and across two.
+        for ring in [0x100, 0x2000 - 12] {
+            let (memory, mut queue, mut used) = (memory(), queue(ring, true), Used::default());
+            let index = |memory: &GuestRam| memory.read_obj::<u16>(GuestAddress(ring + 2)).unwrap();
+            memory.write_obj(0xfffe_u16, GuestAddress(ring + 2)).unwrap();
+            for (head, len) in [(3, 513), (0, 1), (2, u32::MAX)] {
+                used.add(head, len);
+            }
+            assert_eq!(index(&memory), 0xfffe, "not yet");
+            used.publish(&mut queue, &memory).unwrap();
+            assert_eq!((index(&memory), queue.next_used()), (1, 1));
+            let elements: [u32; 8] = memory.read_obj(GuestAddress(ring + 4)).unwrap();
+            assert_eq!(elements, [2, u32::MAX, 0, 0, 3, 513, 0, 1], "head and length of each");
+            used.publish(&mut queue, &memory).unwrap();
+            assert_eq!(index(&memory), 1, "nothing new");
+        }
+        let (memory, mut queue, mut used) = (memory(), queue(0x3000 - 8, true), Used::default());
+        used.add(1, 1);
+        assert!(used.publish(&mut queue, &memory).is_err(), "past the end of memory");
+    }
+
+    #[test]
+    fn the_driver_is_interrupted_for_what_it_waits_for() {
+        let memory = memory();
+        let interrupts = |event_index: bool, published: u16| {
+            let (mut queue, mut used) = (queue(0x100, event_index), Used::default());
+            (0..published).for_each(|_| used.add(0, 1));
+            used.publish(&mut queue, &memory).unwrap();
+            let wanted = used.wants_interrupt(&queue, &memory);
+            assert!(!used.wants_interrupt(&queue, &memory), "once");
+            wanted
+        };
+        // The driver waits for the end of the chain at this index of the used ring; published are 0xfffe and on.
+        for (event, published, wanted) in [
+            (0xfffe_u16, 0, false),
+            (0xfffe, 1, true),
+            (0xffff, 1, false),
+            (0xffff, 2, true),
+            (0, 2, false),
+            (0, 3, true),
+            (0xfffd, 3, false),
+        ] {
+            memory.write_obj(event, GuestAddress(0x40 + 4 + 8)).unwrap();
+            assert_eq!(interrupts(true, published), wanted, "{event:#x} after {published}");
+        }
+        for (flags, wanted) in [(0_u16, true), (NO_INTERRUPT, false)] {
+            memory.write_obj(flags, GuestAddress(0x40)).unwrap();
+            assert_eq!((interrupts(false, 1), interrupts(false, 0)), (wanted, false));
+        }
     }
 
     #[test]

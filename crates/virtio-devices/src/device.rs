@@ -12,10 +12,11 @@ use std::time::Instant;
 use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveRecord};
 use vmm_device_model::dma::DmaMemory;
+use vmm_device_model::metrics::Metered;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A virtio device behind any transport. All methods are called by the thread that owns the VM.
-pub trait VirtioDevice: SaveRecord + Send + fmt::Debug {
+pub trait VirtioDevice: SaveRecord + Metered + Send + fmt::Debug {
     /// Device ID (virtio 1.3, section 5).
     fn device_type(&self) -> u32;
 

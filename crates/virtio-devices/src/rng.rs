@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Counter, Family, Kind, Measures, Metered, Value};
 use vmm_snapshot::RecordError;
 
 use crate::chain::{self, Chain, RingError, Table, take_head, wants_interrupt};
@@ -46,7 +47,8 @@ pub struct RngError {
 pub struct RngDevice {
     id: String,
     source: Arc<File>,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
+    given: Arc<Counter>,
     workers: Workers,
 }
 
@@ -63,8 +65,21 @@ impl RngDevice {
         if file.metadata().map_err(failed)?.is_dir() {
             return Err(failed(io::ErrorKind::IsADirectory.into()));
         }
-        let workers = Workers::default();
-        Ok(Self { id: id.into(), source: Arc::new(file), once: Arc::default(), workers })
+        let (limiter, given, workers) = Default::default();
+        Ok(Self { id: id.into(), source: Arc::new(file), limiter, given, workers })
+    }
+}
+
+static RANDOM: Family = Family {
+    name: "vmm_rng_bytes",
+    help: "Random bytes that the guest got.",
+    unit: "bytes",
+    kind: Kind::Counter,
+};
+
+impl Metered for RngDevice {
+    fn measure(&self, measures: &mut Measures) {
+        measures.sample(&RANDOM, &[], Value::Counter(self.given.get()));
     }
 }
 
@@ -88,10 +103,12 @@ impl VirtioDevice for RngDevice {
     fn start(&mut self, start: Start) -> Result<(), DeviceError> {
         let Start { memory, features: _, queues, interrupt } = start;
         for queue in queues {
-            let (id, source, once) = (self.id.clone(), Arc::clone(&self.source), Arc::clone(&self.once));
+            let (id, source) = (self.id.clone(), Arc::clone(&self.source));
+            let limiter = Arc::clone(&self.limiter);
             let (memory, interrupt) = (memory.clone(), Arc::clone(&interrupt));
-            let bytes = vec![0; MAX_REQUEST];
-            let task = RngTask { id, memory, queue, interrupt, source, once, chain: Chain::default(), bytes };
+            let (chain, bytes) = (Chain::default(), vec![0; MAX_REQUEST]);
+            let given = Arc::clone(&self.given);
+            let task = RngTask { id, memory, queue, interrupt, source, limiter, given, chain, bytes };
             self.workers.spawn(&self.id, task)?;
         }
         Ok(())
@@ -127,7 +144,8 @@ struct RngTask {
     queue: StartQueue,
     interrupt: Arc<dyn VirtioInterrupt>,
     source: Arc<File>,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
+    given: Arc<Counter>,
     chain: Chain,
     bytes: Vec<u8>,
 }
@@ -169,8 +187,11 @@ impl RngTask {
         };
         let bytes = self.bytes.get(..got).unwrap_or_default();
         match chain::write(memory, &self.chain.writable, bytes) {
-            // At most `MAX_REQUEST`.
-            Ok(written) => Some(written as u32),
+            Ok(written) => {
+                self.given.add(written as u64);
+                // At most `MAX_REQUEST`.
+                Some(written as u32)
+            }
             Err(error) => {
                 self.warn(&error);
                 Some(0)
@@ -179,8 +200,8 @@ impl RngTask {
     }
 
     fn warn(&self, what: &dyn std::fmt::Display) {
-        if self.once.first() {
-            log::warn!("entropy source {}: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.limiter.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the entropy source or its driver errs: {what}{admitted}");
         }
     }
 
@@ -243,7 +264,7 @@ impl SaveState for RngDevice {
     type State = RngV1;
 
     fn save(&self) -> RngV1 {
-        let Self { id: _, source: _, once: _, workers: _ } = self;
+        let Self { id: _, source: _, limiter: _, given: _, workers: _ } = self;
         RngV1 {}
     }
 

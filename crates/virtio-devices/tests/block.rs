@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use common::{
     DISCARD, ENGINES, FLUSH, GET_ID, IN, IO_ERROR, LIMIT, OK, SECTOR, Setup, TestDisk, UNSUPPORTED,
     WRITE_ZEROES, pattern,
 };
+use vmm_device_model::metrics::{Measures, Metered, Sample, Value};
 use vmm_device_model::testing::{Xorshift, save_reset_restore};
 use vmm_virtio_devices::block::BlockCounts;
 use vmm_virtio_devices::testing::Segment;
@@ -69,6 +71,54 @@ fn zeroes_and_discards() {
 }
 
 #[test]
+fn counters_have_the_contracts_names_and_latencies_only_what_was_timed() {
+    each_engine(|mut disk| {
+        let told = |disk: &TestDisk| {
+            let mut measures = Measures::of_device("_disk0");
+            disk.driver.device.measure(&mut measures);
+            let (counters, samples) = measures.into_parts();
+            (BTreeMap::from_iter(counters), samples)
+        };
+        let names = |counters: &BTreeMap<&str, u64>| counters.keys().copied().collect::<Vec<_>>().join(" ");
+        let (counters, samples) = told(&disk);
+        assert_eq!(names(&counters), "read_bytes read_ops write_bytes write_ops");
+        assert!(samples.iter().all(|sample| sample.value.kind() == sample.family.kind), "{samples:?}");
+        for _ in 0..3 {
+            disk.read(0, 2 * SECTOR);
+        }
+        let (counters, samples) = told(&disk);
+        assert_eq!(
+            names(&counters),
+            "read_bytes read_latency_avg read_latency_max read_latency_min read_ops write_bytes write_ops"
+        );
+        assert_eq!((counters["read_ops"], counters["read_bytes"]), (3, 3072));
+        let [min, avg, max] = ["min", "avg", "max"].map(|name| counters[&*format!("read_latency_{name}")]);
+        assert!(min <= avg && avg <= max && max < 60_000_000, "{min} {avg} {max} us");
+        disk.write(5, &[1; SECTOR]);
+        assert!(told(&disk).0.contains_key("write_latency_max"));
+
+        let find = |name: &str, label: (&str, &str)| {
+            let has = |sample: &&Sample| {
+                let label = (label.0, label.1.to_owned());
+                sample.family.name == name && sample.labels.contains(&label)
+            };
+            samples.iter().find(has).unwrap_or_else(|| panic!("no {name} of {label:?}")).value.clone()
+        };
+        assert_eq!(find("vmm_block_bytes", ("op", "read")), Value::Counter(3072));
+        assert_eq!(find("vmm_block_bytes", ("op", "write")), Value::Counter(0));
+        assert_eq!(find("vmm_block_in_flight", ("queue", "0")), Value::Gauge(0));
+        assert!(matches!(find("vmm_virtio_interrupts", ("queue", "0")), Value::Counter(1..=3)));
+        match find("vmm_block_latency_seconds", ("op", "read")) {
+            Value::Histogram { counts, sum, .. } => {
+                assert_eq!(counts.iter().sum::<u64>(), 3);
+                assert!(sum > 0.0, "{sum}");
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}
+
+#[test]
 fn what_was_done_is_counted() {
     each_engine(|mut disk| {
         disk.read(0, 3 * SECTOR);
@@ -77,6 +127,8 @@ fn what_was_done_is_counted() {
         disk.request(IN, 1 << 40, &[]);
         let expected = BlockCounts { read_bytes: 2048, write_bytes: 1024, read_ops: 2, write_ops: 1 };
         assert_eq!(disk.counters.get(), expected, "without what failed");
+        disk.driver.reset().unwrap();
+        assert_eq!(disk.counters.get(), expected, "over a reset");
     });
 }
 

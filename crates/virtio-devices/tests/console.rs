@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vmm_device_model::device::{Lifecycle, SaveState};
+use vmm_device_model::metrics::{Measures, Metered, Value};
 use vmm_device_model::testing::save_reset_restore;
 use vmm_virtio_devices::console::{ConsoleDevice, ConsoleInput, ConsoleV1};
 use vmm_virtio_devices::testing::{Segment, TestDriver, hostile_chains};
@@ -67,6 +68,20 @@ fn typed(driver: &mut TestDriver, len: u32) -> Vec<u8> {
     let at = driver.allocate(len as usize, 16).unwrap();
     let count = driver.request(RECEIVE, &[Segment::writable(at, len)]).unwrap();
     driver.peek(at, count as usize).unwrap()
+}
+
+#[test]
+fn bytes_are_counted_both_ways() {
+    let (mut driver, input, _) = running(!0);
+    print(&mut driver, &[b'x'; 5000]);
+    assert_eq!(input.enqueue(b"abc"), 3);
+    assert_eq!(typed(&mut driver, 2), b"ab");
+    let mut measures = Measures::of_device("_console");
+    driver.device.measure(&mut measures);
+    let samples = measures.into_parts().1;
+    let told: Vec<_> = samples.iter().map(|sample| (sample.family.name, sample.value.clone())).collect();
+    assert_eq!(told[0], ("vmm_console_input_bytes", Value::Counter(2)), "the third is still the host's");
+    assert_eq!(told[1], ("vmm_console_output_bytes", Value::Counter(5000)));
 }
 
 #[test]

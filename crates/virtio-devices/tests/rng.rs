@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vmm_device_model::device::Lifecycle;
+use vmm_device_model::metrics::{Measures, Metered, Value};
 use vmm_device_model::testing::save_reset_restore;
 use vmm_virtio_devices::rng::{DEFAULT_SOURCE, RngDevice};
 use vmm_virtio_devices::testing::{Segment, TestDriver, hostile_chains};
@@ -93,4 +94,18 @@ fn state_and_hostile_chains() {
     hostile_chains(&mut driver, 0).unwrap();
     assert_eq!(driver.request(0, &[Segment::writable(1 << 40, 64)]).unwrap(), 0, "outside memory");
     assert_eq!(driver.request(0, &[Segment::readable(0x4000, 64)]).unwrap(), 0, "not writable");
+}
+
+#[test]
+fn what_the_guest_got_is_counted_over_a_reset() {
+    let mut driver = running(Path::new(DEFAULT_SOURCE));
+    let at = driver.allocate(64, 16).unwrap();
+    driver.request(0, &[Segment::writable(at, 50)]).unwrap();
+    driver.request(0, &[Segment::writable(1 << 40, 64)]).unwrap();
+    save_reset_restore(&mut driver.device).unwrap();
+    driver.request(0, &[Segment::writable(at, 7)]).unwrap();
+    let mut measures = Measures::of_device("_rng");
+    driver.device.measure(&mut measures);
+    let samples = measures.into_parts().1;
+    assert_eq!((samples[0].family.name, &samples[0].value), ("vmm_rng_bytes", &Value::Counter(57)));
 }

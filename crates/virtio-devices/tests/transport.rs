@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use vmm_device_model::device::{Blocker, Blocks, DeviceError, Lifecycle, SaveRecord, SaveState};
+use vmm_device_model::device::{
+    Blocker, Blocks, DeviceChange, DeviceError, Lifecycle, SaveRecord, SaveState,
+};
 use vmm_device_model::doorbell::DoorbellAddress;
+use vmm_device_model::metrics::Metered;
 use vmm_device_model::testing::{Xorshift, fuzz_registers, save_reset_restore};
 use vmm_fuzzing::rounds;
 use vmm_pci::bdf::FUNCTION_CONFIG_SIZE;
@@ -194,6 +197,47 @@ fn a_device_that_does_not_start_needs_reset_and_recovers() {
     assert_eq!(driver.interrupts(0), 1, "the driver is told");
     driver.start(ALL).unwrap();
     echo(&mut driver, 0, b"again");
+}
+
+#[test]
+fn what_drivers_make_of_the_device_is_told_and_pauses_are_not() {
+    use DeviceChange::{Activated, NeedsReset, Reset};
+    let device = EchoDevice::new();
+    let failing = device.failing();
+    let mut driver = TestDriver::new(Box::new(device), MEMORY).unwrap();
+    // Drivers reset what they find before they set it up: that is no reset of an active device.
+    driver.negotiate(ALL).unwrap();
+    driver.reset().unwrap();
+    assert_eq!(driver.device.take_changes(), []);
+    driver.start(ALL).unwrap();
+    assert_eq!(driver.device.take_changes(), [Activated]);
+    assert_eq!(driver.device.take_changes(), [], "each is told once");
+    quiesce(&mut driver);
+    driver.device.resume().unwrap();
+    save_reset_restore(&mut driver.device).unwrap();
+    assert_eq!(driver.device.take_changes(), []);
+    driver.reset().unwrap();
+    assert_eq!(driver.device.take_changes(), [Reset]);
+    *failing.lock().unwrap() = true;
+    assert!(driver.start(ALL).is_err());
+    driver.reset().unwrap();
+    driver.start(ALL).unwrap();
+    assert_eq!(driver.device.take_changes(), [NeedsReset, Activated]);
+    // One that is asked for just before a pause comes with the resume.
+    driver.reset().unwrap();
+    driver.negotiate(ALL).unwrap();
+    driver.set_up_queue(0, None).unwrap();
+    driver.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    quiesce(&mut driver);
+    assert_eq!(driver.device.take_changes(), [Reset]);
+    driver.device.resume().unwrap();
+    assert_eq!(driver.device.take_changes(), [Activated]);
+    // A driver that is never listened to fills nothing.
+    for _ in 0..200 {
+        driver.start(ALL).unwrap();
+    }
+    let told = driver.device.take_changes();
+    assert!(told.len() < 100 && told.starts_with(&[Reset, Activated, Reset, Activated]), "{told:?}");
 }
 
 /// CVE-2026-5747: queue registers that could be written while the device ran.
@@ -666,6 +710,8 @@ struct Slow {
     asked: u32,
     refusals: u32,
 }
+
+impl Metered for Slow {}
 
 impl VirtioDevice for Slow {
     fn device_type(&self) -> u32 {

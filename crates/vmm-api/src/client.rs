@@ -11,6 +11,8 @@
 //! # Ok::<(), vmm_api::client::ClientError>(())
 //! ```
 
+mod events;
+
 use crate::command::{Command, Decode, Encode, Incoming, Method};
 use crate::config::UnknownFields;
 use crate::error::{ApiError, Problem};
@@ -21,6 +23,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use events::EventReader;
 
 /// Most bytes of an answer's head.
 const MAX_HEAD: usize = 64 * 1024;

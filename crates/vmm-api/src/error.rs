@@ -46,6 +46,8 @@ pub enum Code {
     TooManyDescriptors,
     /// The guest has not finished an earlier request of this kind.
     GuestBusy,
+    /// As many streams are open as the server has at one time.
+    TooManyStreams,
     /// The contract has it; this build does not have it yet.
     NotBuilt,
     /// A transfer coding this server does not have.
@@ -60,7 +62,7 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::NoVm,
         Self::VmExists,
         Self::WrongPhase,
@@ -80,6 +82,7 @@ impl Code {
         Self::HeadTooLarge,
         Self::TooManyDescriptors,
         Self::GuestBusy,
+        Self::TooManyStreams,
         Self::NotBuilt,
         Self::UnsupportedCoding,
         Self::UnsupportedVersion,
@@ -110,6 +113,7 @@ impl Code {
             Self::HeadTooLarge => "head_too_large",
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::GuestBusy => "guest_busy",
+            Self::TooManyStreams => "too_many_streams",
             Self::NotBuilt => "not_built",
             Self::UnsupportedCoding => "unsupported_coding",
             Self::UnsupportedVersion => "unsupported_version",
@@ -137,6 +141,7 @@ impl Code {
             Self::HeadTooLarge => 431,
             Self::BootFailed | Self::Internal => 500,
             Self::NotBuilt | Self::UnsupportedCoding => 501,
+            Self::TooManyStreams => 503,
             Self::UnsupportedVersion => 505,
         }
     }
@@ -167,6 +172,7 @@ pub const fn reason_phrase(status: u16) -> &'static str {
         431 => "Request Header Fields Too Large",
         500 => "Internal Server Error",
         501 => "Not Implemented",
+        503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",
         _ => "Error",
     }

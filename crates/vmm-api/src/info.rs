@@ -206,23 +206,26 @@ impl Decode for CountersReply {
     }
 }
 
-/// A JSON document of a form that others define.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct JsonDocument(pub serde_json::Value);
+/// A JSON document of a form that others define, as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JsonText(pub String);
 
-impl Encode for JsonDocument {
+impl Encode for JsonText {
     const MEDIA_TYPE: &'static str = JSON;
 
     fn encode(&self) -> Result<Vec<u8>, ApiError> {
-        encode_json(self)
+        Ok(self.0.clone().into_bytes())
     }
 }
 
-impl Decode for JsonDocument {
+impl Decode for JsonText {
     fn decode(incoming: Incoming) -> Result<Self, ApiError> {
-        decode_json(&incoming.body)
+        text(incoming).map(Self)
     }
+}
+
+fn text(incoming: Incoming) -> Result<String, ApiError> {
+    String::from_utf8(incoming.body).map_err(|error| ApiError::from_error(Code::MalformedBody, &error))
 }
 
 /// Metrics as OpenMetrics 1.0 text.
@@ -239,8 +242,7 @@ impl Encode for OpenMetrics {
 
 impl Decode for OpenMetrics {
     fn decode(incoming: Incoming) -> Result<Self, ApiError> {
-        let text = String::from_utf8(incoming.body);
-        text.map(Self).map_err(|error| ApiError::from_error(Code::MalformedBody, &error))
+        text(incoming).map(Self)
     }
 }
 

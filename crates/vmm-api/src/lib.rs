@@ -4,18 +4,23 @@
 //! - [`commands`]: the contract's commands.
 //! - [`config`]: wire types of a VM's configuration. [`spec`]: its checked form.
 //!   [`options`]: its form on the command line.
+//! - [`events`]: what happens in the VMM, told to whoever watches.
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
-//! - [`info`]: replies about the VMM and the VM.
+//! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
+//! - [`socket`]: listening UNIX sockets with a path.
 
 pub mod client;
 pub mod command;
 pub mod commands;
 pub mod config;
 pub mod error;
+pub mod events;
 pub mod http;
 pub mod info;
+pub mod metrics;
 pub mod options;
+pub mod socket;
 pub mod spec;
 
 #[cfg(doctest)]

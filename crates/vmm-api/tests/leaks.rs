@@ -59,6 +59,8 @@ fn connections_and_descriptors_come_and_go() {
     settles_at(floor, "a_thousand_connections_do_no_harm");
     clients_that_send_on_or_leave_while_they_wait_do_not_spin_the_server(&rig);
     settles_at(floor, "clients_that_send_on_or_leave_while_they_wait_do_not_spin_the_server");
+    streams_come_and_go_and_do_not_spin_the_server(&rig);
+    settles_at(floor, "streams_come_and_go_and_do_not_spin_the_server");
     many_requests_with_disconnects(&rig);
     settles_at(floor, "many_requests_with_disconnects");
 
@@ -158,6 +160,29 @@ fn clients_that_send_on_or_leave_while_they_wait_do_not_spin_the_server(rig: &Ri
     rig.release();
     assert_eq!((wire.answer().status, wire.answer().status), (204, 200));
     delete(rig);
+}
+
+fn streams_come_and_go_and_do_not_spin_the_server(rig: &Rig) {
+    let null = File::open("/dev/null").unwrap();
+    let request = &b"GET /api/v1/vmm.events HTTP/1.1\r\n\r\n"[..];
+    for _ in 0..500 {
+        let wire = rig.wire();
+        wire.stream.send_with_fds(&[request], &[null.as_raw_fd(); 2]).unwrap();
+        rig.journal.push(|_| b"{}\n".to_vec());
+    }
+    let mut quiet = rig.wire();
+    quiet.stream.send_with_fds(&[request], &[]).unwrap();
+    assert_eq!(quiet.answer().status, 200);
+    quiet.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut stalled = rig.wire();
+    stalled.stream.send_with_fds(&[request], &[]).unwrap();
+    assert_eq!(stalled.answer().status, 200);
+    (0..300).for_each(|_| rig.journal.push(|_| vec![b'x'; 4000]));
+    stalled.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let before = server_ticks();
+    std::thread::sleep(Duration::from_millis(400));
+    let spent = server_ticks() - before;
+    assert!(spent <= 3, "the server was busy for {spent} of 40 ticks");
 }
 
 fn many_requests_with_disconnects(rig: &Rig) {

@@ -87,6 +87,7 @@ fn option_strings_mean_what_their_json_means() {
             &[("debug-console", "file=/d,iobase=0x402")],
             json!({"debug_console": {"mode": "File", "file": "/d", "iobase": 0x402}}),
         ),
+        (&[("pvpanic", "")], json!({"pvpanic": true})),
         (
             &[("platform", "num_pci_segments=1,iommu_address_width=64")],
             json!({"platform": {"num_pci_segments": 1, "iommu_address_width_bits": 64}}),
@@ -128,7 +129,6 @@ fn later_objects_are_read_before_they_are_refused() {
         ("landlock-rules", "path=/p,access=rw"),
         ("fw-cfg-config", "e820=off"),
         ("watchdog", ""),
-        ("pvpanic", ""),
         ("landlock", ""),
     ] {
         let fault = one_fault(flag, text);

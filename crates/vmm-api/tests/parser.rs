@@ -80,6 +80,12 @@ fn the_end_of_each_request_is_known() {
 fn bare_line_feeds_queries_and_absolute_targets_are_taken() {
     assert_eq!(one("GET /api/v1/vm.info HTTP/1.1\nHost: x\n\n").path, "/api/v1/vm.info");
     assert_eq!(one("GET /api/v1/vm.info?x=1 HTTP/1.1\r\n\r\n").path, "/api/v1/vm.info");
+    for target in ["/a?x=1&y=?", "http://localhost/a?x=1&y=?#z?"] {
+        let request = one(&format!("GET {target} HTTP/1.1\r\n\r\n"));
+        assert_eq!((request.path.as_str(), request.query.as_str()), ("/a", "x=1&y=?"), "{target}");
+    }
+    let request = one("GET /a#b?c HTTP/1.1\r\n\r\n");
+    assert_eq!((request.path.as_str(), request.query.as_str()), ("/a", ""));
     assert_eq!(one("GET http://localhost/api/v1/vm.info HTTP/1.1\r\n\r\n").path, "/api/v1/vm.info");
     assert_eq!(one("GET http://localhost HTTP/1.1\r\n\r\n").path, "/");
     assert_eq!(refused("OPTIONS * HTTP/1.1\r\n\r\n"), Code::MalformedRequest);

@@ -275,21 +275,42 @@ fn consoles_need_their_places() {
             (json!({"debug_console": {"mode": "Socket"}}), "debug_console.mode"),
         ],
     );
+    let long = format!("/{}", "s".repeat(107));
+    let socket = |path: &str| json!({"mode": "Socket", "socket": path});
     refused(
-        FaultKind::NotBuilt,
+        FaultKind::Invalid,
         &[
-            (json!({"serial": {"mode": "Socket", "socket": "/s"}}), "serial.mode"),
-            (json!({"console": {"mode": "Socket", "socket": "/s"}}), "console.mode"),
+            (json!({"serial": socket(&long)}), "serial.socket"),
+            (json!({"serial": socket("/s"), "console": socket("/s")}), "console.socket"),
         ],
     );
+    let sockets = spec(&json!({"serial": socket(&long[1..]), "console": socket("/s")}));
+    assert_eq!(sockets.serial, Some(Sink::Socket(long[1..].into())));
+    assert_eq!(sockets.console.unwrap().sink, Sink::Socket("/s".into()));
     let spec = spec(&json!({
         "serial": {"mode": "Tty"}, "console": {"mode": "Tty"}, "debug_console": {"mode": "Pty", "file": "/dev/pts/3"},
     }));
     assert_eq!((spec.serial, spec.console.unwrap().sink), (Some(Sink::Tty), Sink::Tty));
+    assert_eq!(
+        spec.warnings.iter().map(|warning| warning.path.as_str()).collect::<Vec<_>>(),
+        ["console.mode"]
+    );
     let debug = spec.debug_console.unwrap();
     assert_eq!((debug.port, debug.sink), (0xe9, Sink::Pty));
     let off = self::spec(&json!({"serial": {"mode": "Off"}, "console": {"mode": "Off"}}));
     assert_eq!((off.serial, off.console), (None, None));
+}
+
+#[test]
+fn a_panic_device_is_there_when_asked_for_and_takes_a_place_on_the_bus() {
+    assert!(!spec(&json!({})).pvpanic);
+    assert!(spec(&json!({"pvpanic": true})).pvpanic);
+    // Beside the random source and the console there is room for 29.
+    let disks =
+        |count: usize| -> Vec<_> { (0..count).map(|_| json!({"path": "/d", "image_type": "Raw"})).collect() };
+    spec(&json!({"disks": disks(29)}));
+    spec(&json!({"pvpanic": true, "disks": disks(28)}));
+    refused(FaultKind::Invalid, &[(json!({"pvpanic": true, "disks": disks(29)}), "disks")]);
 }
 
 #[test]

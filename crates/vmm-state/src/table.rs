@@ -210,7 +210,7 @@ actions! {
     /// `vm.counters`
     Counters "vm.counters" BOOTED;
     /// `vm.boot-trace`
-    BootTrace "vm.boot-trace" WITH_VM;
+    BootTrace "vm.boot-trace" BOOTED;
     /// `vm.shutdown`
     Shutdown "vm.shutdown"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(OFF),           stay(OFF),           NOT_BOOTED];
     /// `vm.reboot`

@@ -21,7 +21,7 @@ vm.validate               EE     CC         BB        RR         PP        SS
 vm.boot                   novm   RC         wait      isrunning  RP        RS
 vm.info                   novm   CC         BB        RR         PP        SS
 vm.counters               novm   notbooted  wait      RR         PP        notbooted
-vm.boot-trace             novm   CC         BB        RR         PP        SS
+vm.boot-trace             novm   notbooted  wait      RR         PP        notbooted
 vm.shutdown               novm   notbooted  wait      SS         SS        notbooted
 vm.reboot                 novm   notbooted  wait      RS         RS        notbooted
 vm.delete                 ok     EE         wait      EE         EE        EE

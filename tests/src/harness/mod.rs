@@ -8,6 +8,7 @@ pub mod linux;
 mod output;
 mod pending;
 mod requests;
+pub mod terminal;
 mod vmm;
 
 use std::ffi::OsStr;
@@ -21,7 +22,7 @@ pub use api::{Answer, Api};
 pub use output::{Output, SerialFile};
 pub use pending::Pending;
 pub use requests::{PENDING, Requests, UNBOOTABLE, UNROUTED};
-pub use vmm::{Holdings, Vmm};
+pub use vmm::{Holdings, Vmm, resident_kib};
 
 use crate::tiny::Guest;
 

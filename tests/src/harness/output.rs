@@ -36,6 +36,11 @@ impl Output {
         output
     }
 
+    /// Of a process that prints elsewhere.
+    pub(super) fn none() -> Self {
+        Self { bytes: Arc::default(), ended: Arc::new(AtomicBool::new(true)) }
+    }
+
     /// The text so far.
     #[must_use]
     pub fn text(&self) -> String {

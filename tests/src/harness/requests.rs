@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 use vmm_api::command::Method;
 
 /// Commands whose parts are on their way and that answer 501 where they are allowed: what `pending!` in `bins/vmm` lists.
-pub const PENDING: &[&str] =
-    &["vm.counters", "vm.boot-trace", "vm.nmi", "vmm.openapi", "vmm.metrics", "vmm.log-level"];
+pub const PENDING: &[&str] = &["vmm.openapi"];
 
 /// Commands of the table that are not in this build's list of routes yet: their streams come with the events.
 pub const UNROUTED: &[&str] = &["vmm.events"];

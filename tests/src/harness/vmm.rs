@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use super::terminal::Terminal;
 use super::{Api, LIMIT, Output, Pending, Scratch, binary, wait_until};
 
 /// How long what is gone may be listed. Only failures wait for it.
@@ -90,13 +91,48 @@ impl Vmm {
         let mut all = vec![OsString::from("--api-socket"), format!("path={}", socket.display()).into()];
         all.extend(arguments.into_iter().map(|word| word.as_ref().to_owned()));
         let mut vmm = Self::spawn(all);
-        vmm.socket = Some(socket.clone());
+        vmm.socket = Some(socket);
+        vmm.wait_for_api();
+        vmm
+    }
+
+    fn wait_for_api(&mut self) {
+        let Self { child, stderr, socket, .. } = self;
+        let socket = socket.as_deref().expect("a VMM with an API socket");
         let ready = || {
-            let gone = vmm.child.try_wait().expect("its status");
-            assert!(gone.is_none(), "the VMM ended at once ({gone:?}):\n{}", vmm.stderr.tail());
-            std::os::unix::net::UnixStream::connect(&socket).ok()
+            let gone = child.try_wait().expect("its status");
+            assert!(gone.is_none(), "the VMM ended at once ({gone:?}):\n{}", stderr.tail());
+            std::os::unix::net::UnixStream::connect(socket).ok()
         };
         wait_until(LIMIT, ready, || "the API socket".to_owned());
+    }
+
+    /// Starts it with `terminal` as standard input and output, an API socket in `scratch`, and `arguments`; returns when
+    /// the API answers. The terminal controls it (setsid(1)) if `controlled`.
+    ///
+    /// # Panics
+    /// When it cannot be started, or ends before it answers.
+    pub fn on_terminal(
+        scratch: &Scratch,
+        terminal: &Terminal,
+        controlled: bool,
+        arguments: &[String],
+    ) -> Self {
+        let socket = scratch.path(format!("api-{}.sock", unique()));
+        let mut command = Command::new(if controlled { "setsid".into() } else { binary() });
+        if controlled {
+            command.arg("--ctty").arg(binary());
+        }
+        command.arg("--api-socket").arg(format!("path={}", socket.display())).args(arguments);
+        let mut child = command
+            .stdin(terminal.program_side())
+            .stdout(terminal.program_side())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the VMM starts");
+        let stderr = Output::capture(child.stderr.take().expect("a pipe"));
+        let mut vmm = Self { stdin: None, stdout: Output::none(), stderr, socket: Some(socket), child };
+        vmm.wait_for_api();
         vmm
     }
 
@@ -199,6 +235,30 @@ impl Vmm {
         assert!(status.success(), "{line}: {status}");
     }
 
+    /// Processor time that it has used, to about 10 ms.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn cpu_time(&self) -> Duration {
+        // proc_pid_stat(5): user and system time are the fields 14 and 15; those after the name in parentheses begin with 3.
+        let text = fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("the process is there");
+        let (_, fields) = text.rsplit_once(')').expect("a name");
+        let ticks: u64 =
+            fields.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+        // USER_HZ is 100 on all machines that matter.
+        Duration::from_millis(ticks * 10)
+    }
+
+    /// Memory that it has in RAM, in KiB.
+    ///
+    /// # Panics
+    /// When the process is gone.
+    #[must_use]
+    pub fn resident_kib(&self) -> u64 {
+        resident_kib(&self.pid().to_string())
+    }
+
     /// Targets of its open descriptors, sorted.
     ///
     /// # Panics
@@ -270,6 +330,17 @@ impl Drop for Vmm {
             eprintln!("standard error of the VMM ends with:\n{}", self.stderr.tail());
         }
     }
+}
+
+/// Memory that the process `pid` (or `self`) has in RAM, in KiB.
+///
+/// # Panics
+/// When there is no such process.
+#[must_use]
+pub fn resident_kib(pid: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there");
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
 fn unique() -> u32 {

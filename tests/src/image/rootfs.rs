@@ -17,7 +17,7 @@ use crate::progress::Step;
 use crate::run::run;
 use crate::toolbox::Toolbox;
 
-const PACKAGES: &str = "fio,iproute2,iputils-ping,kmod,pciutils,procps,stress-ng,systemd-sysv,udev";
+const PACKAGES: &str = "dbus,fio,iproute2,iputils-ping,kmod,pciutils,procps,stress-ng,systemd-sysv,udev";
 /// Size of the file system; the file is sparse.
 const SIZE: &str = "2G";
 const SCRIPT: &str = include_str!("vmm-test.sh");

@@ -14,8 +14,14 @@
 .set LAPIC, 0xfee00000
 .set CONFIG_ADDRESS, 0xcf8
 .set CONFIG_DATA, 0xcfc
+.set CONSOLE_BAR, 0xd0000000        # in the window for 32-bit BARs
+.set CONSOLE_CONFIG, 0x4000         # of virtio-console's own configuration in its BAR
 .set TRAMPOLINE, 0x40000            # of application processors; nothing of the boot data is there
 .set STARTED, 0x800                 # in the trampoline's page: how many came up
+.set GED_EVENTS, 0xf9000000         # where the ACPI tables say
+.set GED_POWER_BUTTON, 8
+.set PVPANIC, 0x00111b36            # device and vendor
+.set PVPANIC_PANICKED, 1
 .set START_INFO_CMDLINE, 0x18       # in the PVH start info
 .set START_INFO_RSDP, 0x20
 
@@ -25,7 +31,7 @@ tiny_guests_start:
 blob:
     .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
-    .long crash - blob, bios_reset - blob
+    .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -99,7 +105,7 @@ halt_text:
 # Prints what it is sent; 'q' powers off.
 echo:
     mov $STACK, %esp
-    mov $(BASE + echo_text - blob), %esi
+    mov $(BASE + ready_text - blob), %esi
     call print
 1:  mov $SERIAL_STATUS, %dx
     in (%dx), %al
@@ -112,7 +118,7 @@ echo:
     jne 1b
     call print_newline
     jmp power_off
-echo_text:
+ready_text:
     .asciz "ready\n"
 
 # Starts as many processors as the command line's digit says, one after the other; each says its APIC id.
@@ -204,12 +210,8 @@ post:
 pci_scan:
     mov $STACK, %esp
     xor %edi, %edi
-1:  mov %edi, %eax
-    shl $11, %eax
-    or $0x80000000, %eax
-    mov $CONFIG_ADDRESS, %dx
-    out %eax, (%dx)
-    mov $CONFIG_DATA, %dx
+1:  xor %eax, %eax
+    call select_config
     in (%dx), %eax
     mov $(BASE + ports_text - blob), %esi
     call print_function
@@ -297,6 +299,170 @@ real_mode_table:
 real_mode_segments:
     .quad 0
     .quad 0x00009b000000ffff | TRAMPOLINE << 16     # 16-bit code
+
+# Finds the panic device on PCI bus 0, says through it that it panicked, then says so, and halts.
+panic:
+    mov $STACK, %esp
+    xor %edi, %edi
+1:  xor %eax, %eax
+    call select_config
+    in (%dx), %eax
+    cmp $PVPANIC, %eax
+    je 2f
+    inc %edi
+    cmp $32, %edi
+    jb 1b
+    mov $(BASE + no_pvpanic_text - blob), %esi
+    call print
+    jmp power_off
+2:  mov $4, %eax                    # command: memory space on
+    call select_config
+    mov $2, %ax
+    out %ax, (%dx)
+    mov $0x10, %eax                 # BAR 0
+    call select_config
+    in (%dx), %eax
+    and $0xfffffff0, %eax
+    movb $PVPANIC_PANICKED, (%eax)
+    mov $(BASE + panic_text - blob), %esi
+    call print
+    jmp stop
+no_pvpanic_text:
+    .asciz "no pvpanic\n"
+panic_text:
+    .asciz "panicked\n"
+
+# Says that it is ready, halts with interrupts off, says so at a non-maskable interrupt, and halts for good: KVMs that emulate this code
+# do not know iret.
+nmi:
+    mov $STACK, %esp
+    lgdt (BASE + flat_table - blob)
+    ljmp $8, $(BASE + 1f - blob)
+1:  mov $16, %eax
+    mov %eax, %ds
+    mov %eax, %es
+    mov %eax, %ss
+    mov $(BASE + nmi_handler - blob), %edx
+    movzwl %dx, %eax
+    or $0x80000, %eax               # selector 8
+    mov %eax, TRAMPOLINE + 16       # vector 2
+    mov $0x8e00, %dx                # present, 32-bit interrupt gate
+    mov %edx, TRAMPOLINE + 20
+    lidt (BASE + nmi_table - blob)
+    mov $(BASE + ready_text - blob), %esi
+    call print
+    jmp stop
+nmi_handler:
+    mov $(BASE + nmi_text - blob), %esi
+    call print
+    jmp stop
+flat_table:
+    .word 23
+    .long BASE + flat_segments - blob
+flat_segments:
+    .quad 0
+    .quad 0x00cf9b000000ffff        # 32-bit code
+    .quad 0x00cf93000000ffff        # data
+nmi_table:
+    .word 23
+    .long TRAMPOLINE
+nmi_text:
+    .asciz "nmi\n"
+
+# Says that it is ready, waits until the power button is pressed, says so and powers off.
+power_button:
+    mov $STACK, %esp
+    mov $(BASE + ready_text - blob), %esi
+    call print
+1:  mov GED_EVENTS, %al             # reading clears it
+    test $GED_POWER_BUTTON, %al
+    jz 1b
+    mov $(BASE + button_text - blob), %esi
+    call print
+    jmp power_off
+button_text:
+    .asciz "button\n"
+
+# Selects the configuration register eax of device edi on bus 0; dx is the data port then. Clobbers eax.
+select_config:
+    mov %edi, %edx
+    shl $11, %edx
+    or %edx, %eax
+    or $0x80000000, %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov $CONFIG_DATA, %dx
+    ret
+
+# Counts for ever as fast as it can, eight digits a line; a dot on the debug console for every 16 lines.
+flood:
+    mov $STACK, %esp
+    xor %edi, %edi
+1:  mov %edi, %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    inc %edi
+    test $15, %edi
+    jnz 1b
+    mov $'.', %al
+    mov $DEBUG_CONSOLE, %dx
+    out %al, (%dx)
+    jmp 1b
+
+# Puts virtio-console's registers where 32 bits reach them, and prints the size of its window, rows and columns as four hexadecimal
+# digits each, at first and whenever it is another one.
+console_size:
+    mov $STACK, %esp
+    mov $0x80000000, %edi           # configuration address of the function
+1:  add $0x800, %edi
+    cmp $0x80010000, %edi
+    jae power_off
+    xor %ecx, %ecx
+    call config_read
+    cmp $0x10431af4, %eax
+    jne 1b
+    mov $4, %ecx                    # command: decode nothing
+    xor %eax, %eax
+    call config_write
+    mov $0x10, %ecx
+    mov $CONSOLE_BAR, %eax
+    call config_write
+    mov $0x14, %ecx
+    xor %eax, %eax
+    call config_write
+    mov $4, %ecx
+    mov $2, %eax                    # command: decode memory
+    call config_write
+    xor %edi, %edi
+2:  mov CONSOLE_BAR + CONSOLE_CONFIG, %eax
+    cmp %edi, %eax
+    je 2b
+    mov %eax, %edi
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    jmp 2b
+
+# Reads register ecx of the function edi into eax. Clobbers edx.
+config_read:
+    lea (%edi, %ecx), %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov $CONFIG_DATA, %dx
+    in (%dx), %eax
+    ret
+
+# Writes eax to register ecx of the function edi. Clobbers eax, edx, esi.
+config_write:
+    mov %eax, %esi
+    lea (%edi, %ecx), %eax
+    mov $CONFIG_ADDRESS, %dx
+    out %eax, (%dx)
+    mov %esi, %eax
+    mov $CONFIG_DATA, %dx
+    out %eax, (%dx)
+    ret
 
 power_off:
     mov $0x34, %al                  # sleep type 5, sleep enable

@@ -58,11 +58,22 @@ pub enum Guest {
     Crash,
     /// Prints `boot` and goes to the firmware's reset vector: at each boot.
     BiosReset,
+    /// Reports a panic through pvpanic, prints `panicked`, and halts. Without the device prints `no pvpanic` and powers off.
+    Panic,
+    /// Prints `ready`, halts with interrupts off, prints `nmi` at a non-maskable interrupt, and halts for good.
+    Nmi,
+    /// Prints `ready`, polls the GED until the power button is pressed, prints `button`, and powers off.
+    PowerButton,
+    /// Counts for ever as fast as it can, as `Ticker`; a dot on port 0xe9 for every 16 lines.
+    Flood,
+    /// Prints the size of virtio-console's window, rows and columns as four hexadecimal digits each, at first and whenever it is
+    /// another one.
+    ConsoleSize,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 19] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -77,6 +88,11 @@ impl Guest {
         Self::DebugConsole,
         Self::Crash,
         Self::BiosReset,
+        Self::Panic,
+        Self::Nmi,
+        Self::PowerButton,
+        Self::Flood,
+        Self::ConsoleSize,
     ];
 
     /// A name for files.
@@ -97,6 +113,11 @@ impl Guest {
             Self::DebugConsole => "debug-console",
             Self::Crash => "crash",
             Self::BiosReset => "bios-reset",
+            Self::Panic => "panic",
+            Self::Nmi => "nmi",
+            Self::PowerButton => "power-button",
+            Self::Flood => "flood",
+            Self::ConsoleSize => "console-size",
         }
     }
 

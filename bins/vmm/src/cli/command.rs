@@ -1,9 +1,14 @@
 //! The flags as clap knows them, and their help.
 
+use std::ffi::OsStr;
+use std::path::Path;
+
 use clap::builder::ValueParser;
 use clap::{Arg, ArgAction, Command};
 use vmm_api::options::{Arity, FLAGS, Flag, help_for};
 use vmm_state::GuestEvent;
+
+use super::CONTRACT_VERSION;
 
 /// Name of the subcommand that checks the machine.
 pub(super) const DOCTOR: &str = "doctor";
@@ -24,7 +29,7 @@ pub(super) const REACTIONS: [(&str, GuestEvent, &str); 4] = [
 pub(super) const SHOWN: &[(&str, &[&str])] = &[
     ("What the VM boots", &["kernel", "initramfs", "cmdline", "firmware"]),
     ("CPUs and memory", &["cpus", "memory", "memory-zone"]),
-    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "platform"]),
+    ("Devices", &["disk", "rng", "serial", "console", "debug-console", "pvpanic", "platform"]),
 ];
 const THIS_PROCESS: &str = "This process";
 
@@ -45,7 +50,6 @@ macro_rules! later {
 
 later! {
     "restore" true "restoring a snapshot";
-    "event-monitor" true "the event monitor";
     "gdb" true "the GDB stub";
     "dbus-object-path" true "the D-Bus API";
     "dbus-service-name" true "the D-Bus API";
@@ -64,8 +68,22 @@ pub(super) enum Help {
     Full,
 }
 
-/// The command line.
-pub(super) fn command(help: Help) -> Command {
+/// The name that management software starts its VMM under, to read the version of the contract.
+const CONTRACT_NAME: &str = "cloud-hypervisor";
+
+/// The command line of a program that was started as `name`.
+pub(super) fn command(help: Help, name: &OsStr) -> Command {
+    let command = command_of_vmm(help);
+    let file_name = Path::new(name).file_name();
+    if file_name == Some(OsStr::new(CONTRACT_NAME)) {
+        // libvirt wants `cloud-hypervisor v53.0.0`: the name, a space, an optional v, one to three numbers.
+        command.name(CONTRACT_NAME).version(CONTRACT_VERSION)
+    } else {
+        command
+    }
+}
+
+fn command_of_vmm(help: Help) -> Command {
     let doctor = Command::new(DOCTOR)
         .about("Check whether and how well this machine runs VMs, and say what to do where it does not")
         .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("Answer in JSON"));
@@ -148,26 +166,37 @@ fn vm_flag(flag: &Flag, help: Help) -> Arg {
     }
 }
 
-fn process_flags() -> [Arg; 7] {
+fn process_flags() -> [Arg; 10] {
     let text = |name: &'static str, value, help: &'static str| {
         let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
         valued(arg, value, ValueParser::string())
     };
-    let log_file = Arg::new("log-file").long("log-file").help_heading(THIS_PROCESS);
+    let path = |name: &'static str, help: &'static str| {
+        let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
+        valued(arg, "PATH", ValueParser::path_buf())
+    };
     [
         text(
             "api-socket",
             "path=PATH|fd=NUMBER|PATH",
             "Take commands by HTTP on a UNIX socket: one that is made, or one that was inherited",
         ),
+        text(
+            "event-monitor",
+            "path=PATH|fd=NUMBER",
+            "Write what happens to a file, a FIFO or an inherited descriptor, a JSON object a line",
+        ),
         Arg::new("verbose")
             .short('v')
             .action(ArgAction::Count)
             .help_heading(THIS_PROCESS)
             .help("Log more than warnings: -v information, -vv debugging, -vvv all"),
-        valued(log_file, "PATH", ValueParser::path_buf())
-            .help("Append the log to this file [default: standard error]"),
-        text("log-format", "text", "Form of the log [default: text]").hide_short_help(true),
+        path("log-file", "Append the log to this file [default: standard error]"),
+        text("log-format", "text|json", "Form of the log [default: text]").hide_short_help(true),
+        text("log-filter", "MODULE=LEVEL,...", "Levels of single modules, such as vmm_pci=debug")
+            .hide_short_help(true),
+        path("boot-trace", "Write the stages of the boot to this file, for Perfetto or chrome://tracing")
+            .hide_short_help(true),
         text(
             "seccomp",
             "true|false|log",

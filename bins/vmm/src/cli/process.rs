@@ -9,7 +9,8 @@ use vmm_state::{GuestEvent, Reaction, Reactions};
 
 use super::command::{LATER, REACTIONS};
 use super::{ApiSocketArg, SeccompMode};
-use crate::logger::LogOptions;
+use crate::events::MonitorTarget;
+use crate::logger::{Filter, LogFormat, LogOptions};
 
 /// Refuses the flags of the contract that this build does not serve.
 pub(super) fn later(matches: &ArgMatches) -> Vec<Fault> {
@@ -37,6 +38,27 @@ pub(super) fn api_socket(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Optio
             "" => refuse("", "expected path=<path>, fd=<number> or a path, found nothing".into()),
             path => Some(ApiSocketArg::Path(PathBuf::from(path))),
         }
+    }
+}
+
+/// `path=PATH` or `fd=NUMBER`.
+pub(super) fn event_monitor(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Option<MonitorTarget> {
+    let text = word(matches, "event-monitor")?;
+    let mut refuse = |key: &str, message: String| {
+        faults.push(Fault::new(format!("--event-monitor{key}"), FaultKind::Invalid, message));
+        None
+    };
+    match text.split_once('=') {
+        Some(("path", path)) if !path.is_empty() => Some(MonitorTarget::Path(PathBuf::from(path))),
+        Some(("fd", number)) => match number.parse::<i32>() {
+            Ok(fd) if fd > libc::STDERR_FILENO => Some(MonitorTarget::Fd(fd)),
+            Ok(fd) => refuse(
+                " fd",
+                format!("{fd} is not the number of an inherited descriptor: it must be above 2"),
+            ),
+            Err(_) => refuse(" fd", format!("expected a file descriptor's number, found {number:?}")),
+        },
+        _ => refuse("", format!("expected path=<path> or fd=<number>, found {text:?}")),
     }
 }
 
@@ -88,20 +110,25 @@ pub(super) fn reactions(matches: &ArgMatches, faults: &mut Vec<Fault>) -> Reacti
     reactions
 }
 
-/// `-v`, `--log-file` and `--log-format`.
+/// `-v`, `--log-file`, `--log-format` and `--log-filter`.
 pub(super) fn log_options(matches: &ArgMatches, faults: &mut Vec<Fault>) -> LogOptions {
-    match word(matches, "log-format") {
-        None | Some("text") => {}
-        Some("json") => faults.push(not_built("--log-format".into(), "json")),
-        Some(other) => unexpected("log-format", "text", other, faults),
-    }
+    let format = match word(matches, "log-format") {
+        None | Some("text") => LogFormat::Text,
+        Some("json") => LogFormat::Json,
+        Some(other) => unexpected("log-format", "text or json", other, faults),
+    };
+    let filter = word(matches, "log-filter").map(str::parse).unwrap_or_else(|| Ok(Filter::default()));
+    let filter = filter.unwrap_or_else(|error| {
+        faults.push(Fault::new("--log-filter".to_owned(), FaultKind::Type, error.to_string()));
+        Filter::default()
+    });
     let level = match matches.get_count("verbose") {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
         2 => LevelFilter::Debug,
         _ => LevelFilter::Trace,
     };
-    LogOptions { level, file: matches.get_one::<PathBuf>("log-file").cloned() }
+    LogOptions { level, filter, format, file: matches.get_one::<PathBuf>("log-file").cloned() }
 }
 
 fn word<'m>(matches: &'m ArgMatches, name: &str) -> Option<&'m str> {

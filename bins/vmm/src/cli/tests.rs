@@ -2,10 +2,12 @@ use std::os::unix::ffi::OsStringExt;
 
 use log::LevelFilter;
 use vmm_api::config::FaultKind;
+use vmm_api::options::{Arity, Flag};
 use vmm_api::spec::{Bytes, PayloadSpec, Sink};
 
 use super::command::{LATER, SHOWN};
 use super::*;
+use crate::logger::LogFormat;
 
 fn parsed(args: &[&str]) -> Result<Invocation, UsageError> {
     parse(["vmm"].iter().chain(args).map(OsString::from))
@@ -91,7 +93,7 @@ fn a_vm_without_flags_of_its_devices_has_the_contracts_defaults() {
     assert_eq!(spec.rng.source, PathBuf::from("/dev/urandom"));
     assert!(config.rng.id.is_some(), "automatic ids are filled in");
     assert_eq!(options.api_socket, None);
-    assert_eq!(options.log, LogOptions { level: LevelFilter::Warn, file: None });
+    assert_eq!(options.log, LogOptions::default());
     assert_eq!((options.seccomp, options.unknown_fields), (SeccompMode::Enforce, UnknownFields::Refuse));
 }
 
@@ -110,10 +112,20 @@ fn each_flag_of_the_process_arrives() {
     assert!(run(&["--api-socket", "s"]).config.is_none());
 
     let with = |args: &[&str]| run(&[&["--api-socket", "s"], args].concat());
+    let monitor = |args: &[&str]| with(args).event_monitor;
+    assert_eq!(monitor(&[]), None);
+    let path = MonitorTarget::Path("/a=b".into());
+    assert_eq!(monitor(&["--event-monitor", "path=/a=b"]), Some(path));
+    assert_eq!(monitor(&["--event-monitor", "fd=3"]), Some(MonitorTarget::Fd(3)));
     let level = |args: &[&str]| with(args).log.level;
     let levels = [level(&["-v"]), level(&["-vv"]), level(&["-v", "-v", "-v"]), level(&["-vvvvv"])];
     assert_eq!(levels, [LevelFilter::Info, LevelFilter::Debug, LevelFilter::Trace, LevelFilter::Trace]);
-    assert_eq!(with(&["--log-file", "l", "--log-format", "text"]).log.file, Some("l".into()));
+    let log = with(&["--log-file", "l", "--log-format", "json", "--log-filter", "vmm_pci=debug"]).log;
+    assert_eq!((log.file, log.format), (Some("l".into()), LogFormat::Json));
+    assert_eq!(log.filter, "vmm_pci=debug".parse().unwrap());
+    assert_eq!(with(&["--log-format", "text"]).log, LogOptions::default());
+    assert_eq!(with(&["--boot-trace", "t"]).boot_trace, Some("t".into()));
+    assert_eq!(with(&[]).boot_trace, None);
     let seccomp = |word| with(&["--seccomp", word]).seccomp;
     let modes = [seccomp("true"), seccomp("log"), seccomp("false")];
     assert_eq!(modes, [SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]);
@@ -124,7 +136,7 @@ fn each_flag_of_the_process_arrives() {
 
 #[test]
 fn bad_values_of_process_flags_are_named() {
-    let table: [(&[&str], &str); 9] = [
+    let table: [(&[&str], &str); 13] = [
         (&["--api-socket", ""], "--api-socket: expected path=<path>, fd=<number> or a path, found nothing"),
         (
             &["--api-socket", "path="],
@@ -135,13 +147,29 @@ fn bad_values_of_process_flags_are_named() {
             &["--api-socket", "fd=2"],
             "--api-socket fd: 2 is not the number of an inherited socket: it must be above 2",
         ),
+        (
+            &["--api-socket", "s", "--event-monitor", "path="],
+            "--event-monitor: expected path=<path> or fd=<number>, found \"path=\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "/events"],
+            "--event-monitor: expected path=<path> or fd=<number>, found \"/events\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "fd=x"],
+            "--event-monitor fd: expected a file descriptor's number, found \"x\"",
+        ),
+        (
+            &["--api-socket", "s", "--event-monitor", "fd=1"],
+            "--event-monitor fd: 1 is not the number of an inherited descriptor: it must be above 2",
+        ),
         (&["--api-socket", "s", "--seccomp", "on"], "--seccomp: expected true, false or log, found \"on\""),
         (&["--api-socket", "s", "--seccomp", "errno"], "--seccomp: not supported by this build yet: errno"),
+        (&["--api-socket", "s", "--log-format", "xml"], "--log-format: expected text or json, found \"xml\""),
         (
-            &["--api-socket", "s", "--log-format", "json"],
-            "--log-format: not supported by this build yet: json",
+            &["--api-socket", "s", "--log-filter", "vmm_pci"],
+            "--log-filter: expected MODULE=LEVEL with a level of off, error, warn, info, debug or trace, found \"vmm_pci\"",
         ),
-        (&["--api-socket", "s", "--log-format", "xml"], "--log-format: expected text, found \"xml\""),
         (
             &["--api-socket", "s", "--unknown-fields", ""],
             "--unknown-fields: expected refuse or warn, found \"\"",
@@ -157,7 +185,7 @@ fn all_faults_are_reported_at_once() {
     let text = error(&[
         "--seccomp",
         "maybe",
-        "--event-monitor",
+        "--gdb",
         "path=e",
         "--cpus",
         "bot=1",
@@ -167,7 +195,7 @@ fn all_faults_are_reported_at_once() {
     ]);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "4 faults on the command line:");
-    assert_eq!(lines[1], "  --event-monitor: not supported by this build yet: the event monitor");
+    assert_eq!(lines[1], "  --gdb: not supported by this build yet: the GDB stub");
     assert_eq!(lines[2], "  --seccomp: expected true, false or log, found \"maybe\"");
     assert_eq!(lines[3], "  --cpus bot: unknown key; did you mean \"boot\"?");
     assert_eq!(lines[4], "  --disk[1] num_queue: unknown key; did you mean \"num_queues\"?");
@@ -264,7 +292,9 @@ fn help_is_grouped_and_has_the_keys() {
         for (heading, names) in SHOWN {
             assert!(page.contains(&format!("\n{heading}:\n")), "{heading}");
             for name in *names {
-                assert!(page.contains(&format!("  --{name} <")), "{name}");
+                let switch = Flag::by_name(name).unwrap().arity() == Arity::Switch;
+                let end = if switch { "" } else { " <" };
+                assert!(page.contains(&format!("  --{name}{end}")), "{name}");
             }
         }
         assert!(page.contains("\nExamples:\n") && page.contains("vmm doctor"));
@@ -278,7 +308,7 @@ fn help_is_grouped_and_has_the_keys() {
         assert!(!short.contains(key), "{key}");
     }
     assert!(long.contains("Not in this build yet, refused by name:\n  --"));
-    assert!(long.contains(" --net ") && long.contains(" --event-monitor "));
+    assert!(long.contains(" --net ") && long.contains(" --gdb "));
     assert!(text(&["doctor", "--help"]).contains("--json"));
 }
 
@@ -300,6 +330,25 @@ fn the_examples_of_the_help_are_right() {
         seen += 1;
     }
     assert_eq!(seen, 3);
+}
+
+#[test]
+fn the_version_is_the_contracts_under_the_contracts_name() {
+    let printed = |name: &str| match parse([name, "--version"].map(OsString::from)) {
+        Ok(Invocation::Print(text)) => text,
+        other => panic!("{other:?}"),
+    };
+    for name in ["cloud-hypervisor", "/usr/bin/cloud-hypervisor", "./cloud-hypervisor"] {
+        assert_eq!(printed(name), format!("cloud-hypervisor {CONTRACT_VERSION}\n"), "{name}");
+    }
+    let own = concat!("vmm v", env!("CARGO_PKG_VERSION"), "\n");
+    for name in ["vmm", "/cloud-hypervisor/vmm", "cloud-hypervisor-static", "", "cloud-hypervisor/.."] {
+        assert_eq!(printed(name), own, "{name}");
+    }
+    // As libvirt reads it: three numbers after an optional v.
+    let numbers: Vec<u32> =
+        CONTRACT_VERSION.trim_start_matches('v').split('.').map(|n| n.parse().unwrap()).collect();
+    assert_eq!(numbers.len(), 3);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use vmm_platform_devices::output::{Drained, OutputRing};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::sys;
+use super::outlet::Outlet;
+use super::sys::{self, Interest};
 
-/// Bytes that wait for a slow reader before the oldest are lost.
+/// Bytes that wait for a slow reader, or for a client, before the oldest are lost.
 const RING: usize = 256 << 10;
 /// How long the last output may take when the console closes.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -30,15 +31,21 @@ pub(super) struct OutputThread {
 }
 
 impl OutputThread {
-    pub(super) fn start(name: &str, out: File) -> io::Result<(Self, Arc<OutputRing>)> {
+    pub(super) fn start(name: &str, outlet: Outlet) -> io::Result<(Self, Arc<OutputRing>)> {
         let flags = EFD_NONBLOCK | EFD_CLOEXEC;
         let ready = Arc::new(EventFd::new(flags)?);
         let stop = EventFd::new(flags)?;
         let ring = OutputRing::new(RING, Arc::clone(&ready) as _);
         let (alive, ended) = channel();
         let stop_seen = stop.try_clone()?;
-        let writer =
-            Writer { ring: Arc::clone(&ring), ready, stop: stop_seen, out, complained: false, _alive: alive };
+        let writer = Writer {
+            ring: Arc::clone(&ring),
+            ready,
+            stop: stop_seen,
+            outlet,
+            complained: false,
+            _alive: alive,
+        };
         let thread = std::thread::Builder::new().name(format!("{name}-out")).spawn(move || writer.run())?;
         Ok((Self { stop, ended, thread: Some(thread) }, ring))
     }
@@ -64,7 +71,7 @@ struct Writer {
     ring: Arc<OutputRing>,
     ready: Arc<EventFd>,
     stop: EventFd,
-    out: File,
+    outlet: Outlet,
     /// An error was logged.
     complained: bool,
     _alive: Sender<()>,
@@ -75,57 +82,78 @@ impl Writer {
         // Once stopped: when it is over at the latest.
         let mut end: Option<Instant> = None;
         loop {
-            let (out, stop) = (self.out.as_raw_fd(), self.stop.as_raw_fd());
-            match (self.drain(), end) {
-                (Drained::Empty, Some(_)) => return,
-                (Drained::Empty, None) => {
-                    let _ = sys::wait(&[self.ready.as_raw_fd(), stop], None, None);
-                    let _ = self.ready.read();
-                }
-                (Drained::Blocked, None) => {
-                    let _ = sys::wait(&[stop], Some(out), None);
-                }
-                (Drained::Blocked, Some(end)) => {
-                    let left = end.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return;
-                    }
-                    let _ = sys::wait(&[], Some(out), Some(left));
-                }
+            let out = self.outlet.current();
+            let drained = out.as_ref().map_or(Drained::Blocked, |out| self.drain(out));
+            // Stopped: nothing is left, or nobody is there to take it.
+            if end.is_some() && (drained == Drained::Empty || out.is_none()) {
+                return;
             }
-            if end.is_none() && self.stop.read().is_ok() {
-                end = Some(Instant::now() + LAST_WORDS);
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return;
+            }
+            let _ = sys::wait(&self.awaited(drained, out.as_deref()), left);
+            if drained == Drained::Empty {
+                let _ = self.ready.read();
+            }
+            self.outlet.noticed();
+            if self.stop.read().is_ok() {
+                end.get_or_insert(Instant::now() + LAST_WORDS);
             }
         }
     }
 
-    /// Writes out what can be. What cannot be written (its reader has gone, the disk is full) is lost: the guest goes
-    /// on, and what it says later may be written again.
-    fn drain(&mut self) -> Drained {
-        self.ring.drain(&mut Polled(&mut self.out)).unwrap_or_else(|error| {
-            if !std::mem::replace(&mut self.complained, true) {
-                log::warn!("console output is lost: {error}");
+    /// What there is to wait for after a turn that ended so.
+    fn awaited(&self, drained: Drained, out: Option<&File>) -> Vec<(RawFd, Interest)> {
+        let readable = |fd| (fd, Interest::Readable);
+        let changes = self.outlet.changes();
+        let mut awaited = vec![readable(self.stop.as_raw_fd())];
+        awaited.extend(changes.map(readable));
+        let out = out.map(File::as_raw_fd);
+        match drained {
+            Drained::Blocked => awaited.extend(out.map(|fd| (fd, Interest::Writable))),
+            Drained::Empty => {
+                awaited.push(readable(self.ready.as_raw_fd()));
+                // A file stays hung up; a client is gone then.
+                awaited.extend(out.filter(|_| changes.is_some()).map(|fd| (fd, Interest::HangUp)));
             }
-            // A sink does not fail.
-            let _ = self.ring.drain(&mut io::sink());
-            Drained::Empty
-        })
+        }
+        awaited
+    }
+
+    /// Writes out what can be. What cannot be written to a file (its reader has gone, the disk is full) is lost: the guest
+    /// goes on, and what it says later may be written again. What cannot be written to a client waits for the next one.
+    fn drain(&mut self, out: &Arc<File>) -> Drained {
+        let piece = self.outlet.piece();
+        match self.ring.drain(&mut Polled { out, piece }) {
+            Ok(drained) => drained,
+            Err(_) if self.outlet.failed(out) => Drained::Blocked,
+            Err(error) => {
+                if !std::mem::replace(&mut self.complained, true) {
+                    log::warn!("console output is lost: {error}");
+                }
+                // A sink does not fail.
+                let _ = self.ring.drain(&mut io::sink());
+                Drained::Empty
+            }
+        }
     }
 }
 
 /// Writes only what does not block, for the descriptor may be a blocking one that is shared with the user's shell.
-struct Polled<'a>(&'a mut File);
-
-/// A writable pipe takes this much without blocking (PIPE_BUF is 4096); a terminal may take less.
-const PIECE: usize = 512;
+struct Polled<'a> {
+    out: &'a File,
+    /// Most bytes at once.
+    piece: usize,
+}
 
 impl io::Write for Polled<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !sys::wait(&[], Some(self.0.as_raw_fd()), Some(Duration::ZERO))? {
+        if !sys::wait(&[(self.out.as_raw_fd(), Interest::Writable)], Some(Duration::ZERO))? {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let piece = bytes.get(..PIECE).unwrap_or(bytes);
-        self.0.write(piece)
+        let piece = bytes.get(..self.piece).unwrap_or(bytes);
+        self.out.write(piece)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -147,6 +175,10 @@ mod tests {
     /// Far more than a terminal holds.
     static FLOOD: [u8; 200 << 10] = [b'x'; 200 << 10];
 
+    fn fixed(file: File) -> Outlet {
+        Outlet::Fixed(Arc::new(file))
+    }
+
     /// Drops it on another thread, for it may never come back.
     fn assert_ends(output: OutputThread) {
         let (done, ended) = channel();
@@ -162,7 +194,7 @@ mod tests {
         let pty = sys::open_pty().unwrap();
         let mut main = pty.main.try_clone().unwrap();
         io::Write::write_all(&mut main, &ODD).unwrap();
-        let (output, ring) = OutputThread::start("test", main).unwrap();
+        let (output, ring) = OutputThread::start("test", fixed(main)).unwrap();
         ring.put(&FLOOD);
         assert_ends(output);
         drop(pty.other);
@@ -205,18 +237,20 @@ mod tests {
     fn what_cannot_be_written_is_lost_and_the_next_byte_wakes_the_thread_again() {
         let ready = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let ring = OutputRing::new(RING, Arc::clone(&ready) as _);
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut writer = Writer {
             ring: Arc::clone(&ring),
             ready: Arc::clone(&ready),
             stop: EventFd::new(EFD_NONBLOCK).unwrap(),
-            out: OpenOptions::new().write(true).open("/dev/full").unwrap(),
+            outlet: fixed(full),
             complained: false,
             _alive: channel().0,
         };
         for byte in *b"ab" {
             ring.put(&[byte]);
             ready.read().unwrap();
-            assert_eq!(writer.drain(), Drained::Empty);
+            let out = writer.outlet.current().unwrap();
+            assert_eq!(writer.drain(&out), Drained::Empty);
         }
         assert!(writer.complained);
     }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::Duration;
 
 /// A descriptor of its own for an open file.
@@ -33,7 +33,8 @@ pub(super) fn for_writing(of: &impl AsFd) -> io::Result<File> {
 }
 
 /// What standard input was like before raw mode; restored on every way out but SIGKILL.
-static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
+/// A box that belongs to who takes it out; no lock, as a signal's handler may.
+static SAVED: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
 
 /// Standard input's terminal in raw mode, until dropped.
 #[derive(Debug)]
@@ -50,7 +51,12 @@ impl RawTerminal {
         }
         // SAFETY: the call succeeded, so it is initialised.
         let saved = unsafe { termios.assume_init() };
-        SAVED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(saved);
+        let ours = Box::into_raw(Box::new(saved));
+        if SAVED.compare_exchange(ptr::null_mut(), ours, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // It is in raw mode already.
+            // SAFETY: made from a box above, and nobody else has seen it.
+            drop(unsafe { Box::from_raw(ours) });
+        }
         let mut raw = saved;
         // SAFETY: `raw` is an initialised termios.
         unsafe { libc::cfmakeraw(&raw mut raw) };
@@ -70,18 +76,34 @@ impl Drop for RawTerminal {
 
 /// Brings standard input's terminal back to how it was. Any thread, any time, any number of times.
 pub fn restore_terminal() {
-    if let Some(saved) = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        // SAFETY: `saved` is an initialised termios.
-        unsafe { libc::tcsetattr(0, libc::TCSANOW, &raw const saved) };
+    let saved = restore();
+    if !saved.is_null() {
+        // SAFETY: made from a box, and taken out by this thread alone.
+        drop(unsafe { Box::from_raw(saved) });
     }
 }
 
-/// Columns and rows of standard output's terminal.
-pub(super) fn terminal_size() -> Option<(u16, u16)> {
+/// The same for a signal's handler, after which the process ends (signal-safety(7)): frees nothing.
+pub(crate) fn restore_terminal_in_handler() {
+    let _ = restore();
+}
+
+/// Returns what was saved, which is the caller's now; null if nothing was.
+fn restore() -> *mut libc::termios {
+    let saved = SAVED.swap(ptr::null_mut(), Ordering::AcqRel);
+    if !saved.is_null() {
+        // SAFETY: an initialised termios that nobody else has.
+        unsafe { libc::tcsetattr(0, libc::TCSANOW, saved) };
+    }
+    saved
+}
+
+/// Columns and rows of a terminal's window, from either side of a pty; `None` where there is no terminal, or it has none.
+pub(super) fn window_size(of: &impl AsRawFd) -> Option<(u16, u16)> {
     // SAFETY: all zeroes is a valid winsize.
     let mut size: libc::winsize = unsafe { std::mem::zeroed() };
     // SAFETY: a valid place to write to; the call fails harmlessly where there is no terminal.
-    let result = unsafe { libc::ioctl(1, libc::TIOCGWINSZ, &raw mut size) };
+    let result = unsafe { libc::ioctl(of.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
     (result == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
@@ -130,16 +152,32 @@ pub(super) fn open_pty() -> io::Result<PtyPair> {
     Ok(PtyPair { main, other, path })
 }
 
-/// Waits until one of `readable` is readable, or `writable` is writable or in error, which a write then tells.
-/// Without a time limit if there is no `timeout`. Whether it came to that.
-pub(super) fn wait(
-    readable: &[RawFd],
-    writable: Option<RawFd>,
-    timeout: Option<Duration>,
-) -> io::Result<bool> {
-    let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
-    let mut fds: Vec<_> = readable.iter().map(|fd| entry(*fd, libc::POLLIN)).collect();
-    fds.extend(writable.map(|fd| entry(fd, libc::POLLOUT)));
+/// Closes a connection in both directions, whoever else has its descriptor. What has arrived can still be read.
+pub(super) fn hang_up(socket: &File) {
+    // SAFETY: a valid descriptor; the call fails harmlessly if nothing is connected.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
+/// What a descriptor is waited for. An error or a hang-up always ends the wait, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Interest {
+    Readable,
+    Writable,
+    HangUp,
+}
+
+/// Waits until it has come to one of the descriptors' interests. Without a time limit if there is no `timeout`. Whether it
+/// came to that.
+pub(super) fn wait(descriptors: &[(RawFd, Interest)], timeout: Option<Duration>) -> io::Result<bool> {
+    let entry = |(fd, interest): &(RawFd, Interest)| {
+        let events = match interest {
+            Interest::Readable => libc::POLLIN,
+            Interest::Writable => libc::POLLOUT,
+            Interest::HangUp => 0,
+        };
+        libc::pollfd { fd: *fd, events, revents: 0 }
+    };
+    let mut fds: Vec<_> = descriptors.iter().map(entry).collect();
     let timeout = timeout.map_or(-1, |t| i32::try_from(t.as_millis()).unwrap_or(i32::MAX));
     // SAFETY: a valid array of that length.
     match unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } {

@@ -16,6 +16,7 @@ use vmm_platform_devices::events::{SystemEvent, SystemEvents};
 use vmm_platform_devices::ioapic::{IoApic, IoApicTarget};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::stages::Stages;
 use super::{Machine, MachineError};
 
 /// What a machine's threads tell the control thread.
@@ -32,8 +33,8 @@ pub enum MachineEvent {
         /// Cleared before the device is serviced, so that later requests are not lost.
         pending: Arc<AtomicBool>,
     },
-    /// A boot thread has built the machine, or could not.
-    Built(Box<Result<Machine, MachineError>>),
+    /// A boot thread has built the machine, or could not; and how long its stages took.
+    Built(Box<(Result<Machine, MachineError>, Stages)>),
 }
 
 /// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.
@@ -50,11 +51,24 @@ pub struct MachineMessage {
 pub struct EventPost {
     /// Number of the machine.
     pub machine: u64,
-    /// The control thread's.
-    pub mailbox: Mailbox<MachineMessage>,
+    mailbox: Mailbox<MachineMessage>,
+    asked: Arc<Asked>,
+}
+
+/// What the guest asked for already. The first reset or power-off ends its machine, so a second need not be told, and a
+/// guest that asks in a loop does not fill the mailbox.
+#[derive(Debug, Default)]
+struct Asked {
+    reset: AtomicBool,
+    shutdown: AtomicBool,
 }
 
 impl EventPost {
+    /// Posts the events of machine `machine` to `mailbox`, the control thread's.
+    pub fn new(machine: u64, mailbox: Mailbox<MachineMessage>) -> Self {
+        Self { machine, mailbox, asked: Arc::default() }
+    }
+
     /// Posts `event`. When the control thread is gone, so is the machine.
     pub fn post(&self, event: MachineEvent) {
         let _ = self.mailbox.send(MachineMessage { machine: self.machine, event });
@@ -63,7 +77,15 @@ impl EventPost {
 
 impl SystemEvents for EventPost {
     fn request(&self, event: SystemEvent) {
-        self.post(MachineEvent::System(event));
+        let again = match event {
+            SystemEvent::Reset(_) => self.asked.reset.swap(true, Ordering::SeqCst),
+            SystemEvent::Shutdown(_) => self.asked.shutdown.swap(true, Ordering::SeqCst),
+            // The panic device bounds what it tells itself.
+            _ => false,
+        };
+        if !again {
+            self.post(MachineEvent::System(event));
+        }
     }
 }
 
@@ -172,5 +194,24 @@ impl Doorbells for IoEvents {
 
     fn detach(&self, address: DoorbellAddress, event: &EventFd) -> io::Result<()> {
         self.0.detach_ioeventfd(io_event(address), event).map_err(io_error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_epoll::mailbox;
+    use vmm_platform_devices::events::Cause;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_asks_in_a_loop_is_heard_once() {
+        let (mailbox, mut inbox) = mailbox().unwrap();
+        let post = EventPost::new(1, mailbox);
+        for _ in 0..1000 {
+            post.request(SystemEvent::Reset(Cause::I8042));
+            post.clone().request(SystemEvent::Shutdown(Cause::AcpiSleep));
+        }
+        assert_eq!(inbox.take_all().len(), 2);
     }
 }

@@ -1,8 +1,10 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+mod counts;
 mod kernel;
 mod recipes;
+pub mod stages;
 pub(crate) mod trial;
 
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
 use vmm_device_model::bus::Bus;
+use vmm_device_model::device::DeviceChange;
 use vmm_device_model::recipe::BuildError;
 use vmm_hypervisor::router::InterruptRouter;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
@@ -25,7 +28,7 @@ use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
 use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
-use vmm_platform_devices::ged::{Ged, GedEvent};
+use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
 use vmm_snapshot::SetError;
 use vmm_virtio_devices::rng::RngError;
@@ -34,7 +37,10 @@ pub use adapters::{EventPost, MachineEvent, MachineMessage};
 pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
 
+use crate::boot_trace::{BootTrace, Recorder};
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
+use recipes::Ways;
+use stages::{Stage, Stages};
 
 /// GSIs that KVM's routing table can hold (KVM_MAX_IRQ_ROUTES).
 const GSI_CAPACITY: u32 = 4096;
@@ -48,8 +54,9 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: DeviceSet,
     memory: MemoryMap,
-    ged: Ged,
+    ways: Ways,
     number: u64,
+    trace: BootTrace,
 }
 
 /// The address spaces of a machine and who stands on them.
@@ -62,7 +69,7 @@ struct Board {
 }
 
 impl Machine {
-    /// Builds a machine and loads what it boots; its vCPUs do not run yet.
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet. How long that takes is written into `stages`.
     ///
     /// # Errors
     /// A part cannot be had; nothing is left behind.
@@ -71,14 +78,24 @@ impl Machine {
         spec: &MachineSpec,
         ports: &Ports,
         post: &EventPost,
+        stages: &mut Stages,
     ) -> Result<Self, MachineError> {
-        let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
-        let vm = hypervisor.create_vm(&options)?;
-        let vcpu_spec = vcpu_spec(hypervisor, &spec.cpus)?;
-        let memory = MemoryMap::create(Arc::clone(&vm), &zones(&spec.memory)?, vcpu_spec.cpuid.phys_bits())?;
-        let mut board = Board::new(&vm, &memory, post)?;
-        let ged = recipes::add_all(&mut board, spec, ports, post)?;
-        let entry = kernel::load(spec, &memory, &vcpu_spec.topology)?;
+        let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
+            let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
+            let vm = hypervisor.create_vm(&options)?;
+            Ok::<_, MachineError>((vm, vcpu_spec(hypervisor, &spec.cpus)?))
+        })?;
+        let memory = stages.time(Stage::Memory, || {
+            let zones = zones(&spec.memory)?;
+            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
+        })?;
+        let mut recorder = Recorder::default();
+        let (board, ways) = stages.time(Stage::Devices, || {
+            let mut board = Board::new(&vm, &memory, post)?;
+            let ways = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
+            Ok::<_, MachineError>((board, ways))
+        })?;
+        let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
         let (events, ioapic) = (post.clone(), board.ioapic);
         let targets = ExitTargets {
             pio: board.pio,
@@ -86,8 +103,10 @@ impl Machine {
             end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
             events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
         };
-        let vcpus = VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets)?;
-        Ok(Self { vcpus, devices: board.devices, memory, ged, number: post.machine })
+        let vcpus = stages
+            .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
+        let trace = BootTrace::new(post.machine, stages, recorder);
+        Ok(Self { vcpus, devices: board.devices, memory, ways, number: post.machine, trace })
     }
 
     /// Number of the machine, as in its events.
@@ -107,7 +126,14 @@ impl Machine {
 
     /// Runs the guest for the first time.
     pub fn start(&mut self) {
+        let at = Instant::now();
         self.vcpus.run();
+        self.trace.started(at);
+    }
+
+    /// What the boot did, and when.
+    pub fn boot_trace(&self) -> &BootTrace {
+        &self.trace
     }
 
     /// Stops the guest between two instructions, and devices with nothing in flight.
@@ -140,9 +166,23 @@ impl Machine {
         self.devices.service(device)
     }
 
+    /// What the guest made of its devices since the last call: each with its id.
+    pub fn take_changes(&mut self) -> Vec<(String, DeviceChange)> {
+        self.devices.take_changes()
+    }
+
     /// Presses the power button. Returns whether the guest can see it.
     pub fn power_button(&self) -> bool {
-        self.ged.raise(GedEvent::PowerButton)
+        self.ways.ged.raise(GedEvent::PowerButton)
+    }
+
+    /// Raises a non-maskable interrupt on every vCPU. A paused guest takes it when it goes on; until then it is part of
+    /// the saved state.
+    ///
+    /// # Errors
+    /// A vCPU does not answer, or the hypervisor refuses; the others have theirs.
+    pub fn nmi(&self) -> Result<(), MachineError> {
+        Ok(self.vcpus.nmi()?)
     }
 
     /// Saves the state of every device and vCPU, resets the devices, restores all of it and compares. The

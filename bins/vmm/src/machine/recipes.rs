@@ -15,12 +15,13 @@ use vmm_pci::host_bridge::{
 use vmm_platform_devices::acpi_pm::AcpiPm;
 use vmm_platform_devices::clock::{Monotonic, Utc};
 use vmm_platform_devices::cmos::{Cmos, RamSize};
-use vmm_platform_devices::debug_port::{DebugConsole, PostCode, PostCodes, PostPort};
+use vmm_platform_devices::debug_port::{DebugConsole, PostPort};
 use vmm_platform_devices::ged::{Ged, GedRecipe};
 use vmm_platform_devices::i8042::I8042;
 use vmm_platform_devices::ioapic::IoApicRecipe;
 use vmm_platform_devices::output::ByteSink;
 use vmm_platform_devices::pm_timer::PmTimer;
+use vmm_platform_devices::pvpanic::PvPanicRecipe;
 use vmm_platform_devices::serial::SerialRecipe;
 use vmm_virtio_devices::block::{BlockDevice, BlockError, BlockOptions};
 use vmm_virtio_devices::console::ConsoleDevice;
@@ -29,6 +30,7 @@ use vmm_virtio_devices::rng::RngDevice;
 use vmm_virtio_devices::transport::VirtioPciRecipe;
 
 use super::{Board, EventPost, MachineError};
+use crate::boot_trace::Recorder;
 use crate::console::End;
 
 /// The GED's event register.
@@ -47,13 +49,42 @@ pub struct Ports {
     pub debug: Option<Arc<End>>,
 }
 
+/// The ways to the devices that the machine needs beside their life cycle.
+#[derive(Debug)]
+pub(super) struct Ways {
+    /// Tells the guest of events.
+    pub(super) ged: Ged,
+    /// Where consoles write, by device.
+    pub(super) outputs: Vec<(String, ConsoleOutput)>,
+}
+
+/// Where a console writes. It outlives the machine, so what it lost before is not of this one.
+#[derive(Debug)]
+pub(super) struct ConsoleOutput {
+    sink: Arc<dyn ByteSink>,
+    lost_before: u64,
+}
+
+impl ConsoleOutput {
+    fn new(sink: Arc<dyn ByteSink>) -> Self {
+        let lost_before = sink.lost();
+        Self { sink, lost_before }
+    }
+
+    /// Bytes of this machine's guest that were lost.
+    pub(super) fn lost(&self) -> u64 {
+        self.sink.lost().saturating_sub(self.lost_before)
+    }
+}
+
 /// Adds every device of the machine.
 pub(super) fn add_all(
     board: &mut Board,
     spec: &MachineSpec,
     ports: &Ports,
     post: &EventPost,
-) -> Result<Ged, MachineError> {
+    recorder: &mut Recorder,
+) -> Result<Ways, MachineError> {
     let ged = GedRecipe::new("_ged", GED_ADDRESS, GED_GSI);
     let raise = ged.ged();
     let clock = || Arc::new(Monotonic::new());
@@ -65,32 +96,41 @@ pub(super) fn add_all(
         Box::new(HostBridgeRecipe(Arc::clone(&board.bridge))),
         Box::new(I8042::recipe("_i8042", Arc::clone(&events) as _)),
         Box::new(Cmos::recipe("_cmos", Arc::new(Utc), ram)),
-        Box::new(AcpiPm::recipe("_acpi", events)),
+        Box::new(AcpiPm::recipe("_acpi", Arc::clone(&events) as _)),
         Box::new(PmTimer::recipe("_pm_timer", clock())),
         Box::new(ged),
-        Box::new(PostPort::recipe("_post", clock(), Arc::new(LogPostCodes))),
+        Box::new(PostPort::recipe("_post", clock(), recorder.codes())),
     ];
+    let mut outputs = Vec::new();
+    let mut writes = |id: &str, end: &End| outputs.push((id.to_owned(), ConsoleOutput::new(end.sink())));
     if let Some(end) = &ports.serial {
+        writes("_serial", end);
         let recipe = SerialRecipe::com1("_serial", end.sink(), end.room());
         let input = recipe.input();
         end.connect(Box::new(move |bytes| input.enqueue(bytes)));
         recipes.push(Box::new(recipe));
     }
     if let (Some(end), Some(console)) = (&ports.debug, &spec.debug_console) {
+        writes("_debug_console", end);
         recipes.push(Box::new(DebugConsole::recipe("_debug_console", console.port, end.sink())));
     }
     for disk in &spec.disks {
         let failed = |source| MachineError::Disk { id: disk.identity.id.clone(), source };
-        recipes.push(Box::new(disk_recipe(disk).map_err(failed)?));
+        let recipe = recorder.time(format!("open {}", disk.identity.id), || disk_recipe(disk));
+        recipes.push(Box::new(recipe.map_err(failed)?));
     }
     recipes.push(Box::new(rng_recipe(&spec.rng)?));
     if let (Some(end), Some(console)) = (&ports.console, &spec.console) {
+        writes(&console.identity.id, end);
         recipes.push(Box::new(console_recipe(&console.identity, end)?));
     }
-    for recipe in recipes {
-        board.devices.add(recipe)?;
+    if spec.pvpanic {
+        recipes.push(Box::new(PvPanicRecipe::new("_pvpanic", events)));
     }
-    Ok(raise)
+    for recipe in recipes {
+        recorder.time(recipe.id().to_owned(), || board.devices.add(recipe))?;
+    }
+    Ok(Ways { ged: raise, outputs })
 }
 
 /// Opens and locks the image of a disk.
@@ -132,9 +172,10 @@ fn console_recipe(identity: &DeviceIdentity, end: &Arc<End>) -> Result<VirtioPci
     let output = Box::new(SinkWriter(end.sink()));
     let device =
         ConsoleDevice::new(identity.id.clone(), output, end.size()).map_err(MachineError::Console)?;
-    let (input, room) = (device.input(), end.room());
+    let (input, window, room) = (device.input(), device.input(), end.room());
     device.on_room(Box::new(move || room.notify()));
-    end.connect(Box::new(move |bytes| input.enqueue(bytes)));
+    let resize = Box::new(move |columns, rows| window.resize(columns, rows));
+    end.connect_window(Box::new(move |bytes| input.enqueue(bytes)), resize);
     Ok(virtio(identity, Box::new(device)))
 }
 
@@ -191,12 +232,19 @@ fn ram_size(total: u64) -> RamSize {
     RamSize { below_4g: below, above_4g: total - below }
 }
 
-/// Says in the log how far a guest's boot has come.
-#[derive(Debug)]
-struct LogPostCodes;
+#[cfg(test)]
+mod tests {
+    use vmm_platform_devices::output::{Discard, OutputRing};
 
-impl PostCodes for LogPostCodes {
-    fn post(&self, code: PostCode) {
-        log::debug!("POST code {:#04x} ({:?}) at {:?}", code.code, code.kind(), code.at);
+    use super::*;
+
+    #[test]
+    fn what_a_console_lost_before_a_machine_is_not_the_machines() {
+        let ring = OutputRing::new(4, Arc::new(Discard));
+        ring.put(b"123456");
+        let output = ConsoleOutput::new(Arc::clone(&ring) as _);
+        assert_eq!((ring.lost(), output.lost()), (2, 0));
+        ring.put(b"789");
+        assert_eq!(output.lost(), 3);
     }
 }

@@ -6,21 +6,27 @@ use std::thread::{Builder, JoinHandle};
 
 use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{Event, RebootCause};
 use vmm_state::Phase;
 
 use super::teardown::Teardown;
-use super::{Vmm, VmmError};
+use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
+use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
 pub(super) struct Boot {
+    /// Machines built so far, or tried.
+    pub(super) machines: u64,
     /// The end of the machine before.
     pub(super) before: Teardown,
     job: Option<Job>,
     /// In the order in which they came.
     waiting: Vec<ApiRequest<Vmm>>,
+    /// Number of the machine that the boot is to replace, for a reboot.
+    replaces: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -48,7 +54,8 @@ impl Vmm {
     pub fn boot_now(&mut self) -> Result<(), VmmError> {
         let (build, fresh) = self.prepare()?;
         self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
-        self.settle_boot(build.run(), fresh)
+        let (result, stages) = build.run();
+        self.settle_boot(result, &stages, fresh)
     }
 
     /// Begins to boot; `asker` is told of the end.
@@ -66,7 +73,7 @@ impl Vmm {
                 Err(source) => {
                     let _ = self.slot.fail_boot();
                     self.close_consoles(fresh);
-                    Err(VmmError::Thread(source))
+                    self.boot_ended(&Stages::default(), Err(VmmError::Thread(source)))
                 }
             }
         });
@@ -78,6 +85,12 @@ impl Vmm {
 
     /// Switches the machine off and boots again. The consoles go from one machine to the next.
     pub(super) fn reboot_for(&mut self, asker: Asker) {
+        let cause = match &asker {
+            Asker::Client(_) => RebootCause::Client,
+            Asker::Guest => RebootCause::Guest,
+        };
+        self.note(&Event::Rebooting { cause });
+        self.boot.replaces = self.slot.machine().map(Machine::number);
         self.drop_machine(|| ());
         self.boot_for(asker);
     }
@@ -88,14 +101,14 @@ impl Vmm {
     }
 
     /// A boot thread is done. What is not waited for any more is dropped.
-    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>) {
-        if self.slot.phase() != Phase::Booting || number != self.machines {
+    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: &Stages) {
+        if self.slot.phase() != Phase::Booting || number != self.boot.machines {
             return;
         }
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
         // It has nothing left to do but end, and what it leaves is gone before anybody is told.
         let _ = thread.join();
-        let result = self.settle_boot(result, fresh);
+        let result = self.settle_boot(result, stages, fresh);
         self.tell(asker, result);
         for request in std::mem::take(&mut self.boot.waiting) {
             request.dispatch(self);
@@ -112,6 +125,7 @@ impl Vmm {
         if let Some(Job { asker: Asker::Client(replier), .. }) = self.boot.job.take() {
             replier.reply(Err(ApiError::new(Code::BootFailed, "the VM was removed while it was booting")));
         }
+        self.boot.replaces = None;
         // Requests that are dropped are answered with an error.
         self.boot.waiting.clear();
     }
@@ -119,10 +133,17 @@ impl Vmm {
     /// What a machine is built from, with its consoles open; and whether they were opened now.
     fn prepare(&mut self) -> Result<(Build, bool), VmmError> {
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
+        self.boot.machines += 1;
+        self.events.tell(self.boot.machines, &Event::Booting);
+        let mut stages = told::stages(&self.events, self.boot.machines);
         let fresh = configured.consoles.is_none();
-        let consoles = match configured.consoles.take() {
-            Some(consoles) => consoles,
-            None => Consoles::open(&configured.spec)?,
+        let opened = stages.time(Stage::Console, || match configured.consoles.take() {
+            Some(consoles) => Ok(consoles),
+            None => Consoles::open(&configured.spec),
+        });
+        let consoles = match opened {
+            Ok(consoles) => consoles,
+            Err(error) => return self.boot_ended(&stages, Err(error.into())),
         };
         let end = |console: &Option<Console>| console.as_ref().map(Console::end);
         let ports = Ports {
@@ -131,25 +152,30 @@ impl Vmm {
             debug: end(&consoles.debug),
         };
         configured.consoles = Some(consoles);
-        self.machines += 1;
         let build = Build {
             hypervisor: Arc::clone(&self.hypervisor),
             spec: Arc::clone(&configured.spec),
             ports,
-            post: EventPost { machine: self.machines, mailbox: self.post.clone() },
+            post: EventPost::new(self.boot.machines, self.post.clone()),
+            stages,
             before: self.boot.before.take(),
         };
         Ok((build, fresh))
     }
 
     /// Runs the machine, or brings everything back to where the boot began.
-    fn settle_boot(&mut self, result: Result<Machine, MachineError>, fresh: bool) -> Result<(), VmmError> {
+    fn settle_boot(
+        &mut self,
+        result: Result<Machine, MachineError>,
+        stages: &Stages,
+        fresh: bool,
+    ) -> Result<(), VmmError> {
         let mut machine = match result {
             Ok(machine) => machine,
             Err(error) => {
                 let _ = self.slot.fail_boot();
                 self.close_consoles(fresh);
-                return Err(error.into());
+                return self.boot_ended(stages, Err(error.into()));
             }
         };
         if let Some(configured) = self.slot.config_mut() {
@@ -162,7 +188,19 @@ impl Vmm {
         machine.start();
         self.slot.start(machine).map_err(|_| VmmError::NoVm)?;
         log::info!("the VM runs");
-        Ok(())
+        self.boot_ended(stages, Ok(()))
+    }
+
+    /// Tells what became of a boot, and of the reboot that it was of.
+    fn boot_ended<T>(&mut self, stages: &Stages, result: Result<T, VmmError>) -> Result<T, VmmError> {
+        self.events.tell(self.boot.machines, &told::boot_end(stages, result.as_ref().err()));
+        if let Some(old) = self.boot.replaces.take() {
+            match result {
+                Ok(_) => self.events.tell(self.boot.machines, &Event::Rebooted),
+                Err(_) => self.events.tell(old, &Event::Shutdown),
+            }
+        }
+        result
     }
 
     /// After a failed boot: consoles that were opened for it are closed, others wait for the next.
@@ -193,13 +231,16 @@ struct Build {
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
+    stages: Stages,
     /// The machine before, whose memory and disks are needed.
     before: Teardown,
 }
 
 impl Build {
-    fn run(mut self) -> Result<Machine, MachineError> {
+    fn run(mut self) -> (Result<Machine, MachineError>, Stages) {
         self.before.wait();
-        Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post)
+        let stages = &mut self.stages;
+        let result = Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, stages);
+        (result, self.stages)
     }
 }

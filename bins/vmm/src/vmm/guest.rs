@@ -2,13 +2,13 @@
 
 use vmm_state::{EventCell, GuestEvent, Reaction, on_guest_event};
 
-use super::{Vmm, VmmError};
+use super::{Vmm, VmmError, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::Machine;
 
 impl Vmm {
     /// The guest of the machine that is there did something.
-    pub fn guest_did(&mut self, event: GuestEvent) {
+    pub(super) fn guest_did(&mut self, event: GuestEvent) {
         let cell = on_guest_event(self.slot.phase(), event);
         if cell == EventCell::Ignore {
             return;
@@ -36,6 +36,10 @@ impl Vmm {
     fn react(&mut self, event: GuestEvent) {
         let reaction = self.policy.reactions.to(event);
         log::info!("guest {event}: {reaction}");
+        let ends = !matches!(reaction, Reaction::Report | Reaction::Pause);
+        if event == GuestEvent::Panic && ends {
+            self.note(&told::ended_by_panic());
+        }
         match reaction {
             Reaction::Report => {}
             Reaction::Pause => {

@@ -1,18 +1,19 @@
 //! The commands, carried out.
 
+use log::LevelFilter;
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
 use vmm_api::commands::{vm, vmm};
-use vmm_api::config::VmRemoveDevice;
+use vmm_api::config::{LogLevel, LogLevelConfig, VmRemoveDevice};
 use vmm_api::error::{ApiError, Code};
-use vmm_api::info::{PingReply, ValidateReply, VmInfo};
+use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
 use super::boot::Asker;
 use super::{Vmm, VmmError};
 use crate::exit::ExitCode;
-use crate::preflight;
+use crate::{logger, metrics, preflight};
 
 impl Host for Vmm {
     fn phase(&self) -> Phase {
@@ -39,6 +40,7 @@ macro_rules! handle {
 
 handle!(vm::Pause, |vmm| vmm.pause());
 handle!(vm::Resume, |vmm| vmm.resume());
+handle!(vm::Nmi, |vmm| vmm.raise_nmi());
 handle!(vm::PowerButton, |vmm| vmm.press_power_button());
 handle!(vmm::Shutdown, |vmm| {
     vmm.end(ExitCode::Success);
@@ -157,20 +159,61 @@ impl Vmm {
     }
 }
 
-/// Commands whose parts are on their way.
-macro_rules! pending {
-    ($($command:ty),+) => {$(
-        impl Handle<$command> for Vmm {
-            fn handle(
-                &mut self,
-                _: <$command as Command>::Request,
-                replier: Replier<<$command as Command>::Reply>,
-            ) {
-                let refused = format!("{} is not built yet", <$command>::NAME);
-                replier.reply(Err(ApiError::new(Code::NotBuilt, refused)));
-            }
-        }
-    )+};
+impl Handle<vm::Counters> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<CountersReply>) {
+        let machine = self.slot.machine().ok_or_else(super::no_vm);
+        replier.reply(machine.map(|machine| CountersReply(machine.counters())));
+    }
 }
 
-pending!(vm::Counters, vm::BootTrace, vm::Nmi, vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
+impl Handle<vm::BootTrace> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<JsonText>) {
+        let machine = self.slot.machine().ok_or_else(super::no_vm);
+        replier.reply(machine.map(|machine| JsonText(machine.boot_trace().json())));
+    }
+}
+
+impl Handle<vmm::Metrics> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<OpenMetrics>) {
+        let text = metrics::page(self.slot.machine(), self.answers.as_deref()).text();
+        let failed = |error| ApiError::from_error(Code::Internal, &error);
+        replier.reply(text.map(OpenMetrics).map_err(failed));
+    }
+}
+
+impl Handle<vmm::LogLevel> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<LogLevelConfig>) {
+        replier.reply(Ok(LogLevelConfig { level: word_of(logger::level()) }));
+    }
+}
+
+/// Answers the level before.
+impl Handle<vmm::SetLogLevel> for Vmm {
+    fn handle(&mut self, request: LogLevelConfig, replier: Replier<LogLevelConfig>) {
+        let before = logger::set_level(filter_of(request.level));
+        replier.reply(Ok(LogLevelConfig { level: word_of(before) }));
+    }
+}
+
+const LEVELS: [(LogLevel, LevelFilter); 6] = [
+    (LogLevel::Off, LevelFilter::Off),
+    (LogLevel::Error, LevelFilter::Error),
+    (LogLevel::Warn, LevelFilter::Warn),
+    (LogLevel::Info, LevelFilter::Info),
+    (LogLevel::Debug, LevelFilter::Debug),
+    (LogLevel::Trace, LevelFilter::Trace),
+];
+
+fn word_of(filter: LevelFilter) -> LogLevel {
+    LEVELS.iter().find(|(_, known)| *known == filter).map_or(LogLevel::Off, |(level, _)| *level)
+}
+
+fn filter_of(level: LogLevel) -> LevelFilter {
+    LEVELS.iter().find(|(known, _)| *known == level).map_or(LevelFilter::Off, |(_, filter)| *filter)
+}
+
+impl Handle<vmm::OpenApi> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<JsonText>) {
+        replier.reply(Err(ApiError::new(Code::NotBuilt, "the document is not built yet")));
+    }
+}

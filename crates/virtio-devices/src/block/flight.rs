@@ -1,5 +1,7 @@
 //! Requests in flight.
 
+use std::time::Instant;
+
 use vm_memory::GuestAddress;
 
 use crate::chain::Span;
@@ -25,6 +27,8 @@ pub(super) struct Request {
     pub(super) kind: Kind,
     /// What a read fills.
     pub(super) spans: Vec<Span>,
+    /// When it was taken off the ring.
+    pub(super) taken: Instant,
 }
 
 /// A table of requests under tokens of our own: the driver may have the same head in flight twice.
@@ -48,6 +52,11 @@ impl Flights {
     /// How many more there is room for.
     pub(super) fn room(&self) -> usize {
         self.free.len()
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -92,7 +101,8 @@ mod tests {
     use super::*;
 
     fn request(head: u16) -> Request {
-        Request { head, status: GuestAddress(0), kind: Kind::Other, spans: Vec::new() }
+        let (status, kind, taken) = (GuestAddress(0), Kind::Other, Instant::now());
+        Request { head, status, kind, spans: Vec::new(), taken }
     }
 
     #[test]

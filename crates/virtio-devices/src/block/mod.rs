@@ -17,7 +17,8 @@ use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Measures, Metered};
 use vmm_disk_image::{Disk, EngineKind};
 use vmm_snapshot::RecordError;
 
@@ -98,10 +99,11 @@ impl BlockDevice {
             serial: serial_bytes(serial.as_ref().unwrap_or(&id)),
             id,
             config: Arc::new(BlockConfig::new(&*disk, queues, queue_size, discards)),
-            counters: Arc::default(),
+            counters: Arc::new(BlockCounters::new(queues)),
             discards,
-            misuse: Once::new(),
-            failure: Once::new(),
+            misuse: Limiter::for_guest(),
+            failure: Limiter::for_guest(),
+            breakage: Limiter::for_guest(),
         };
         let workers = Workers::default();
         Ok(Self { shared: Arc::new(shared), disk, queues, queue_size, engine, workers })
@@ -128,6 +130,12 @@ impl BlockDevice {
         let shared = Arc::clone(&self.shared);
         let task = BlockQueue::new(shared, start.memory.clone(), start.features, rings, engine);
         workers.spawn(&format!("{id}_q{index}"), task)
+    }
+}
+
+impl Metered for BlockDevice {
+    fn measure(&self, measures: &mut Measures) {
+        self.shared.counters.measure(measures);
     }
 }
 
@@ -180,7 +188,8 @@ impl SaveState for BlockDevice {
 
     fn save(&self) -> BlockV1 {
         let Self { shared, disk, queues: _, queue_size: _, engine: _, workers: _ } = self;
-        let Shared { id: _, config, counters: _, serial, discards: _, misuse: _, failure: _ } = &**shared;
+        let Shared { id: _, config, counters: _, serial, discards: _, misuse: _, failure: _, breakage: _ } =
+            &**shared;
         BlockV1 {
             writeback: config.writeback(),
             sectors: disk.size() / SECTOR,

@@ -2,20 +2,21 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, Permissions};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_disk_image::{Completion, Engine, Op, Request as Io};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{BlockConfig, F_CONFIG_WCE, F_FLUSH, segments};
-use super::counters::BlockCounters;
+use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
 use super::memory::{BufferPool, mark_dirty};
 use super::request::{Command, ID_LEN, Status, parse};
-use crate::chain::{self, Chain, RingError, Span, Table, take_heads, wants_interrupt};
+use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
 use crate::worker::{Next, Task};
 
@@ -35,20 +36,21 @@ pub(super) struct Shared {
     pub(super) serial: [u8; ID_LEN],
     /// The guest may give storage back.
     pub(super) discards: bool,
-    pub(super) misuse: Once,
-    pub(super) failure: Once,
+    pub(super) misuse: Limiter,
+    pub(super) failure: Limiter,
+    pub(super) breakage: Limiter,
 }
 
 impl Shared {
     fn misused(&self, what: &dyn std::fmt::Display) {
-        if self.misuse.first() {
-            log::warn!("disk {}: its driver errs: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.misuse.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the disk's driver errs: {what}{admitted}");
         }
     }
 
     fn failed(&self, error: &std::io::Error) {
-        if self.failure.first() {
-            log::warn!("disk {}: I/O error: {error}; further ones are not logged", self.id);
+        if let Some(admitted) = self.failure.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "I/O error: {error}{admitted}");
         }
     }
 }
@@ -66,6 +68,7 @@ pub(super) struct Rings {
 #[derive(Debug)]
 pub(super) struct BlockQueue {
     shared: Arc<Shared>,
+    watch: QueueWatch,
     memory: DmaMemory,
     features: u64,
     rings: Rings,
@@ -76,8 +79,7 @@ pub(super) struct BlockQueue {
     heads: Vec<u16>,
     chain: Chain,
     completions: Vec<Completion>,
-    /// Something was used since the driver was last interrupted, or found not to want it.
-    news: bool,
+    used: Used,
 }
 
 impl BlockQueue {
@@ -90,6 +92,7 @@ impl BlockQueue {
     ) -> Self {
         let flights = Flights::new(rings.queue.size());
         Self {
+            watch: shared.counters.watch(rings.index),
             shared,
             memory,
             features,
@@ -100,7 +103,7 @@ impl BlockQueue {
             heads: Vec::new(),
             chain: Chain::default(),
             completions: Vec::new(),
-            news: false,
+            used: Used::default(),
         }
     }
 
@@ -112,13 +115,15 @@ impl BlockQueue {
         let end = take_heads(&mut self.rings.queue, memory, self.flights.room(), &mut heads);
         let table = Table::of(&self.rings.queue, memory);
         let taken = heads.len();
-        for head in heads.drain(..) {
-            self.begin(memory, &table, head);
+        if taken > 0 {
+            self.watch.look();
+            for head in heads.drain(..) {
+                self.begin(memory, &table, head);
+            }
+            self.kick(memory);
+            self.watch.in_flight(self.flights.len());
         }
         self.heads = heads;
-        if taken > 0 {
-            self.kick(memory);
-        }
         match end {
             Ok(()) => Ok(taken),
             Err(error) => {
@@ -133,11 +138,11 @@ impl BlockQueue {
         let limit = usize::from(segments(self.rings.queue.max_size())) + 2;
         if let Err(error) = self.chain.collect(table, head, limit) {
             self.shared.misused(&error);
-            return self.used(memory, head, 0);
+            return self.used.add(head, 0);
         }
         let Some(status) = self.chain.take_last_byte() else {
             self.shared.misused(&"request without a status byte");
-            return self.used(memory, head, 0);
+            return self.used.add(head, 0);
         };
         match parse(&mut self.chain, memory, self.features) {
             Ok(Command::GetId) => {
@@ -174,7 +179,8 @@ impl BlockQueue {
             std::mem::swap(&mut spans, data);
         }
         // `take` saw that there is room.
-        let Some(token) = self.flights.add(Request { head, status, kind, spans }) else { return fails(self) };
+        let request = Request { head, status, kind, spans, taken: self.watch.now() };
+        let Some(token) = self.flights.add(request) else { return fails(self) };
         if let Err(rejected) = engine.submit(Io { token, op }) {
             self.shared.misused(&rejected.reason);
             if let Op::Read { buffers, .. } | Op::Write { buffers, .. } = rejected.request.op {
@@ -196,6 +202,11 @@ impl BlockQueue {
             None => Ok(()),
         };
         let count = completions.len();
+        if count > 0 {
+            self.watch.look();
+            // Before the driver can see that they are done.
+            self.watch.in_flight(self.flights.len().saturating_sub(count));
+        }
         let mut settling = false;
         for Completion { token, result, buffers } in completions.drain(..) {
             self.pool_back(buffers);
@@ -206,7 +217,10 @@ impl BlockQueue {
         self.completions = completions;
         match reaped {
             Err(error) => self.give_up(memory, &error),
-            Ok(()) if settling => self.kick(memory),
+            Ok(()) if settling => {
+                self.kick(memory);
+                self.watch.in_flight(self.flights.len());
+            }
             Ok(()) => {}
         }
         count
@@ -214,24 +228,29 @@ impl BlockQueue {
 
     /// Returns whether the request goes on.
     fn finish(&mut self, memory: &GuestRam, request: Request, result: std::io::Result<u32>) -> bool {
-        let Request { head, status, kind, spans } = request;
+        let Request { head, status, kind, spans, taken } = request;
         if kind == Kind::Read {
             // Of a read that failed, too: part of it may be there.
             mark_dirty(memory, &spans);
         }
+        let settling = match (&result, kind) {
+            (Ok(len), Kind::Write) if !self.writeback() => Some(Kind::Settling(*len)),
+            (Ok(_), Kind::Zeroes) if !self.writeback() => Some(Kind::Other),
+            _ => None,
+        };
+        if let Some(kind) = settling {
+            return self.settle(memory, Request { head, status, kind, spans, taken });
+        }
         self.flights.recycle(spans);
         match (&result, kind) {
-            (Ok(len), Kind::Write) if !self.writeback() => {
-                return self.settle(memory, head, status, Kind::Settling(*len));
-            }
-            (Ok(_), Kind::Zeroes) if !self.writeback() => {
-                return self.settle(memory, head, status, Kind::Other);
-            }
-            (Ok(len), Kind::Read) => self.shared.counters.count_read(*len),
-            (Ok(len), Kind::Write) => self.shared.counters.count_write(*len),
-            (Ok(_), Kind::Settling(len)) => self.shared.counters.count_write(len),
+            (Ok(len), Kind::Read) => self.watch.read(*len, taken),
+            (Ok(len), Kind::Write) => self.watch.written(*len, taken),
+            (Ok(_), Kind::Settling(len)) => self.watch.written(len, taken),
             (Ok(_), Kind::Zeroes | Kind::Other) => {}
-            (Err(error), _) => self.shared.failed(error),
+            (Err(error), _) => {
+                self.watch.failed();
+                self.shared.failed(error);
+            }
         }
         match (result, kind) {
             (Ok(len), Kind::Read) => self.answer(memory, head, status, Status::Ok, len),
@@ -250,10 +269,10 @@ impl BlockQueue {
         }
     }
 
-    /// Makes a write durable before it is answered, as `kind`. Returns whether that is under way.
-    fn settle(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, kind: Kind) -> bool {
-        let spans = self.flights.list();
-        let token = self.flights.add(Request { head, status, kind, spans });
+    /// Makes what `request` wrote durable before it is answered. Returns whether that is under way.
+    fn settle(&mut self, memory: &GuestRam, request: Request) -> bool {
+        let (head, status) = (request.head, request.status);
+        let token = self.flights.add(request);
         if let (Some(engine), Some(token)) = (&mut self.engine, token) {
             // The write has just left its place in the engine.
             if engine.submit(Io { token, op: Op::Flush }).is_ok() {
@@ -279,11 +298,17 @@ impl BlockQueue {
 
     /// The engine broke: from now on every request fails.
     fn give_up(&mut self, memory: &GuestRam, error: &std::io::Error) {
-        log::error!("disk {}, queue {}: the engine broke: {error}", self.shared.id, self.rings.index);
+        // A driver that resets the device may see it break again and again.
+        if let Some(admitted) = self.shared.breakage.admit(Instant::now()) {
+            let (id, queue) = (self.shared.id.as_str(), self.rings.index);
+            log::error!(device = id, queue = queue; "the engine broke: {error}{admitted}");
+        }
         // Waits until the kernel has let go of guest memory.
         self.engine = None;
+        self.watch.in_flight(0);
         while let Some(Request { head, status, spans, .. }) = self.flights.remove_any() {
             mark_dirty(memory, &spans);
+            self.watch.failed();
             self.answer(memory, head, status, Status::IoError, 0);
         }
     }
@@ -291,25 +316,62 @@ impl BlockQueue {
     /// Writes the status byte and gives the chain back; `len` is what was written besides.
     fn answer(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, answer: Status, len: u32) {
         match chain::write(memory, &[Span { address: status, len: 1 }], &[answer as u8]) {
-            Ok(_) => self.used(memory, head, len.saturating_add(1)),
+            Ok(_) => self.used.add(head, len.saturating_add(1)),
             Err(error) => {
                 self.shared.misused(&error);
-                self.used(memory, head, 0);
+                self.used.add(head, 0);
             }
         }
     }
 
-    fn used(&mut self, memory: &GuestRam, head: u16, len: u32) {
-        self.news = true;
-        if let Err(error) = self.rings.queue.add_used(memory, head, len) {
+    fn publish(&mut self, memory: &GuestRam) {
+        if let Err(error) = self.used.publish(&mut self.rings.queue, memory) {
             self.shared.misused(&error);
         }
     }
 
     fn interrupt(&mut self, memory: &GuestRam) {
-        if std::mem::take(&mut self.news) && wants_interrupt(&mut self.rings.queue, memory) {
+        if self.used.wants_interrupt(&self.rings.queue, memory) {
             self.rings.interrupt.queue(self.rings.index);
         }
+    }
+
+    /// Rounds of work until there is nothing to do, or other things want to be looked at.
+    fn rounds(&mut self, stopping: bool) -> Next {
+        let memory = self.memory.view().into_inner();
+        // How often in a row there was nothing to do.
+        let mut idle = 0;
+        for _ in 0..ROUNDS {
+            let reaped = self.reap(&memory);
+            // Before what is new is begun, which may take its time.
+            self.publish(&memory);
+            let taken = if stopping { Ok(0) } else { self.take(&memory) };
+            self.publish(&memory);
+            self.interrupt(&memory);
+            match taken {
+                _ if reaped > 0 => idle = 0,
+                Ok(0) if stopping => return if self.flights.is_empty() { Next::Idle } else { Next::Wait },
+                Ok(0) if self.flights.room() == 0 => return Next::Wait,
+                // The driver has just been answered, and is likely to come back before a sleep is worth it.
+                Ok(0) if idle < POLLS && self.flights.is_empty() => {
+                    idle += 1;
+                    std::thread::yield_now();
+                }
+                Ok(0) => match self.rings.queue.enable_notification(&*memory) {
+                    Ok(true) if idle <= POLLS => idle = POLLS + 1,
+                    _ => return Next::Wait,
+                },
+                Ok(_) => idle = 0,
+                // The driver's next kick may come with sense.
+                Err(_) => return Next::Wait,
+            }
+        }
+        Next::Again
+    }
+
+    /// See [`Engine::announce`].
+    fn announce(&mut self, on: bool) -> bool {
+        self.engine.as_mut().is_some_and(|engine| engine.announce(on))
     }
 }
 
@@ -351,32 +413,12 @@ impl Task for BlockQueue {
     }
 
     fn work(&mut self, stopping: bool) -> Next {
-        let memory = self.memory.view().into_inner();
-        // How often in a row there was nothing to do.
-        let mut idle = 0;
-        for _ in 0..ROUNDS {
-            let reaped = self.reap(&memory);
-            let taken = if stopping { Ok(0) } else { self.take(&memory) };
-            self.interrupt(&memory);
-            match taken {
-                _ if reaped > 0 => idle = 0,
-                Ok(0) if stopping => return if self.flights.is_empty() { Next::Idle } else { Next::Wait },
-                Ok(0) if self.flights.room() == 0 => return Next::Wait,
-                // The driver has just been answered, and is likely to come back before a sleep is worth it.
-                Ok(0) if idle < POLLS && self.flights.is_empty() => {
-                    idle += 1;
-                    std::thread::yield_now();
-                }
-                Ok(0) => match self.rings.queue.enable_notification(&*memory) {
-                    Ok(true) if idle <= POLLS => idle = POLLS + 1,
-                    _ => return Next::Wait,
-                },
-                Ok(_) => idle = 0,
-                // The driver's next kick may come with sense.
-                Err(_) => return Next::Wait,
-            }
+        // As long as it works it looks by itself.
+        self.announce(false);
+        match self.rounds(stopping) {
+            Next::Wait if self.announce(true) => Next::Again,
+            next => next,
         }
-        Next::Again
     }
 
     fn into_queues(self) -> Vec<Queue> {

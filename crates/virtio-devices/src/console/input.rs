@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,8 +27,6 @@ struct Shared {
     on_room: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Signalled when something was typed.
     event: EventFd,
-    /// Columns in the upper half, rows in the lower.
-    size: AtomicU32,
     driver: Mutex<Driver>,
 }
 
@@ -41,9 +38,11 @@ struct Typed {
     refused: bool,
 }
 
-/// Who is told about the size.
-#[derive(Default)]
+/// The size, and who is told about it. One lock for both: a driver that read a part of the old size and a part of the
+/// new one finds another generation afterwards (virtio 1.3, section 4.1.4.3.1).
 struct Driver {
+    /// Columns in the upper half, rows in the lower.
+    size: u32,
     /// While the device runs.
     interrupt: Option<Arc<dyn VirtioInterrupt>>,
     /// The size changed while it did not.
@@ -56,8 +55,7 @@ impl ConsoleInput {
             typed: Mutex::default(),
             on_room: OnceLock::new(),
             event: EventFd::new(EFD_NONBLOCK)?,
-            size: AtomicU32::new(pack(columns, rows)),
-            driver: Mutex::default(),
+            driver: Mutex::new(Driver { size: pack(columns, rows), interrupt: None, missed: false }),
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -85,10 +83,10 @@ impl ConsoleInput {
     /// Changes the size of the window, and tells the driver, now or when it runs again.
     pub fn resize(&self, columns: u16, rows: u16) {
         let size = pack(columns, rows);
-        if self.shared.size.swap(size, Ordering::AcqRel) == size {
+        let mut driver = lock(&self.shared.driver);
+        if std::mem::replace(&mut driver.size, size) == size {
             return;
         }
-        let mut driver = lock(&self.shared.driver);
         match &driver.interrupt {
             Some(interrupt) => interrupt.config_changed(),
             None => driver.missed = true,
@@ -97,7 +95,7 @@ impl ConsoleInput {
 
     /// Columns and rows of the window.
     pub fn size(&self) -> (u16, u16) {
-        let size = self.shared.size.load(Ordering::Acquire);
+        let size = lock(&self.shared.driver).size;
         ((size >> 16) as u16, size as u16)
     }
 

@@ -13,7 +13,8 @@ use std::time::Instant;
 
 use virtio_queue::Queue;
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{ConsoleCounter, Measures, Metered};
 use vmm_snapshot::RecordError;
 
 pub use input::ConsoleInput;
@@ -35,7 +36,8 @@ pub struct ConsoleDevice {
     id: String,
     input: ConsoleInput,
     output: Output,
-    once: Arc<Once>,
+    limiter: Arc<Limiter>,
+    counts: Arc<ConsoleCounter>,
     workers: Workers,
 }
 
@@ -51,7 +53,8 @@ impl ConsoleDevice {
             id: id.into(),
             input: ConsoleInput::new(columns, rows)?,
             output: Arc::new(Mutex::new(output)),
-            once: Arc::default(),
+            limiter: Arc::default(),
+            counts: Arc::default(),
             workers: Workers::default(),
         })
     }
@@ -65,6 +68,12 @@ impl ConsoleDevice {
     /// It is called by the console's thread or the device's owner, and must not block. Only the first call counts.
     pub fn on_room(&self, tell: Box<dyn Fn() + Send + Sync>) {
         self.input.on_room(tell);
+    }
+}
+
+impl Metered for ConsoleDevice {
+    fn measure(&self, measures: &mut Measures) {
+        self.counts.measure(measures);
     }
 }
 
@@ -94,7 +103,8 @@ impl VirtioDevice for ConsoleDevice {
             interrupt: Arc::clone(&interrupt),
             input: self.input.clone(),
             output: Arc::clone(&self.output),
-            once: Arc::clone(&self.once),
+            limiter: Arc::clone(&self.limiter),
+            counts: Arc::clone(&self.counts),
             chain: Chain::default(),
         };
         self.workers.spawn(&self.id, task)?;
@@ -125,7 +135,7 @@ impl SaveState for ConsoleDevice {
     type State = ConsoleV1;
 
     fn save(&self) -> ConsoleV1 {
-        let Self { id: _, input, output: _, once: _, workers: _ } = self;
+        let Self { id: _, input, output: _, limiter: _, counts: _, workers: _ } = self;
         let (columns, rows) = input.size();
         ConsoleV1 { columns, rows, typed: input.save() }
     }

@@ -3,10 +3,12 @@
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::dma::{DmaMemory, GuestRam};
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::ConsoleCounter;
 
 use super::QUEUE_SIZE;
 use super::input::ConsoleInput;
@@ -34,7 +36,8 @@ pub(super) struct ConsoleTask {
     pub(super) interrupt: Arc<dyn VirtioInterrupt>,
     pub(super) input: ConsoleInput,
     pub(super) output: Output,
-    pub(super) once: Arc<Once>,
+    pub(super) limiter: Arc<Limiter>,
+    pub(super) counts: Arc<ConsoleCounter>,
     pub(super) chain: Chain,
 }
 
@@ -110,6 +113,7 @@ impl ConsoleTask {
         match chain::write(memory, &self.chain.writable, piece.get(..count).unwrap_or_default()) {
             Ok(written) => {
                 self.input.forget(written);
+                self.counts.input.add(written as u64);
                 // At most `PIECE`.
                 written as u32
             }
@@ -135,6 +139,7 @@ impl ConsoleTask {
                     return self.warn(&error);
                 }
                 self.put(bytes);
+                self.counts.output.add(bytes.len() as u64);
                 left -= count as u64;
                 at.len -= count as u32;
                 // It was read, so it does not wrap.
@@ -160,8 +165,8 @@ impl ConsoleTask {
     }
 
     fn warn(&self, what: &dyn std::fmt::Display) {
-        if self.once.first() {
-            log::warn!("console {}: {what}; further errors are not logged", self.id);
+        if let Some(admitted) = self.limiter.admit(Instant::now()) {
+            log::warn!(device = self.id.as_str(); "the console or its driver errs: {what}{admitted}");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
 use vmm_device_model::device::{Blocker, DeviceError, SaveState};
+use vmm_device_model::metrics::Metered;
 use vmm_snapshot::RecordError;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -40,6 +41,8 @@ impl EchoDevice {
         Arc::clone(&self.fail_start)
     }
 }
+
+impl Metered for EchoDevice {}
 
 impl VirtioDevice for EchoDevice {
     fn device_type(&self) -> u32 {

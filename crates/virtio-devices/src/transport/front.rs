@@ -3,10 +3,11 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vmm_device_model::bus::BusDevice;
 use vmm_device_model::device::Attention;
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_pci::config::{BARS, CAP_VENDOR, Capability, ConfigError, ConfigSpace};
 use vmm_pci::endpoint::Endpoint;
 use vmm_pci::function::{ConfigEffect, PciFunction};
@@ -34,6 +35,8 @@ const WINDOW_DATA: u16 = 16;
 
 /// What the guest touches of a virtio-pci function.
 pub(super) struct Front {
+    /// The device's.
+    pub(super) id: String,
     pub(super) endpoint: Endpoint,
     pub(super) common: Common,
     pub(super) interrupt: Arc<PciInterrupt>,
@@ -42,7 +45,7 @@ pub(super) struct Front {
     pub(super) attention: Arc<dyn Attention>,
     /// Where the window capability is (virtio 1.3, section 4.1.4.9).
     pub(super) window: u16,
-    pub(super) misuse: Once,
+    pub(super) misuse: Limiter,
 }
 
 impl Front {
@@ -79,8 +82,9 @@ impl Front {
     }
 
     fn misused(&self, what: &str, offset: u64) {
-        if self.misuse.first() {
-            log::warn!("driver's write to {what} at {offset:#x} dropped; further ones are not logged");
+        if let Some(admitted) = self.misuse.admit(Instant::now()) {
+            let id = self.id.as_str();
+            log::warn!(device = id; "the driver's write to {what} at {offset:#x} is dropped{admitted}");
         }
     }
 

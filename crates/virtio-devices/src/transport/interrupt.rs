@@ -1,7 +1,8 @@
 //! Interrupts of a virtio-pci device: MSI-X vectors, the ISR byte, the configuration generation.
 
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use vmm_device_model::metrics::Padded;
 use vmm_pci::msix::MsixTrigger;
 
 use super::NO_VECTOR;
@@ -17,18 +18,27 @@ pub(super) struct PciInterrupt {
     /// How many vectors there are; each of the fields below is less, or [`NO_VECTOR`].
     vectors: u16,
     config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
+    queues: Vec<Padded<QueueInterrupt>>,
     isr: AtomicU8,
     generation: AtomicU8,
 }
 
+/// What a queue's thread touches for an interrupt.
+#[derive(Debug)]
+struct QueueInterrupt {
+    vector: AtomicU16,
+    /// Interrupts so far, masked ones among them.
+    raised: AtomicU64,
+}
+
 impl PciInterrupt {
     pub(super) fn new(msix: MsixTrigger, vectors: u16, queues: usize) -> Self {
+        let queue = || QueueInterrupt { vector: AtomicU16::new(NO_VECTOR), raised: AtomicU64::new(0) };
         Self {
             msix,
             vectors,
             config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            queues: (0..queues).map(|_| Padded(queue())).collect(),
             isr: AtomicU8::new(0),
             generation: AtomicU8::new(0),
         }
@@ -49,13 +59,13 @@ impl PciInterrupt {
     }
 
     pub(super) fn queue_vector(&self, queue: usize) -> u16 {
-        self.queue_vectors.get(queue).map_or(NO_VECTOR, |v| v.load(Ordering::Relaxed))
+        self.queues.get(queue).map_or(NO_VECTOR, |queue| queue.vector.load(Ordering::Relaxed))
     }
 
     /// See [`set_config_vector`](Self::set_config_vector).
     pub(super) fn set_queue_vector(&self, queue: usize, vector: u16) {
-        if let Some(cell) = self.queue_vectors.get(queue) {
-            cell.store(if self.knows(vector) { vector } else { NO_VECTOR }, Ordering::Relaxed);
+        if let Some(queue) = self.queues.get(queue) {
+            queue.vector.store(if self.knows(vector) { vector } else { NO_VECTOR }, Ordering::Relaxed);
         }
     }
 
@@ -83,10 +93,15 @@ impl PciInterrupt {
     /// The driver reset the device: no vectors, nothing to tell. The generation goes on counting.
     pub(super) fn reset(&self) {
         self.set_config_vector(NO_VECTOR);
-        for cell in &self.queue_vectors {
-            cell.store(NO_VECTOR, Ordering::Relaxed);
+        for queue in &self.queues {
+            queue.vector.store(NO_VECTOR, Ordering::Relaxed);
         }
         self.isr.store(0, Ordering::Relaxed);
+    }
+
+    /// Interrupts of each queue so far.
+    pub(super) fn raised(&self) -> impl Iterator<Item = u64> + '_ {
+        self.queues.iter().map(|queue| queue.raised.load(Ordering::Relaxed))
     }
 
     fn raise(&self, vector: u16, isr: u8) {
@@ -101,7 +116,11 @@ impl PciInterrupt {
 
 impl VirtioInterrupt for PciInterrupt {
     fn queue(&self, index: u16) {
-        self.raise(self.queue_vector(index.into()), ISR_QUEUE);
+        if let Some(queue) = self.queues.get(usize::from(index)) {
+            // Several threads may raise it; beside the interrupt itself the locked addition is nothing.
+            queue.raised.fetch_add(1, Ordering::Relaxed);
+            self.raise(queue.vector.load(Ordering::Relaxed), ISR_QUEUE);
+        }
     }
 
     fn config_changed(&self) {

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_queue::{Queue, QueueT};
-use vmm_device_model::device::{Attention, Blocker, DeviceError, Lifecycle, SaveState};
+use vmm_device_model::device::{Attention, Blocker, DeviceChange, DeviceError, Lifecycle, SaveState};
 use vmm_device_model::dma::DmaMemory;
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
+use vmm_device_model::metrics::{Family, Kind, Measures, Metered, Value};
 use vmm_pci::bdf::Bdf;
 use vmm_pci::host_bridge::Attachment;
 use vmm_snapshot::RecordError;
@@ -22,6 +23,9 @@ use crate::device::{Start, StartQueue, VirtioDevice, VirtioInterrupt};
 /// was given up.
 const STOP_SLICE: Duration = Duration::from_millis(50);
 
+/// Changes that wait to be taken; a driver that is faster is not told of further.
+const MOST_CHANGES: usize = 64;
+
 /// A virtio device on a PCI bus. Made by [`VirtioPciRecipe`](super::VirtioPciRecipe).
 #[derive(Debug)]
 pub struct VirtioPci {
@@ -34,7 +38,10 @@ pub struct VirtioPci {
     threads: Threads,
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
-    slow_stop: Once,
+    slow_stop: Limiter,
+    /// A driver set the device up, and did not reset it since.
+    active: bool,
+    changes: Vec<DeviceChange>,
 }
 
 /// Who has the queues.
@@ -66,7 +73,9 @@ impl VirtioPci {
             attention,
             threads: Threads::Idle,
             quiesced: false,
-            slow_stop: Once::new(),
+            slow_stop: Limiter::for_guest(),
+            active: false,
+            changes: Vec::new(),
         }
     }
 
@@ -102,9 +111,14 @@ impl VirtioPci {
                 }
                 (Phase::Resetting, Threads::Idle) => {
                     self.device.reset();
-                    let mut front = self.front();
-                    front.driver_reset();
-                    front.common.advance(Event::ResetDone);
+                    {
+                        let mut front = self.front();
+                        front.driver_reset();
+                        front.common.advance(Event::ResetDone);
+                    }
+                    if std::mem::take(&mut self.active) {
+                        self.note(DeviceChange::Reset);
+                    }
                 }
                 _ => return Ok(()),
             }
@@ -116,8 +130,8 @@ impl VirtioPci {
     fn follow_or_later(&mut self) -> Result<(), DeviceError> {
         match self.follow() {
             Err(e) if self.threads == Threads::Stopping || self.phase() == Phase::Resetting => {
-                if self.slow_stop.first() {
-                    log::warn!("virtio device {} takes long to stop: {e}", self.id);
+                if let Some(admitted) = self.slow_stop.admit(Instant::now()) {
+                    log::warn!(device = self.id.as_str(); "the device takes long to stop: {e}{admitted}");
                 }
                 self.attention.request();
                 Ok(())
@@ -136,13 +150,21 @@ impl VirtioPci {
             }
             Err(_) => Event::StartFailed,
         };
-        let interrupt = {
+        let (before, interrupt) = {
             let mut front = self.front();
+            let before = front.common.phase;
             front.common.advance(event);
-            (front.common.phase == Phase::Failed).then(|| Arc::clone(&front.interrupt))
+            (before, (front.common.phase == Phase::Failed).then(|| Arc::clone(&front.interrupt)))
         };
         if let Some(interrupt) = interrupt {
             interrupt.config_changed();
+            self.note(DeviceChange::NeedsReset);
+        } else if started.is_ok() {
+            self.active = true;
+            // Of a device that ran before a pause there is nothing to tell.
+            if before == Phase::Starting {
+                self.note(DeviceChange::Activated);
+            }
         }
         started.map_err(|e| DeviceError::caused(format!("virtio device {} does not start", self.id), e))
     }
@@ -163,6 +185,12 @@ impl VirtioPci {
         }
         let interrupt = Arc::clone(&front.interrupt) as _;
         Ok(Start { memory: self.memory.clone(), features, queues, interrupt })
+    }
+
+    fn note(&mut self, change: DeviceChange) {
+        if self.changes.len() < MOST_CHANGES {
+            self.changes.push(change);
+        }
     }
 
     fn begin_stop(&mut self) {
@@ -191,6 +219,23 @@ impl VirtioPci {
     }
 }
 
+static INTERRUPTS: Family = Family {
+    name: "vmm_virtio_interrupts",
+    help: "Interrupts from a virtqueue to its driver.",
+    unit: "",
+    kind: Kind::Counter,
+};
+
+impl Metered for VirtioPci {
+    fn measure(&self, measures: &mut Measures) {
+        self.device.measure(measures);
+        let interrupt = Arc::clone(&self.front().interrupt);
+        for (queue, raised) in interrupt.raised().enumerate() {
+            measures.sample(&INTERRUPTS, &[("queue", &queue.to_string())], Value::Counter(raised));
+        }
+    }
+}
+
 impl Lifecycle for VirtioPci {
     fn service(&mut self) -> Result<(), DeviceError> {
         if self.quiesced {
@@ -215,7 +260,7 @@ impl Lifecycle for VirtioPci {
             // What the driver asked for just before the pause, and its mistake: its status register tells.
             Err(error) if starts => {
                 let cause = error.source().map(ToString::to_string).unwrap_or_default();
-                log::warn!("{error}: {cause}");
+                log::warn!(device = self.id.as_str(); "{error}: {cause}");
                 Ok(())
             }
             done => done,
@@ -227,6 +272,7 @@ impl Lifecycle for VirtioPci {
             return Err(DeviceError::new(format!("virtio device {} is not quiesced", self.id)));
         }
         self.device.reset();
+        self.active = false;
         self.front().power_on();
         self.attachment.sync_bars();
         Ok(())
@@ -234,6 +280,10 @@ impl Lifecycle for VirtioPci {
 
     fn blockers(&self) -> Vec<Blocker> {
         self.device.blockers()
+    }
+
+    fn take_changes(&mut self) -> Vec<DeviceChange> {
+        std::mem::take(&mut self.changes)
     }
 }
 

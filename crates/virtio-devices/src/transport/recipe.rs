@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use vmm_device_model::device::VmDevice;
-use vmm_device_model::once::Once;
+use vmm_device_model::limiter::Limiter;
 use vmm_device_model::recipe::{BuildError, Recipe};
 use vmm_pci::config::{Bar, BarKind, ConfigSpace, Identity};
 use vmm_pci::endpoint::Endpoint;
@@ -82,6 +82,7 @@ impl VirtioPciRecipe {
         let attention = resources.attention();
         let doorbells = doorbells(&kicks);
         let front = Arc::new(Mutex::new(Front {
+            id: id.clone(),
             endpoint,
             common: Common::new(device.features(), &sizes),
             interrupt,
@@ -89,7 +90,7 @@ impl VirtioPciRecipe {
             kicks,
             attention: Arc::clone(&attention),
             window,
-            misuse: Once::new(),
+            misuse: Limiter::for_guest(),
         }));
         let target = Arc::clone(&front) as _;
         let bar = BarWindow { index: BAR, size: BAR_SIZE, target, region: BAR.into(), doorbells };

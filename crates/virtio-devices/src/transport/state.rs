@@ -86,8 +86,17 @@ pub struct QueueV1 {
 impl Front {
     pub(super) fn save(&self, device_type: u32, device: Record) -> VirtioPciV1 {
         // What is not named below is built from the configuration, or shared with the device.
-        let Self { endpoint, common, interrupt, config: _, kicks: _, attention: _, window: _, misuse: _ } =
-            self;
+        let Self {
+            id: _,
+            endpoint,
+            common,
+            interrupt,
+            config: _,
+            kicks: _,
+            attention: _,
+            window: _,
+            misuse: _,
+        } = self;
         let Common {
             offered: _,
             device_feature_select,

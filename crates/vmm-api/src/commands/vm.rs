@@ -7,7 +7,7 @@ use crate::config::{
     VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 use crate::error::{ApiError, Code, FaultReport};
-use crate::info::{CountersReply, JsonDocument, ValidateReply, VmInfo};
+use crate::info::{CountersReply, JsonText, ValidateReply, VmInfo};
 use crate::spec::{Checked, MachineSpec, parse_and_check};
 use std::os::fd::OwnedFd;
 
@@ -63,7 +63,7 @@ command! {
 
 command! {
     /// Gives the stages of the last boot in the Trace Event Format.
-    BootTrace(()) -> JsonDocument, Get "vm.boot-trace", BootTrace
+    BootTrace(()) -> JsonText, Get "vm.boot-trace", BootTrace
 }
 
 command! {

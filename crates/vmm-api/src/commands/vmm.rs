@@ -2,7 +2,7 @@
 
 use super::command;
 use crate::config::LogLevelConfig;
-use crate::info::{JsonDocument, OpenMetrics, PingReply};
+use crate::info::{JsonText, OpenMetrics, PingReply};
 
 command! {
     /// Says that the VMM is there, and its version.
@@ -16,7 +16,7 @@ command! {
 
 command! {
     /// Gives the OpenAPI document of this API.
-    OpenApi(()) -> JsonDocument, Get "vmm.openapi", OpenApi
+    OpenApi(()) -> JsonText, Get "vmm.openapi", OpenApi
 }
 
 command! {

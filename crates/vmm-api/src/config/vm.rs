@@ -63,7 +63,7 @@ object! {
         /// virtio-rtc clock.
         [later] rtc: Option<RtcConfig> = None,
         /// Device by which the guest reports its panic.
-        [later] pvpanic: bool = false,
+        [current] pvpanic: bool = false,
         /// PCI segments.
         [later] pci_segments: Option<Vec<PciSegmentConfig>> = None,
         /// Identity and limits of the machine.

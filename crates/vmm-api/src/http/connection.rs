@@ -1,16 +1,20 @@
 //! One client: what it sent, what it is owed, and when it is given up.
 
 use crate::error::{ApiError, Code};
+use crate::http::counts::{Counts, UNREADABLE};
 use crate::http::descriptors::{Waiting, receive, send};
 use crate::http::parser::{Manner, Parser, Progress, Request};
 use crate::http::response::{CONTINUE, refusal};
 use crate::http::server::Config;
+use crate::http::stream::{PIECE, Pulled, Stream};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 /// How long a connection that ends is still read, so that the client sees the last answer rather than a reset.
 const LINGER: Duration = Duration::from_secs(2);
@@ -23,6 +27,7 @@ pub(crate) struct Connection {
     pub(crate) watched: EventSet,
     parser: Parser,
     descriptors: Waiting,
+    counts: Arc<Counts>,
     answer: Vec<u8>,
     /// Bytes of `answer` that are sent.
     sent: usize,
@@ -33,12 +38,14 @@ pub(crate) struct Connection {
     ended: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Stage {
     /// For a request, or for its rest.
     Reading,
     /// A request is with the host; nothing is read meanwhile.
     Parked(Manner),
+    /// The answer goes on until the client leaves.
+    Streaming(Box<dyn Stream>),
     /// The last answer is being sent.
     Closing,
     /// It is sent; what still comes is thrown away.
@@ -57,12 +64,13 @@ pub(crate) enum Step {
 }
 
 impl Connection {
-    pub(crate) fn new(stream: UnixStream, config: &Config, now: Instant) -> Self {
+    pub(crate) fn new(stream: UnixStream, config: &Config, counts: Arc<Counts>, now: Instant) -> Self {
         Self {
             stream,
             watched: EventSet::IN,
             parser: Parser::new(config.limits),
             descriptors: Waiting::new(config.max_descriptors),
+            counts,
             answer: Vec::new(),
             sent: 0,
             stage: Stage::Reading,
@@ -81,8 +89,11 @@ impl Connection {
         if count == 0 {
             self.ended = true;
         }
-        if self.stage != Stage::Reading {
-            return Ok(());
+        match self.stage {
+            Stage::Reading => {}
+            // Who sends something has no use for the stream any more.
+            Stage::Streaming(_) if count > 0 => return Err(io::ErrorKind::InvalidInput.into()),
+            _ => return Ok(()),
         }
         if !self.parser.started() {
             self.since = now;
@@ -96,16 +107,25 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends what is owed and takes the next request, if both can be done now.
-    pub(crate) fn step(&mut self, now: Instant) -> Step {
+    /// Sends what is owed and takes the next request or piece of a stream, if both can be done now. A stream that has
+    /// nothing will write to `waker`.
+    pub(crate) fn step(&mut self, waker: &Arc<EventFd>, now: Instant) -> Step {
         loop {
             match self.flush() {
                 Ok(true) => {}
                 Ok(false) => return Step::Wait,
                 Err(_) => return Step::Close,
             }
-            match self.stage {
+            match &mut self.stage {
                 Stage::Parked(_) => return Step::Wait,
+                Stage::Streaming(stream) => match stream.pull(PIECE, &mut self.answer, waker) {
+                    Pulled::Data => continue,
+                    Pulled::Nothing => return Step::Wait,
+                    Pulled::End => {
+                        self.enter(Stage::Closing, now);
+                        continue;
+                    }
+                },
                 Stage::Closing if !self.ended => {
                     let _ = self.stream.shutdown(Shutdown::Write);
                     self.enter(Stage::Lingering, now);
@@ -143,22 +163,40 @@ impl Connection {
         self.enter(if manner.keep_alive { Stage::Reading } else { Stage::Closing }, now);
     }
 
+    /// Answers the parked request by a stream. Whether the client waits for it: one that has sent more does not.
+    pub(crate) fn stream(&mut self, head: Vec<u8>, stream: Box<dyn Stream>, now: Instant) -> bool {
+        self.owe(head);
+        self.enter(Stage::Streaming(stream), now);
+        !self.parser.started()
+    }
+
+    /// Whether the answer is a stream.
+    pub(crate) const fn is_streaming(&self) -> bool {
+        matches!(self.stage, Stage::Streaming(_))
+    }
+
     /// What to wait for. While a request is parked that stays what it was, for most clients wait for their answer; the
     /// server mutes one that sends on meanwhile.
     pub(crate) fn interest(&self) -> EventSet {
+        if self.is_streaming() {
+            // A client that says no more may still listen; epoll tells by itself when it has gone.
+            let heard = if self.ended { EventSet::empty() } else { EventSet::IN };
+            return if self.owes() { heard | EventSet::OUT } else { heard };
+        }
         if self.owes() {
             return EventSet::OUT;
         }
         match self.stage {
-            Stage::Parked(_) => self.watched,
+            Stage::Parked(_) | Stage::Streaming(_) => self.watched,
             Stage::Reading | Stage::Closing | Stage::Lingering => EventSet::IN,
         }
     }
 
-    /// When this connection is given up unless something happens; never while the host has its request.
+    /// When this connection is given up unless something happens; never while the host has its request, or by a stream: a
+    /// client that does not read holds a place and a piece of memory, and both are bounded.
     pub(crate) fn deadline(&self, config: &Config) -> Option<Instant> {
         let time = match self.stage {
-            Stage::Parked(_) => return None,
+            Stage::Parked(_) | Stage::Streaming(_) => return None,
             Stage::Lingering => LINGER,
             Stage::Closing => config.request_timeout,
             Stage::Reading if self.owes() || self.parser.started() => config.request_timeout,
@@ -170,7 +208,7 @@ impl Connection {
 
     /// The deadline has passed. Whether the connection has something left to say.
     pub(crate) fn expire(&mut self, now: Instant) -> bool {
-        let answerable = self.stage == Stage::Reading && self.parser.started() && !self.owes();
+        let answerable = matches!(self.stage, Stage::Reading) && self.parser.started() && !self.owes();
         if answerable {
             let error = ApiError::new(Code::RequestTimeout, "the request did not arrive in time");
             self.refuse(&error, Manner::UNKNOWN, now);
@@ -183,7 +221,7 @@ impl Connection {
         let idle = match self.stage {
             Stage::Reading => !self.parser.started() && !self.owes(),
             Stage::Lingering => true,
-            Stage::Parked(_) | Stage::Closing => false,
+            Stage::Parked(_) | Stage::Streaming(_) | Stage::Closing => false,
         };
         idle.then_some(self.since)
     }
@@ -194,6 +232,7 @@ impl Connection {
     }
 
     fn refuse(&mut self, error: &ApiError, manner: Manner, now: Instant) {
+        self.counts.count(UNREADABLE, error.code.status());
         self.owe(refusal(error, Manner { keep_alive: false, ..manner }, &[]));
         self.enter(Stage::Closing, now);
     }

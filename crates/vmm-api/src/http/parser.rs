@@ -80,6 +80,8 @@ pub struct Request {
     pub manner: Manner,
     /// The path, without query.
     pub path: String,
+    /// The query, as it came; empty if there is none. Commands do not look at it, as the contract's server.
+    pub query: String,
     /// The body.
     pub body: Vec<u8>,
     /// The offset in the connection's stream at which the request ends.
@@ -124,6 +126,7 @@ pub struct Parser {
 struct Head {
     manner: Manner,
     path: String,
+    query: String,
     /// Bytes of the head.
     length: usize,
     /// Bytes of the body to come.
@@ -186,7 +189,8 @@ impl Parser {
         let Some(head) = self.head.take() else { return Progress::Incomplete };
         let body = self.buffer.get(head.length..total).unwrap_or_default().to_vec();
         self.consume(total);
-        Progress::Request(Request { manner: head.manner, path: head.path, body, end: self.used })
+        let Head { manner, path, query, .. } = head;
+        Progress::Request(Request { manner, path, query, body, end: self.used })
     }
 
     fn consume(&mut self, count: usize) {
@@ -259,7 +263,7 @@ fn head_end(bytes: &[u8]) -> Option<usize> {
 fn head_of(parsed: &httparse::Request<'_, '_>, length: usize, most: usize) -> Result<Head, Box<Unreadable>> {
     let manner = manner_of(parsed);
     let refuse = |code, detail: String| Box::new(Unreadable { error: ApiError::new(code, detail), manner });
-    let path = path_of(parsed.path.unwrap_or_default())
+    let (path, query) = target_of(parsed.path.unwrap_or_default())
         .ok_or_else(|| refuse(Code::MalformedRequest, "the request target is not a path".to_owned()))?;
     if let Some(coding) = header(parsed.headers, "transfer-encoding") {
         return Err(if coding.eq_ignore_ascii_case(b"chunked") {
@@ -279,7 +283,7 @@ fn head_of(parsed: &httparse::Request<'_, '_>, length: usize, most: usize) -> Re
             return Err(refuse(Code::ExpectationFailed, "only 100-continue can be expected".to_owned()));
         }
     };
-    Ok(Head { manner, path, length, body, expects })
+    Ok(Head { manner, path, query, length, body, expects })
 }
 
 fn manner_of(parsed: &httparse::Request<'_, '_>) -> Manner {
@@ -291,14 +295,15 @@ fn manner_of(parsed: &httparse::Request<'_, '_>) -> Manner {
     Manner { verb: Verb::of(parsed.method.unwrap_or_default()), keep_alive, errors }
 }
 
-/// The path of a request target in origin form or absolute form, without its query.
-fn path_of(target: &str) -> Option<String> {
-    let path = match target.strip_prefix("http://") {
+/// Path and query of a request target in origin form or absolute form.
+fn target_of(target: &str) -> Option<(String, String)> {
+    let target = match target.strip_prefix("http://") {
         Some(rest) => rest.find('/').and_then(|slash| rest.get(slash..)).unwrap_or("/"),
         None => target,
     };
-    let path = path.split(['?', '#']).next().unwrap_or_default();
-    path.starts_with('/').then(|| path.to_owned())
+    let target = target.split('#').next().unwrap_or_default();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    path.starts_with('/').then(|| (path.to_owned(), query.to_owned()))
 }
 
 /// The length of the body, 0 if none is stated; `None` if it is not one plain number.

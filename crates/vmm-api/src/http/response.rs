@@ -7,6 +7,16 @@ use crate::http::parser::{Manner, Verb};
 /// The interim answer to `Expect: 100-continue`.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
+/// The HTTP status of the answer.
+#[must_use]
+pub fn status(outcome: &Outcome) -> u16 {
+    match outcome {
+        Ok(body) if body.bytes.is_empty() => 204,
+        Ok(_) => 200,
+        Err(error) => error.code.status(),
+    }
+}
+
 /// The answer to a request that was carried out: 200 with a body, 204 without, or the error.
 #[must_use]
 pub fn answer(outcome: &Outcome, manner: Manner) -> Vec<u8> {
@@ -22,6 +32,13 @@ pub fn answer(outcome: &Outcome, manner: Manner) -> Vec<u8> {
 pub fn refusal(error: &ApiError, manner: Manner, allow: &[Method]) -> Vec<u8> {
     let head = Head { status: error.code.status(), manner, allow };
     head.with_body(manner.errors.media_type(), &error.body(manner.errors))
+}
+
+/// The head of an answer that goes on until the connection ends.
+#[must_use]
+pub fn stream_head(media_type: &str) -> Vec<u8> {
+    let status = "HTTP/1.1 200 OK\r\nServer: Cloud Hypervisor API\r\nConnection: close";
+    format!("{status}\r\nContent-Type: {media_type}\r\n\r\n").into_bytes()
 }
 
 struct Head<'a> {

@@ -3,6 +3,7 @@
 use crate::command::{Endpoint, Method};
 use crate::error::{ApiError, Code};
 use crate::http::parser::Verb;
+use crate::http::stream::StreamRoute;
 
 /// The path every route is below.
 pub const ROOT: &str = "/api/v1/";
@@ -40,6 +41,24 @@ pub fn route<H: 'static>(
         ApiError::new(Code::MethodNotAllowed, format!("{name} takes {} only", names.join(" and ")))
     };
     Err(Box::new(Misrouted { error, allow }))
+}
+
+/// The stream of `routes` for `verb` and `path`; `None` if there is none of that path.
+///
+/// # Errors
+/// It has another method.
+pub fn stream_route<'a>(
+    routes: &'a [Box<dyn StreamRoute>],
+    verb: Verb,
+    path: &str,
+) -> Result<Option<&'a dyn StreamRoute>, Box<Misrouted>> {
+    let name = path.strip_prefix(ROOT);
+    let Some(route) = routes.iter().find(|route| Some(route.name()) == name) else { return Ok(None) };
+    if verb.is(Method::Get) {
+        return Ok(Some(&**route));
+    }
+    let error = ApiError::new(Code::MethodNotAllowed, format!("{} takes GET only", route.name()));
+    Err(Box::new(Misrouted { error, allow: vec![Method::Get] }))
 }
 
 /// A path as it may be shown: an answer is not a mirror for 16 KiB.

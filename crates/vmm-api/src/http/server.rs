@@ -2,23 +2,30 @@
 
 use crate::command::{ApiRequest, Endpoint, Incoming, Outcome, ReplySlot};
 use crate::config::UnknownFields;
+use crate::error::{ApiError, Code};
 use crate::http::connection::{Connection, Step};
-use crate::http::parser::{Limits, Request};
-use crate::http::response::{answer, refusal};
-use crate::http::route::route;
+use crate::http::counts::{Counts, UNKNOWN};
+use crate::http::parser::{Limits, Manner, Request};
+use crate::http::response::{answer, refusal, status, stream_head};
+use crate::http::route::{Misrouted, ROOT, route, stream_route};
 use crate::http::socket::ApiSocket;
+use crate::http::stream::{Query, Stream, StreamRoute, Streams};
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use vmm_device_model::limiter::Limiter;
 use vmm_epoll::{Inbox, Mailbox, mailbox};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 const LISTENER: u64 = 0;
 const INBOX: u64 = 1;
-const FIRST_CLIENT: u64 = 2;
+const READY: u64 = 2;
+const FIRST_CLIENT: u64 = 3;
 
 /// Bytes received at one time.
 const RECEIVE_SIZE: usize = 64 * 1024;
@@ -33,6 +40,8 @@ pub struct Config {
     pub limits: Limits,
     /// Connections that are open at one time. Further ones wait in the kernel's queue.
     pub max_connections: usize,
+    /// Streams that are open at one time. Fewer than the connections: whoever reads streams keeps nobody out.
+    pub max_streams: usize,
     /// Descriptors that may come with one request.
     pub max_descriptors: usize,
     /// Time for a request to arrive after its first byte, and for an answer to be taken.
@@ -52,6 +61,7 @@ impl Default for Config {
         Self {
             limits: Limits::default(),
             max_connections: 256,
+            max_streams: 64,
             max_descriptors: 64,
             request_timeout: Duration::from_secs(30),
             idle_timeout: Duration::from_secs(300),
@@ -75,7 +85,9 @@ pub struct ServerError {
 pub struct Server<H: 'static> {
     config: Config,
     table: &'static [Endpoint<H>],
+    streams: Streams,
     requests: Mailbox<ApiRequest<H>>,
+    counts: Arc<Counts>,
     notes: Mailbox<Note>,
     inbox: Inbox<Note>,
     epoll: Epoll,
@@ -157,10 +169,35 @@ impl<H: 'static> Server<H> {
         let epoll = Epoll::new().map_err(fail("create an epoll instance"))?;
         watch(&epoll, socket.listener().as_raw_fd(), LISTENER).map_err(fail("watch the socket"))?;
         watch(&epoll, inbox.as_raw_fd(), INBOX).map_err(fail("watch a mailbox"))?;
-        let door = Some(Door { socket, state: DoorState::Open });
-        let clients = HashMap::new();
-        let next_client = FIRST_CLIENT;
-        Ok(Self { config, table, requests, notes, inbox, epoll, door, clients, next_client, ends_at: None })
+        let ready = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(fail("create an eventfd"))?;
+        watch(&epoll, ready.as_raw_fd(), READY).map_err(fail("watch an eventfd"))?;
+        Ok(Self {
+            config,
+            table,
+            streams: Streams { routes: Vec::new(), ready: Arc::new(ready) },
+            requests,
+            counts: Arc::default(),
+            notes,
+            inbox,
+            epoll,
+            door: Some(Door { socket, state: DoorState::Open }),
+            clients: HashMap::new(),
+            next_client: FIRST_CLIENT,
+            ends_at: None,
+        })
+    }
+
+    /// Where it counts its answers.
+    #[must_use]
+    pub fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
+    }
+
+    /// The server has a stream, too.
+    #[must_use]
+    pub fn with_stream(mut self, stream: impl StreamRoute + 'static) -> Self {
+        self.streams.routes.push(Box::new(stream));
+        self
     }
 
     /// Starts the thread `http-server`, which calls `prologue` first (to confine itself, for instance).
@@ -192,6 +229,7 @@ impl<H: 'static> Server<H> {
                 match event.data() {
                     LISTENER => self.accept(now),
                     INBOX => self.read_notes(now),
+                    READY => self.feed_streams(now),
                     client => self.on_client(client, event.event_set(), &mut buffer, now),
                 }
             }
@@ -238,7 +276,7 @@ impl<H: 'static> Server<H> {
     /// Takes the client as far as it goes without waiting.
     fn advance(&mut self, id: u64, now: Instant) {
         while let Some(client) = self.clients.get_mut(&id) {
-            match client.step(now) {
+            match client.step(&self.streams.ready, now) {
                 Step::Wait => return self.rewatch(id),
                 Step::Close => return self.drop_client(id),
                 Step::Request(request, fds) => self.start_request(id, request, fds, now),
@@ -248,11 +286,22 @@ impl<H: 'static> Server<H> {
 
     fn start_request(&mut self, id: u64, request: Request, fds: Vec<OwnedFd>, now: Instant) {
         let manner = request.manner;
+        match stream_route(&self.streams.routes, manner.verb, &request.path) {
+            Ok(None) => {}
+            Ok(Some(stream)) => {
+                let opened = self.open_stream(stream, &request.query);
+                let status = opened.as_ref().map_or_else(|error| error.code.status(), |_| 200);
+                self.counts.count(stream.name(), status);
+                return self.start_stream(id, opened, manner, now);
+            }
+            Err(misrouted) => return self.refuse(id, &request.path, &misrouted, manner, now),
+        }
         match route(self.table, manner.verb, &request.path) {
             Ok(endpoint) => {
                 log::debug!("API request {}", endpoint.name());
-                let notes = self.notes.clone();
+                let (notes, counts, name) = (self.notes.clone(), Arc::clone(&self.counts), endpoint.name());
                 let slot = ReplySlot::new(move |outcome| {
+                    counts.count(name, status(&outcome));
                     // The server may have ended; then nobody waits.
                     let _ = notes.send(Note::Reply { client: id, outcome });
                 });
@@ -263,12 +312,60 @@ impl<H: 'static> Server<H> {
                     let _ = self.requests.send(prepared);
                 }
             }
-            Err(misrouted) => {
-                log::debug!("API request refused: {}", misrouted.error);
-                if let Some(client) = self.clients.get_mut(&id) {
-                    client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
+            Err(misrouted) => self.refuse(id, &request.path, &misrouted, manner, now),
+        }
+    }
+
+    fn refuse(&mut self, id: u64, path: &str, misrouted: &Misrouted, manner: Manner, now: Instant) {
+        log::debug!("API request refused: {}", misrouted.error);
+        let name = path.strip_prefix(ROOT).unwrap_or_default();
+        let streams = self.streams.routes.iter().map(|stream| stream.name());
+        let known = self.table.iter().map(Endpoint::name).chain(streams).find(|known| *known == name);
+        self.counts.count(known.unwrap_or(UNKNOWN), misrouted.error.code.status());
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.finish(refusal(&misrouted.error, manner, &misrouted.allow), manner, now);
+        }
+    }
+
+    /// The head and the stream of an answer that goes on.
+    fn open_stream(
+        &self,
+        route: &dyn StreamRoute,
+        query: &str,
+    ) -> Result<(Vec<u8>, Box<dyn Stream>), ApiError> {
+        log::debug!("API request {}", route.name());
+        let most = self.config.max_streams;
+        if self.clients.values().filter(|client| client.is_streaming()).count() >= most {
+            return Err(ApiError::new(Code::TooManyStreams, format!("{most} streams are open already")));
+        }
+        Ok((stream_head(route.media_type()), route.open(Query(query))?))
+    }
+
+    fn start_stream(
+        &mut self,
+        id: u64,
+        opened: Result<(Vec<u8>, Box<dyn Stream>), ApiError>,
+        manner: Manner,
+        now: Instant,
+    ) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        match opened {
+            Err(error) => client.finish(refusal(&error, manner, &[]), manner, now),
+            Ok((head, stream)) => {
+                if !client.stream(head, stream, now) {
+                    self.drop_client(id);
                 }
             }
+        }
+    }
+
+    /// A stream that had nothing has something; which one is not known.
+    fn feed_streams(&mut self, now: Instant) {
+        let _ = self.streams.ready.read();
+        let streaming = self.clients.iter().filter(|(_, client)| client.is_streaming());
+        let ids: Vec<u64> = streaming.map(|(id, _)| *id).collect();
+        for id in ids {
+            self.advance(id, now);
         }
     }
 
@@ -279,6 +376,8 @@ impl<H: 'static> Server<H> {
                 Note::Stop => {
                     self.ends_at = Some(now.checked_add(self.config.stop_grace).unwrap_or(now));
                     self.door = None;
+                    // What was told before is still sent.
+                    self.feed_streams(now);
                 }
             }
         }
@@ -302,7 +401,11 @@ impl<H: 'static> Server<H> {
             Ok((stream, _)) => self.admit(stream, now),
             Err(error) if is_passing(&error) => {}
             Err(error) => {
-                log::warn!("cannot accept an API connection: {error}");
+                // As often as clients come while there are no descriptors.
+                static TOLD: Limiter = Limiter::for_guest();
+                if let Some(admitted) = TOLD.admit(now) {
+                    log::warn!("cannot accept an API connection: {error}{admitted}");
+                }
                 self.close_door(rest(now));
             }
         }
@@ -315,7 +418,7 @@ impl<H: 'static> Server<H> {
             return log::warn!("cannot watch an API connection: {error}");
         }
         self.next_client = self.next_client.saturating_add(1);
-        self.clients.insert(id, Connection::new(stream, &self.config, now));
+        self.clients.insert(id, Connection::new(stream, &self.config, Arc::clone(&self.counts), now));
     }
 
     /// All places are taken: the connection idle for longest gives way if it was idle long enough. Otherwise the door

@@ -1,63 +1,45 @@
 //! The listening socket: a path of ours, or a descriptor we were given.
 
-use crate::http::descriptors::listens;
-use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
-/// The socket cannot be had.
+use crate::http::descriptors::listens;
+use crate::socket::{BindError, ListeningSocket};
+
+/// The API's socket cannot be had.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SocketError {
-    /// Another process answers at this path.
-    #[error("API socket {} is in use by another process", .0.display())]
-    InUse(PathBuf),
-    /// The path is something else than a socket, which is not removed.
-    #[error("API socket path {} exists and is not a socket", .0.display())]
-    NotASocket(PathBuf),
-    /// The system refuses.
-    #[error("cannot {what} API socket {}", .path.display())]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
+    /// Not at this path.
+    #[error(transparent)]
+    Path(#[from] BindError),
     /// The descriptor is not a UNIX socket.
-    #[error("the API socket's descriptor cannot be used")]
+    #[error("its descriptor cannot be used")]
     Descriptor(#[source] io::Error),
     /// The descriptor is a socket that was not put to listen.
-    #[error("the API socket's descriptor is a socket that does not listen")]
+    #[error("its descriptor is a socket that does not listen")]
     NotListening,
 }
 
-/// A listening socket. If it has a path of ours, the file is removed when this is dropped.
+/// The socket on which clients of the API come in.
 #[derive(Debug)]
-pub struct ApiSocket {
-    listener: UnixListener,
-    _file: Option<SocketFile>,
+pub struct ApiSocket(Source);
+
+#[derive(Debug)]
+enum Source {
+    Path(ListeningSocket),
+    Descriptor(UnixListener),
 }
 
 impl ApiSocket {
-    /// Listens at `path`, for this user only. A file left behind by a process that has died is replaced.
-    ///
-    /// Between bind and chmod the umask decides who may connect: set it to 0077 before.
+    /// Listens at `path`; see [`ListeningSocket::bind`].
     ///
     /// # Errors
-    /// Somebody else listens there, the path is not a socket, or the system refuses.
+    /// As there.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let fail = |what| move |source| SocketError::Io { what, path: path.to_owned(), source };
-        remove_stale(path)?;
-        let listener = UnixListener::bind(path).map_err(fail("bind"))?;
-        let file = SocketFile::of(path).map_err(fail("find"))?;
-        fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(fail("restrict"))?;
-        listener.set_nonblocking(true).map_err(fail("set up"))?;
-        Ok(Self { listener, _file: Some(file) })
+        Ok(Self(Source::Path(ListeningSocket::bind(path)?)))
     }
 
     /// Listens on a descriptor that somebody else has bound and put to listen.
@@ -71,98 +53,23 @@ impl ApiSocket {
             return Err(SocketError::NotListening);
         }
         listener.set_nonblocking(true).map_err(SocketError::Descriptor)?;
-        Ok(Self { listener, _file: None })
+        Ok(Self(Source::Descriptor(listener)))
     }
 
     pub(crate) const fn listener(&self) -> &UnixListener {
-        &self.listener
-    }
-}
-
-/// A socket file that is removed in the end, if it is still the one that was made.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(Self { path: path.to_owned(), device: metadata.dev(), inode: metadata.ino() })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let now = fs::symlink_metadata(&self.path);
-        if now.is_ok_and(|now| (now.dev(), now.ino()) == (self.device, self.inode)) {
-            let _ = fs::remove_file(&self.path);
+        match &self.0 {
+            Source::Path(socket) => socket.listener(),
+            Source::Descriptor(listener) => listener,
         }
-    }
-}
-
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
-    let fail = |what| move |source| SocketError::Io { what, path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(fail("look at")(error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket(path.to_owned()));
-        }
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(fail("remove the stale"))
-        }
-        Err(error) => Err(fail("probe")(error)),
-        Ok(_) => Err(SocketError::InUse(path.to_owned())),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
-
-    #[test]
-    fn a_path_is_private_and_gone_in_the_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        let socket = ApiSocket::bind(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(matches!(ApiSocket::bind(&path), Err(SocketError::InUse(_))));
-        assert!(path.exists(), "a refused bind takes nothing away");
-        drop(socket);
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_dead_process_s_socket_is_replaced_and_other_files_are_not() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists(), "the standard library leaves the file, as a crash does");
-        let socket = ApiSocket::bind(&path).unwrap();
-        UnixStream::connect(&path).unwrap();
-        drop(socket);
-        fs::write(&path, "precious").unwrap();
-        assert!(matches!(ApiSocket::bind(&path), Err(SocketError::NotASocket(_))));
-        assert_eq!(fs::read(&path).unwrap(), b"precious");
-    }
-
-    #[test]
-    fn a_successor_s_socket_is_not_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        let first = ApiSocket::bind(&path).unwrap();
-        fs::rename(&path, folder.path().join("moved")).unwrap();
-        let second = ApiSocket::bind(&path).unwrap();
-        drop(first);
-        assert!(path.exists());
-        drop(second);
-    }
 
     #[test]
     fn a_descriptor_must_be_a_unix_socket_that_listens() {

@@ -51,8 +51,10 @@ impl Checker {
         let rng = identity.map(|identity| RngSpec { identity, source: config.rng.src.clone() });
         let serial = consoles::serial(&config.serial, &mut self);
         let console = consoles::console(&config.console, &mut self);
+        consoles::together(serial.as_ref(), console.as_ref().map(|console| &console.sink), &mut self);
         let debug_console = consoles::debug_console(&config.debug_console, &mut self);
-        self.count_devices(disks.len() + 1 + usize::from(console.is_some()));
+        let pvpanic = config.pvpanic;
+        self.count_devices(disks.len() + 1 + usize::from(console.is_some()) + usize::from(pvpanic));
 
         let spec =
             cpus.zip(memory).zip(payload).zip(rng).map(|(((cpus, memory), payload), rng)| MachineSpec {
@@ -64,6 +66,7 @@ impl Checker {
                 serial,
                 console,
                 debug_console,
+                pvpanic,
                 warnings: self.warnings,
             });
         (spec, self.faults)

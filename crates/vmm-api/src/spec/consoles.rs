@@ -1,5 +1,6 @@
 //! Serial port, virtio-console and debug console.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::check::Checker;
@@ -25,6 +26,23 @@ pub(super) fn debug_console(config: &DebugConsoleConfig, checker: &mut Checker) 
     Some(DebugConsoleSpec { port: config.iobase.unwrap_or(0xe9), sink })
 }
 
+/// What the serial port and virtio-console cannot share.
+pub(super) fn together(serial: Option<&Sink>, console: Option<&Sink>, checker: &mut Checker) {
+    match (serial, console) {
+        (Some(Sink::Tty), Some(Sink::Tty)) => {
+            let message = "is the terminal, as is serial's: what is typed there goes to virtio-console alone";
+            checker.warn("console.mode", message);
+        }
+        (Some(Sink::Socket(one)), Some(Sink::Socket(other))) if one == other => {
+            checker.invalid("console.socket", "is also that of serial");
+        }
+        _ => {}
+    }
+}
+
+/// The longest path of a socket in bytes (unix(7): `sun_path` with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
+
 /// Where a console goes; `None` if it is off, or if its place is missing.
 fn sink(
     path: &str,
@@ -46,10 +64,13 @@ fn sink(
         ConsoleMode::Pty => Some(Sink::Pty),
         ConsoleMode::File => needed("file", file).map(Sink::File),
         ConsoleMode::Socket => {
-            if needed("socket", socket).is_some() {
-                checker.not_built(format!("{path}.mode"), "a console as a socket");
+            let place = needed("socket", socket)?;
+            if place.as_os_str().as_bytes().len() > MAX_SOCKET_PATH {
+                let message =
+                    format!("is longer than the {MAX_SOCKET_PATH} bytes that a socket's path may have");
+                checker.invalid(format!("{path}.socket"), message);
             }
-            None
+            Some(Sink::Socket(place))
         }
     }
 }

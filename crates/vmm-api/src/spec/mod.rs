@@ -53,6 +53,8 @@ pub struct MachineSpec {
     pub console: Option<ConsoleSpec>,
     /// Debug console, if there is one.
     pub debug_console: Option<DebugConsoleSpec>,
+    /// Whether the guest has a device by which it reports its panic.
+    pub pvpanic: bool,
     /// What the author of the configuration should know.
     pub warnings: Vec<Warning>,
 }
@@ -237,6 +239,8 @@ pub enum Sink {
     Pty,
     /// A file; there is no input.
     File(PathBuf),
+    /// A UNIX socket that the VMM listens on; it has one client at a time.
+    Socket(PathBuf),
 }
 
 /// The virtio-console.

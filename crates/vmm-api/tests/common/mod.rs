@@ -10,14 +10,15 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_api::client::Client;
 use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
-use vmm_api::http::{ApiSocket, Config, Server, ServerHandle};
+use vmm_api::events::{EventRoute, Journal};
+use vmm_api::http::{ApiSocket, Config, Counts, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_epoll::{ControlLoop, Mailbox, Stopper, mailbox};
 use vmm_state::{Phase, VmSlot};
@@ -179,11 +180,18 @@ pub(crate) struct Rig {
     server: Option<ServerHandle>,
     host: Option<JoinHandle<()>>,
     stopper: Stopper,
+    pub(crate) counts: Arc<Counts>,
     releases: Mailbox<()>,
+    /// What `vmm.events` streams.
+    pub(crate) journal: Journal,
 }
 
 impl Rig {
     pub(crate) fn new(config: Config) -> Self {
+        Self::with_journal(config, Journal::default())
+    }
+
+    pub(crate) fn with_journal(config: Config, journal: Journal) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api.sock");
         let (requests, inbox) = mailbox::<ApiRequest<Toy>>().unwrap();
@@ -216,9 +224,13 @@ impl Rig {
             control_loop.run().unwrap();
         });
         let socket = ApiSocket::bind(&path).unwrap();
-        let server = Server::new(socket, &TABLE, requests, config).unwrap().start(|| ()).unwrap();
+        let server = Server::new(socket, &TABLE, requests, config).unwrap();
+        let server = server.with_stream(EventRoute(journal.clone()));
+        let counts = server.counts();
+        let server = server.start(|| ()).unwrap();
         let stopper = stopper.recv().unwrap();
-        Self { path, folder: Some(folder), server: Some(server), host: Some(host), stopper, releases }
+        let (folder, server, host) = (Some(folder), Some(server), Some(host));
+        Self { path, folder, server, host, stopper, counts, releases, journal }
     }
 
     pub(crate) fn client(&self) -> Client {

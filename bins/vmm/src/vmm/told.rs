@@ -1,0 +1,103 @@
+//! What happens, as events.
+
+use std::time::Duration;
+
+use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia};
+use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
+use vmm_device_model::device::DeviceChange;
+use vmm_platform_devices::events::{Cause, SystemEvent};
+use vmm_state::GuestEvent;
+
+use super::VmmError;
+use crate::events::Events;
+use crate::machine::stages::{Span, Stages};
+use crate::machine::{Machine, MachineEvent};
+
+/// Stages of the boot of the machine of this number, which are told as they end.
+pub(super) fn stages(events: &Events, machine: u64) -> Stages {
+    let events = events.clone();
+    Stages::watched(move |span: &Span| {
+        let duration_us = micros(span.duration);
+        events.tell(machine, &Event::BootStage { stage: span.stage.name().into(), duration_us });
+    })
+}
+
+/// The end of a boot.
+pub(super) fn boot_end(stages: &Stages, error: Option<&VmmError>) -> Event {
+    let Some(error) = error else {
+        let start = stages.spans().first().map(|span| span.start);
+        return Event::Booted { duration_us: start.map_or(0, |start| micros(start.elapsed())) };
+    };
+    // The causes of these errors may hold paths, which are not for events.
+    let reason = match error {
+        VmmError::Machine(error) => error.to_string(),
+        other => other.to_string(),
+    };
+    let stage = stages.spans().last().map(|span| span.stage.name().into());
+    Event::BootFailed { stage, reason: reason.as_str().into() }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Tells what the guest made of the machine's devices since the last time.
+pub(super) fn changes(events: &Events, machine: &mut Machine) {
+    for (id, change) in machine.take_changes() {
+        let id = id.as_str().into();
+        let event = match change {
+            DeviceChange::Activated => Event::DeviceActivated { id },
+            DeviceChange::Reset => Event::DeviceReset { id },
+            DeviceChange::NeedsReset => Event::DeviceNeedsReset { id },
+            _ => continue,
+        };
+        events.tell(machine.number(), &event);
+    }
+}
+
+/// The end of a guest, if that is what a machine's thread tells.
+pub(super) fn exit(event: &MachineEvent) -> Option<(GuestEvent, Event)> {
+    Some(match event {
+        MachineEvent::Vcpu(event) => vcpu_exit(event),
+        MachineEvent::System(SystemEvent::Reset(by)) => (GuestEvent::Reset, asked(ExitCause::Reset, *by)),
+        MachineEvent::System(SystemEvent::Shutdown(by)) => {
+            (GuestEvent::Shutdown, asked(ExitCause::Shutdown, *by))
+        }
+        _ => return None,
+    })
+}
+
+/// The end of a guest that said it had panicked, by the operator's choice.
+pub(super) fn ended_by_panic() -> Event {
+    let via = Some(ExitVia::Pvpanic);
+    Event::GuestExit { cause: ExitCause::Panic, via, vcpu: None, reason: None, code: None }
+}
+
+fn asked(cause: ExitCause, by: Cause) -> Event {
+    let via = match by {
+        Cause::I8042 => Some(ExitVia::I8042),
+        Cause::AcpiReset => Some(ExitVia::AcpiReset),
+        Cause::AcpiSleep => Some(ExitVia::AcpiSleep),
+        _ => None,
+    };
+    Event::GuestExit { cause, via, vcpu: None, reason: None, code: None }
+}
+
+fn vcpu_exit(event: &VcpuEvent) -> (GuestEvent, Event) {
+    let (reason, code) = match &event.kind {
+        VcpuEventKind::TripleFault => (None, None),
+        VcpuEventKind::SystemEvent(number) => (Some(CrashReason::SystemEvent), Some(u64::from(*number))),
+        VcpuEventKind::InternalError { suberror } => {
+            (Some(CrashReason::InternalError), Some(u64::from(*suberror)))
+        }
+        VcpuEventKind::FailedEntry { reason } => (Some(CrashReason::FailedEntry), Some(*reason)),
+        VcpuEventKind::Failed(_) => (Some(CrashReason::HypervisorFailed), None),
+        // Its text may hold what the guest wrote.
+        _ => (Some(CrashReason::UnexpectedExit), None),
+    };
+    let (what, cause) = match reason {
+        None => (GuestEvent::TripleFault, ExitCause::TripleFault),
+        Some(_) => (GuestEvent::Crash, ExitCause::Crash),
+    };
+    (what, Event::GuestExit { cause, via: None, vcpu: Some(event.vcpu.into()), reason, code })
+}
