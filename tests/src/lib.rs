@@ -2,7 +2,9 @@
 
 pub mod apt;
 pub mod base64;
+pub mod bridge;
 pub mod cache;
+pub mod confine;
 pub mod error;
 pub mod harness;
 pub mod hostkvm;
@@ -11,6 +13,7 @@ pub mod kernel_image;
 pub mod kernels;
 pub mod nested;
 pub mod progress;
+pub mod python;
 pub mod report;
 pub mod run;
 pub mod tiny;

@@ -17,7 +17,7 @@ use vmm_hypervisor::fake::{Exit, Fake};
 use vmm_platform_devices::events::{Cause, SystemEvent};
 use vmm_platform_devices::serial::COM1_PORT;
 use vmm_state::{ACTIONS, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason};
-use vmm_tests::harness::{LIMIT, PENDING, Requests, UNBOOTABLE, UNROUTED};
+use vmm_tests::harness::{LIMIT, Requests, UNBOOTABLE};
 use vmm_tests::tiny::Guest;
 
 struct Rig {
@@ -149,7 +149,8 @@ impl Rig {
 
 #[test]
 fn every_request_leads_where_the_table_says() {
-    for row in ACTIONS.iter().filter(|row| !UNROUTED.contains(&row.name) && !PENDING.contains(&row.name)) {
+    // The stream of events does not pass the control thread.
+    for row in ACTIONS.iter().filter(|row| row.name != "vmm.events") {
         for phase in Phase::ALL {
             let mut rig = Rig::in_phase(phase);
             let outcome = rig.begin(row.name);

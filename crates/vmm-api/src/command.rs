@@ -8,6 +8,7 @@
 use crate::config::wire::Wire;
 use crate::config::{UnknownFields, read_object};
 use crate::error::{ApiError, Code};
+use crate::openapi::Described;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -38,9 +39,9 @@ impl Method {
 /// One command of the API. The type itself is only a name.
 pub trait Command: 'static {
     /// What the client sends.
-    type Request: Encode + Decode + Send + 'static;
+    type Request: Encode + Decode + Described + Send + 'static;
     /// What it gets.
-    type Reply: Encode + Decode + Send + 'static;
+    type Reply: Encode + Decode + Described + Send + 'static;
     /// The route below `/api/v1/`, such as `vm.create`.
     const NAME: &'static str;
     /// The method.
@@ -49,6 +50,8 @@ pub trait Command: 'static {
     const ACTION: Action;
     /// One sentence for help and documents.
     const DOC: &'static str;
+    /// What it can fail with, beside what any request can, what is wrong with the payload, and the phase.
+    const FAILURES: &'static [Code] = &[];
 }
 
 /// A request's payload: its body and the descriptors that came with it.

@@ -6,7 +6,7 @@ use std::fmt;
 use vmm_state::{Reason, Refusal};
 
 /// Why a request failed, as a word clients may compare. The words and their HTTP status are stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Code {
     /// There is no VM.
     NoVm,
@@ -146,6 +146,17 @@ impl Code {
         }
     }
 
+    /// The code of a refusal by the VM's phase.
+    #[must_use]
+    pub const fn of(reason: Reason) -> Self {
+        match reason {
+            Reason::NoVm => Self::NoVm,
+            Reason::AlreadyCreated => Self::VmExists,
+            Reason::NotBuilt => Self::NotBuilt,
+            Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused => Self::WrongPhase,
+        }
+    }
+
     /// The code of this name, for clients.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
@@ -275,13 +286,7 @@ impl std::error::Error for ApiError {}
 
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
-        let code = match refusal.reason {
-            Reason::NoVm => Code::NoVm,
-            Reason::AlreadyCreated => Code::VmExists,
-            Reason::NotBuilt => Code::NotBuilt,
-            Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused => Code::WrongPhase,
-        };
-        let mut error = Self::new(code, refusal.to_string());
+        let mut error = Self::new(Code::of(refusal.reason), refusal.to_string());
         error.refusal = Some(refusal);
         error
     }

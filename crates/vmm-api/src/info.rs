@@ -53,6 +53,9 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Every word.
+    pub const ALL: [Self; 5] = [Self::Created, Self::Running, Self::Shutdown, Self::Paused, Self::BreakPoint];
+
     /// The word for `phase`; `None` without a VM.
     #[must_use]
     pub const fn from_phase(phase: Phase) -> Option<Self> {

@@ -9,6 +9,7 @@
 //! - [`http`]: the server. [`client`]: the client.
 //! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
 //! - [`socket`]: listening UNIX sockets with a path.
+//! - [`openapi`]: the document of all this, and the page of error codes.
 
 pub mod client;
 pub mod command;
@@ -19,6 +20,7 @@ pub mod events;
 pub mod http;
 pub mod info;
 pub mod metrics;
+pub mod openapi;
 pub mod options;
 pub mod socket;
 pub mod spec;

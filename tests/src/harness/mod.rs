@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 pub use api::{Answer, Api};
 pub use output::{Output, SerialFile};
 pub use pending::Pending;
-pub use requests::{PENDING, Requests, UNBOOTABLE, UNROUTED};
+pub use requests::{Requests, UNBOOTABLE};
 pub use vmm::{Holdings, Vmm, resident_kib};
 
 use crate::tiny::Guest;

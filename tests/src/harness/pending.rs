@@ -32,7 +32,7 @@ impl Pending {
         Self { stream, received: Vec::new(), ended: false }
     }
 
-    /// Whether the answer is there.
+    /// Whether the answer is there; of a stream, its beginning.
     ///
     /// # Panics
     /// When the connection breaks.
@@ -46,7 +46,12 @@ impl Pending {
                 Err(error) => panic!("{error} in an answer"),
             }
         }
-        self.ended
+        self.ended || self.is_stream()
+    }
+
+    fn is_stream(&self) -> bool {
+        let text = String::from_utf8_lossy(&self.received);
+        text.split_once("\r\n\r\n").is_some_and(|(head, _)| head.contains("application/x-ndjson"))
     }
 
     /// Waits for the answer.

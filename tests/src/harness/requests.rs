@@ -5,12 +5,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use vmm_api::command::Method;
 
-/// Commands whose parts are on their way and that answer 501 where they are allowed: what `pending!` in `bins/vmm` lists.
-pub const PENDING: &[&str] = &["vmm.openapi"];
-
-/// Commands of the table that are not in this build's list of routes yet: their streams come with the events.
-pub const UNROUTED: &[&str] = &["vmm.events"];
-
 /// Devices that this build cannot boot: the command is admitted, and the device refused with 501.
 pub const UNBOOTABLE: &[&str] = &[
     "vm.add-device",
@@ -50,8 +44,8 @@ impl Requests {
     #[must_use]
     pub fn method(name: &str) -> Method {
         match name {
-            "vmm.ping" | "vmm.openapi" | "vmm.metrics" | "vmm.log-level" | "vm.info" | "vm.counters"
-            | "vm.boot-trace" => Method::Get,
+            "vmm.ping" | "vmm.openapi" | "vmm.metrics" | "vmm.events" | "vmm.log-level" | "vm.info"
+            | "vm.counters" | "vm.boot-trace" => Method::Get,
             _ => Method::Put,
         }
     }

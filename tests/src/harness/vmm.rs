@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::terminal::Terminal;
 use super::{Api, LIMIT, Output, Pending, Scratch, binary, wait_until};
+use crate::confine::confine;
 
 /// How long what is gone may be listed. Only failures wait for it.
 const LEAK_LIMIT: Duration = Duration::from_secs(5);
@@ -87,10 +88,27 @@ impl Vmm {
         I: IntoIterator,
         I::Item: AsRef<OsStr>,
     {
+        let mut command = Command::new(binary());
+        command.args(arguments);
+        Self::serving(scratch, command)
+    }
+
+    /// The same, with nothing but the folder `scratch` to write in.
+    ///
+    /// # Panics
+    /// When it cannot be started or confined, or ends before it answers.
+    pub fn confined(scratch: &Scratch, arguments: &[&str]) -> Self {
+        let mut command = Command::new(binary());
+        command.args(arguments);
+        confine(&mut command, &binary(), scratch.folder()).expect("Landlock");
+        Self::serving(scratch, command)
+    }
+
+    /// Adds an API socket to the arguments; returns when the API answers.
+    fn serving(scratch: &Scratch, mut command: Command) -> Self {
         let socket = scratch.path(format!("api-{}.sock", unique()));
-        let mut all = vec![OsString::from("--api-socket"), format!("path={}", socket.display()).into()];
-        all.extend(arguments.into_iter().map(|word| word.as_ref().to_owned()));
-        let mut vmm = Self::spawn(all);
+        command.arg("--api-socket").arg(format!("path={}", socket.display()));
+        let mut vmm = Self::start(command);
         vmm.socket = Some(socket);
         vmm.wait_for_api();
         vmm
@@ -301,6 +319,19 @@ impl Vmm {
     pub fn holdings(&self) -> Holdings {
         // Threads name themselves a moment after they began: only their number is telling.
         Holdings { descriptors: self.descriptors(), threads: self.threads().len() }
+    }
+
+    /// What it holds once it is up and no client is connected: of sockets, the one it listens on.
+    ///
+    /// # Panics
+    /// When a client stays, or it has no API.
+    #[must_use]
+    pub fn holdings_at_rest(&self) -> Holdings {
+        // It takes connections a moment before it answers.
+        assert_eq!(self.api().get("vmm.ping").status, 200);
+        let alone = || self.descriptors().iter().filter(|name| *name == "socket").count() == 1;
+        wait_until(LIMIT, || alone().then_some(()), || "every client to be gone".to_owned());
+        self.holdings()
     }
 
     /// Waits until it holds no more than it held `before`: a thread that was joined is listed a moment longer.

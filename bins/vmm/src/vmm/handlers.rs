@@ -1,12 +1,15 @@
 //! The commands, carried out.
 
+use std::sync::LazyLock;
+
 use log::LevelFilter;
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
-use vmm_api::commands::{vm, vmm};
+use vmm_api::commands::{operations, vm, vmm};
 use vmm_api::config::{LogLevel, LogLevelConfig, VmRemoveDevice};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
+use vmm_api::openapi::document;
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
@@ -86,6 +89,14 @@ impl Handle<vmm::Ping> for Vmm {
             pid: std::process::id().into(),
             features: Vec::new(),
         }));
+    }
+}
+
+/// Making the document takes milliseconds, so that is done once.
+impl Handle<vmm::OpenApi> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<JsonText>) {
+        static DOCUMENT: LazyLock<String> = LazyLock::new(|| document(&operations()).to_string());
+        replier.reply(Ok(JsonText(DOCUMENT.clone())));
     }
 }
 
@@ -210,10 +221,4 @@ fn word_of(filter: LevelFilter) -> LogLevel {
 
 fn filter_of(level: LogLevel) -> LevelFilter {
     LEVELS.iter().find(|(known, _)| *known == level).map_or(LevelFilter::Off, |(_, filter)| *filter)
-}
-
-impl Handle<vmm::OpenApi> for Vmm {
-    fn handle(&mut self, (): (), replier: Replier<JsonText>) {
-        replier.reply(Err(ApiError::new(Code::NotBuilt, "the document is not built yet")));
-    }
 }

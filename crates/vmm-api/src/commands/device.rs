@@ -62,7 +62,7 @@ macro_rules! add {
     ($(#[doc = $text:literal])* $name:ident($request:ty), $route:literal, $field:ident) => {
         command! {
             $(#[doc = $text])*
-            $name($request) -> Added, Put $route, $name
+            $name($request) -> Added, Put $route, $name, DeviceExists
         }
 
         impl AddCommand for $name {
@@ -116,7 +116,7 @@ add! {
 
 command! {
     /// Adds the socket between guest and host; there is one at most.
-    AddVsock(VsockConfig) -> Added, Put "vm.add-vsock", AddVsock
+    AddVsock(VsockConfig) -> Added, Put "vm.add-vsock", AddVsock, DeviceExists
 }
 
 impl AddCommand for AddVsock {
@@ -137,5 +137,5 @@ impl AddCommand for AddVsock {
 
 command! {
     /// Removes a device that was added or created.
-    RemoveDevice(VmRemoveDevice) -> (), Put "vm.remove-device", RemoveDevice
+    RemoveDevice(VmRemoveDevice) -> (), Put "vm.remove-device", RemoveDevice, NoDevice, FixedDevice
 }

@@ -5,10 +5,11 @@ pub mod vm;
 pub mod vmm;
 
 use crate::command::{Endpoint, Handle};
+use crate::openapi::Operation;
 
-/// Declares a command: `name, Request => Reply, "route", method, action, "doc"`.
+/// Declares a command: `name(Request) -> Reply, Method "route", Action`, and the codes it can fail with.
 macro_rules! command {
-    ($(#[doc = $text:literal])* $name:ident($request:ty) -> $reply:ty, $method:ident $route:literal, $action:ident) => {
+    ($(#[doc = $text:literal])* $name:ident($request:ty) -> $reply:ty, $method:ident $route:literal, $action:ident $(, $failure:ident)*) => {
         $(#[doc = $text])*
         #[derive(Clone, Copy, Debug)]
         pub enum $name {}
@@ -20,6 +21,7 @@ macro_rules! command {
             const METHOD: $crate::command::Method = $crate::command::Method::$method;
             const ACTION: vmm_state::Action = vmm_state::Action::$action;
             const DOC: &'static str = concat!($($text),*).trim_ascii_start();
+            const FAILURES: &'static [$crate::error::Code] = &[$($crate::error::Code::$failure),*];
         }
     };
 }
@@ -40,6 +42,12 @@ macro_rules! commands {
         #[must_use]
         pub const fn table<H: HandleAll + 'static>() -> [Endpoint<H>; COUNT] {
             [$(Endpoint::of::<$built>(),)+ $(Endpoint::later::<$later>(),)+]
+        }
+
+        /// Every command as data, for documents.
+        #[must_use]
+        pub const fn operations() -> [Operation; COUNT] {
+            [$(Operation::of::<$built>(),)+ $(Operation::of::<$later>(),)+]
         }
     };
 }

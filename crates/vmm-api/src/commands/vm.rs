@@ -18,7 +18,7 @@ command! {
 
 command! {
     /// Boots the VM; a paused one is resumed.
-    Boot(()) -> (), Put "vm.boot", Boot
+    Boot(()) -> (), Put "vm.boot", Boot, BootFailed
 }
 
 command! {
@@ -33,7 +33,7 @@ command! {
 
 command! {
     /// Switches the VM off and boots it again.
-    Reboot(()) -> (), Put "vm.reboot", Reboot
+    Reboot(()) -> (), Put "vm.reboot", Reboot, BootFailed
 }
 
 command! {

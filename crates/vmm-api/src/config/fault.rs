@@ -20,6 +20,10 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// Every kind.
+    pub const ALL: [Self; 6] =
+        [Self::Syntax, Self::Type, Self::Unknown, Self::Invalid, Self::Retired, Self::NotBuilt];
+
     /// A stable word for machines, as it appears in the body of an error reply.
     #[must_use]
     pub const fn code(self) -> &'static str {

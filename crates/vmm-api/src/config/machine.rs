@@ -39,7 +39,7 @@ object! {
 
 choice! {
     /// Which vCPU threads may share a host core (the Linux core scheduling cookie).
-    pub enum CoreScheduling {
+    pub enum CoreScheduling as "CoreSchedulingMode" {
         /// Those of this VM.
         Vm = "Vm" | "vm",
         /// None: each vCPU has a core of its own.
@@ -53,15 +53,15 @@ object! {
     /// Number and form of the vCPUs.
     pub struct CpusConfig {
         /// vCPUs that run at boot.
-        [current, in_json; key = "boot"] boot_vcpus: u32 = 1,
+        [current, in_json; key = "boot"; range = 1 to 4_294_967_295] boot_vcpus: u32 = 1,
         /// vCPUs that can ever run.
-        [current, in_json; key = "max"] max_vcpus: u32 = 1,
+        [current, in_json; key = "max"; range = 1 to 4_294_967_295] max_vcpus: u32 = 1,
         /// Arrangement as threads:cores:dies:packages; without it each vCPU is a core of one package.
         [current] topology: Option<CpuTopology> = None,
         /// Offer the Hyper-V interface to the guest.
         [later] kvm_hyperv: bool = false,
         /// Largest number of physical address bits; fewer if the host has fewer.
-        [current] max_phys_bits: u8 = 46,
+        [current; range = 32 to 52] max_phys_bits: u8 = 46,
         /// Whether the guest may run virtual machines of its own, where the host can.
         [current] nested: bool = true,
         /// Host CPUs per vCPU, as `vcpu@[cpus]`.

@@ -39,6 +39,7 @@ pub use requests::{
     VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use vm::VmConfig;
+pub(crate) use vm::older_fields;
 pub use wire::Bytes;
 
 use json::Node;

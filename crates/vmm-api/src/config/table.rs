@@ -1,7 +1,7 @@
 //! The table behind each object of the contract, and the macro that writes object and table at once.
 //!
 //! One declaration per object gives the wire type, its serde form, the reader with paths and hints, the keys of
-//! its option string, its help text, and (later) its part of the OpenAPI document.
+//! its option string, its help text, and its part of the OpenAPI document.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -27,20 +27,33 @@ pub enum Shape {
     /// An IPv4 or IPv6 address.
     Address,
     /// One of several words.
-    Choice(&'static [Word]),
+    Choice(&'static Choice),
     /// An array.
     List(fn() -> Shape),
     /// An object with a table of its own.
     Object(&'static Table),
 }
 
-/// One word of a [`Shape::Choice`].
+/// Several words, one of which is a value.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// The contract's name of the type.
+    pub name: &'static str,
+    /// Its documentation.
+    pub doc: &'static str,
+    /// The words.
+    pub words: &'static [Word],
+}
+
+/// One word of a [`Choice`].
 #[derive(Clone, Copy, Debug)]
 pub struct Word {
     /// Spelling in JSON.
     pub json: &'static str,
     /// Spellings in option strings, in lower case, the usual one first.
     pub option: &'static [&'static str],
+    /// What it means.
+    pub doc: &'static str,
 }
 
 /// What this build does with a field.
@@ -76,6 +89,10 @@ pub struct Field {
     pub status: Status,
     /// When it must be given.
     pub need: Need,
+    /// Whether null means that it is not given.
+    pub nullable: bool,
+    /// Least and greatest value of a number, where they are narrower than its type. Told here, held by the check.
+    pub range: Option<(u64, u64)>,
     /// Its type.
     pub shape: fn() -> Shape,
     /// Its default as JSON; null where absence is the default.
@@ -100,6 +117,8 @@ pub struct Retired {
 pub struct Table {
     /// The contract's name of the object.
     pub name: &'static str,
+    /// Its documentation.
+    pub doc: &'static str,
     /// Its fields, in the order of serialization.
     pub fields: &'static [Field],
     /// Fields that older releases had.
@@ -138,14 +157,15 @@ pub(crate) fn json_of(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or(Value::Null)
 }
 
-/// Declares objects of the contract: `[current|later, need?, key = "..", alias = ".."] name: Type = default`.
+/// Declares objects of the contract: `[current|later, need?; key = ".."; alias = ".."; range = 1 to 9] name:
+/// Type = default`.
 macro_rules! object {
     (
         $(#[doc = $struct_doc:literal])+
         $vis:vis struct $object:ident {
             $(
                 $(#[doc = $doc:literal])+
-                [$status:ident $(, $need:ident)? $(; key = $key:literal)? $(; alias = $($alias:literal)|+)?]
+                [$status:ident $(, $need:ident)? $(; key = $key:literal)? $(; alias = $($alias:literal)|+)? $(; range = $least:literal to $most:literal)?]
                 $field:ident : $type:ty = $default:expr,
             )*
         }
@@ -161,12 +181,15 @@ macro_rules! object {
             /// The table of this object.
             $vis const TABLE: &'static $crate::config::table::Table = &$crate::config::table::Table {
                 name: stringify!($object),
+                doc: concat!($($struct_doc),+).trim_ascii(),
                 fields: &[$($crate::config::table::Field {
                     name: stringify!($field),
                     key: $crate::config::table::object!(@key $field $($key)?),
                     aliases: &[$($($alias),+)?],
                     status: $crate::config::table::object!(@status $status),
                     need: $crate::config::table::object!(@need $($need)?),
+                    range: $crate::config::table::object!(@range $($least $most)?),
+                    nullable: <$type as $crate::config::wire::Wire>::NULLABLE,
                     shape: <$type as $crate::config::wire::Wire>::shape,
                     default: || {
                         let value: $type = $default;
@@ -231,6 +254,8 @@ macro_rules! object {
     };
     (@key $field:ident) => { stringify!($field) };
     (@key $field:ident $key:literal) => { $key };
+    (@range) => { None };
+    (@range $least:literal $most:literal) => { Some(($least, $most)) };
     (@status current) => { $crate::config::table::Status::Current };
     (@status later) => { $crate::config::table::Status::Later };
     (@need) => { $crate::config::table::Need::Optional };
@@ -263,11 +288,12 @@ macro_rules! pci_object {
     };
 }
 
-/// Declares a choice between words: `Variant = "Json" | "option" | ..`; the first is the default.
+/// Declares a choice between words: `Variant = "Json" | "option" | ..`; the first is the default. `as` gives the
+/// contract's name of the type where that is another.
 macro_rules! choice {
     (
         $(#[doc = $enum_doc:literal])+
-        pub enum $choice:ident {
+        pub enum $choice:ident $(as $name:literal)? {
             $(#[doc = $first_doc:literal])+
             $first:ident = $first_json:literal $(| $first_option:literal)+,
             $(
@@ -288,9 +314,16 @@ macro_rules! choice {
         impl $choice {
             /// The words, in the order of the variants.
             pub const WORDS: &'static [$crate::config::table::Word] = &[
-                $crate::config::table::Word { json: $first_json, option: &[$($first_option),+] },
-                $($crate::config::table::Word { json: $json, option: &[$($option),+] },)*
+                $crate::config::table::Word { json: $first_json, option: &[$($first_option),+], doc: concat!($($first_doc),+).trim_ascii() },
+                $($crate::config::table::Word { json: $json, option: &[$($option),+], doc: concat!($($doc),+).trim_ascii() },)*
             ];
+
+            /// All that is known of this choice.
+            pub const CHOICE: &'static $crate::config::table::Choice = &$crate::config::table::Choice {
+                name: $crate::config::table::choice!(@name $choice $($name)?),
+                doc: concat!($($enum_doc),+).trim_ascii(),
+                words: Self::WORDS,
+            };
 
             /// The contract's word for this value.
             #[must_use]
@@ -304,7 +337,7 @@ macro_rules! choice {
 
         impl $crate::config::wire::Wire for $choice {
             fn shape() -> $crate::config::table::Shape {
-                $crate::config::table::Shape::Choice(Self::WORDS)
+                $crate::config::table::Shape::Choice(Self::CHOICE)
             }
 
             fn read(
@@ -326,6 +359,8 @@ macro_rules! choice {
             }
         }
     };
+    (@name $choice:ident) => { stringify!($choice) };
+    (@name $choice:ident $name:literal) => { $name };
 }
 
 pub(crate) use {choice, object, pci_object};

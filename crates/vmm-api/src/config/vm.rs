@@ -13,7 +13,7 @@ use super::machine::{
     TpmConfig,
 };
 use super::reader::Reader;
-use super::table::object;
+use super::table::{Table, object};
 
 object! {
     /// Configuration of a VM: the body of `vm.create`, and `config` in the reply of `vm.info`.
@@ -101,6 +101,13 @@ object! {
         /// Its text.
         [current, required] args: String = String::new(),
     }
+}
+
+/// The fields that older releases had beside those of `table`, whose values are moved to where they belong now.
+pub(crate) fn older_fields(table: &Table) -> &'static [(&'static str, &'static Table)] {
+    const OF_CONFIG: [(&str, &Table); 3] =
+        [("kernel", OldPath::TABLE), ("initramfs", OldPath::TABLE), ("cmdline", OldCmdline::TABLE)];
+    if table.name == VmConfig::TABLE.name { &OF_CONFIG } else { &[] }
 }
 
 /// Moves the top-level `kernel`, `initramfs` and `cmdline` objects of older releases into `payload`.

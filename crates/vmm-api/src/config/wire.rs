@@ -13,6 +13,9 @@ use super::table::{Shape, Status};
 
 /// A type of the contract.
 pub(crate) trait Wire: Sized + PartialEq + Serialize {
+    /// Whether null is a value, and means that there is none.
+    const NULLABLE: bool = false;
+
     /// How the contract sees the type.
     fn shape() -> Shape;
 
@@ -201,6 +204,8 @@ impl Wire for IpAddr {
 }
 
 impl<T: Wire> Wire for Option<T> {
+    const NULLABLE: bool = true;
+
     fn shape() -> Shape {
         T::shape()
     }

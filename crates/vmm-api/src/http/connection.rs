@@ -2,7 +2,7 @@
 
 use crate::error::{ApiError, Code};
 use crate::http::counts::{Counts, UNREADABLE};
-use crate::http::descriptors::{Waiting, receive, send};
+use crate::http::descriptors::{TooMany, Waiting, receive, send};
 use crate::http::parser::{Manner, Parser, Progress, Request};
 use crate::http::response::{CONTINUE, refusal};
 use crate::http::server::Config;
@@ -99,11 +99,7 @@ impl Connection {
             self.since = now;
         }
         self.parser.push(buffer.get(..count).unwrap_or_default());
-        if self.descriptors.add(fds, self.parser.received()).is_err() {
-            let error =
-                ApiError::new(Code::TooManyDescriptors, "too many file descriptors came with the request");
-            self.refuse(&error, Manner::UNKNOWN, now);
-        }
+        self.descriptors.add(fds, self.parser.received());
         Ok(())
     }
 
@@ -136,10 +132,15 @@ impl Connection {
                 Stage::Reading => {}
             }
             match self.parser.poll() {
-                Ok(Progress::Request(request)) => {
-                    self.enter(Stage::Parked(request.manner), now);
-                    let fds = self.descriptors.take(request.end);
-                    return Step::Request(request, fds);
+                Ok(Progress::Request(request)) => match self.descriptors.take(request.end) {
+                    Ok(fds) => {
+                        self.enter(Stage::Parked(request.manner), now);
+                        return Step::Request(request, fds);
+                    }
+                    Err(TooMany) => self.refuse(&too_many(), request.manner, now),
+                },
+                Ok(Progress::Incomplete) if self.descriptors.is_over() => {
+                    self.refuse(&too_many(), Manner::UNKNOWN, now);
                 }
                 Ok(Progress::Continue) => self.owe(CONTINUE.to_vec()),
                 Ok(Progress::Incomplete) if self.ended => return Step::Close,
@@ -232,6 +233,7 @@ impl Connection {
     }
 
     fn refuse(&mut self, error: &ApiError, manner: Manner, now: Instant) {
+        self.descriptors.clear();
         self.counts.count(UNREADABLE, error.code.status());
         self.owe(refusal(error, Manner { keep_alive: false, ..manner }, &[]));
         self.enter(Stage::Closing, now);
@@ -261,6 +263,10 @@ impl Connection {
         self.sent = 0;
         Ok(true)
     }
+}
+
+fn too_many() -> ApiError {
+    ApiError::new(Code::TooManyDescriptors, "too many file descriptors came with the request")
 }
 
 fn is_transient(error: &io::Error) -> bool {

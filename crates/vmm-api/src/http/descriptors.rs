@@ -57,27 +57,36 @@ pub(crate) struct Waiting {
     most: usize,
 }
 
-/// More descriptors than may wait.
+/// More descriptors than one request may have.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct TooMany;
 
 impl Waiting {
+    /// For requests of at most `most` descriptors.
     pub(crate) const fn new(most: usize) -> Self {
         Self { queue: VecDeque::new(), most }
     }
 
-    /// Keeps `fds`, which came with the byte before stream offset `received`.
-    pub(crate) fn add(&mut self, fds: Vec<OwnedFd>, received: u64) -> Result<(), TooMany> {
-        if self.queue.len().saturating_add(fds.len()) > self.most {
-            return Err(TooMany);
-        }
+    /// Keeps `fds`, which came with the byte before stream offset `received`. What arrives at one time may belong to
+    /// several requests, so nothing is counted here; one message brings [`MAX_PER_MESSAGE`] at most.
+    pub(crate) fn add(&mut self, fds: Vec<OwnedFd>, received: u64) {
         self.queue.extend(fds.into_iter().map(|fd| (received, fd)));
-        Ok(())
     }
 
     /// Those of the request that ends at stream offset `end`.
-    pub(crate) fn take(&mut self, end: u64) -> Vec<OwnedFd> {
+    pub(crate) fn take(&mut self, end: u64) -> Result<Vec<OwnedFd>, TooMany> {
         let count = self.queue.iter().take_while(|(received, _)| *received <= end).count();
-        self.queue.drain(..count).map(|(_, fd)| fd).collect()
+        let fds = self.queue.drain(..count).map(|(_, fd)| fd).collect();
+        if count > self.most { Err(TooMany) } else { Ok(fds) }
+    }
+
+    /// Whether the request of which only a part is there has more than it may; those of whole ones are taken.
+    pub(crate) fn is_over(&self) -> bool {
+        self.queue.len() > self.most
+    }
+
+    /// Closes all.
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
     }
 }

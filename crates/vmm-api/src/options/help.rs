@@ -53,8 +53,8 @@ fn values(key: &str, shape: Shape) -> String {
         Shape::Text => format!("<{key}>"),
         Shape::Path => "<path>".into(),
         Shape::Address => "<address>".into(),
-        Shape::Choice(words) => {
-            words.iter().filter_map(|word| word.option.first().copied()).collect::<Vec<_>>().join("|")
+        Shape::Choice(choice) => {
+            choice.words.iter().filter_map(|word| word.option.first().copied()).collect::<Vec<_>>().join("|")
         }
         Shape::List(element) => match element() {
             Shape::Integer { .. } => "[<number>,<first>-<last>,..]".into(),
@@ -88,8 +88,8 @@ fn default_of(field: &Field) -> String {
             _ => number.to_string(),
         },
         Value::String(text) => match (field.shape)() {
-            Shape::Choice(words) => {
-                let word = words.iter().find(|word| word.json == text);
+            Shape::Choice(choice) => {
+                let word = choice.words.iter().find(|word| word.json == text);
                 word.and_then(|word| word.option.first()).map_or(text, |option| (*option).to_owned())
             }
             _ => text,

@@ -111,7 +111,7 @@ impl<'f> OptionReader<'f> {
                 node.or_else(|| self.mismatch(key, "a number of bytes such as 4096, 512M or 1G", text))
             }
             Shape::Text | Shape::Path | Shape::Address => Some(Node::Text(unquote(text))),
-            Shape::Choice(words) => self.word(key, text, words),
+            Shape::Choice(choice) => self.word(key, text, choice.words),
             Shape::List(element) => self.list(key, text, element()),
             Shape::Object(table) => self.tuple(key, text, table),
         }
@@ -243,10 +243,10 @@ fn console_mode<'v>(
     table: &Table,
 ) -> Option<(&'static str, Option<&'v str>)> {
     let mode = table.by_name("mode")?;
-    let Shape::Choice(words) = (mode.shape)() else {
+    let Shape::Choice(choice) = (mode.shape)() else {
         return None;
     };
-    let word = words.iter().find(|word| word.option.contains(&key))?;
+    let word = choice.words.iter().find(|word| word.option.contains(&key))?;
     let has_place = matches!(key, "file" | "socket");
     // A debug console has no socket.
     (has_place == value.is_some() && (!has_place || table.by_name(key).is_some()))

@@ -1,0 +1,7 @@
+//! The API server: bytes and descriptors in pieces.
+#![no_main]
+
+#[path = "../../crates/vmm-api/tests/fuzzing/mod.rs"]
+mod fuzzing;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::http::serve(bytes));

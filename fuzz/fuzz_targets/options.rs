@@ -1,0 +1,7 @@
+//! Configurations as option strings.
+#![no_main]
+
+#[path = "../../crates/vmm-api/tests/fuzzing/mod.rs"]
+mod fuzzing;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzzing::documents::options(bytes));
