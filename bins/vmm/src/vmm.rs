@@ -4,6 +4,7 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod teardown;
 mod told;
 mod tree;
 
@@ -140,6 +141,7 @@ impl Vmm {
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
         self.remove();
+        self.boot.before.wait();
         if self.ending.is_none() {
             self.events.tell(NO_MACHINE, &Event::VmmShutdown);
         }
@@ -203,8 +205,13 @@ impl Vmm {
 
     /// Switches the machine off; the configuration and the consoles stay, the user's terminal is given back.
     fn stop(&mut self) {
+        self.stop_then(|| ());
+    }
+
+    /// The same; `done` is called when nothing is left of the machine.
+    fn stop_then(&mut self, done: impl FnOnce() + Send + 'static) {
         let number = self.slot.machine().map(Machine::number);
-        self.drop_machine();
+        self.drop_machine(done);
         if let Some(consoles) = self.slot.config_mut().and_then(|c| c.consoles.as_mut()) {
             consoles.detach();
         }
@@ -213,15 +220,26 @@ impl Vmm {
         }
     }
 
-    fn drop_machine(&mut self) {
+    fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
-        drop(self.slot.stop());
+        match self.slot.stop() {
+            Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
+            machine => {
+                drop(machine);
+                done();
+            }
+        }
     }
 
     /// Removes the VM, consoles and all.
     fn remove(&mut self) {
+        self.remove_then(|| ());
+    }
+
+    /// The same; `done` is called when nothing is left of the machine.
+    fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
         self.give_up_boot();
-        self.stop();
+        self.stop_then(done);
         self.inputs.drop_all();
         if let (Some(_), _) = self.slot.clear() {
             self.events.tell(NO_MACHINE, &Event::Deleted);

@@ -1,15 +1,15 @@
 //! The control thread's state against the table of `vmm-state`, on the scripted hypervisor.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use vmm::events::Events;
 use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::vmm::{Policy, TABLE, Vmm};
-use vmm_api::command::{Host, Incoming, Method, Outcome, ReplySlot};
+use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
 use vmm_api::error::Code;
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_epoll::{Inbox, mailbox};
@@ -17,7 +17,7 @@ use vmm_hypervisor::fake::{Exit, Fake};
 use vmm_platform_devices::events::{Cause, SystemEvent};
 use vmm_platform_devices::serial::COM1_PORT;
 use vmm_state::{ACTIONS, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason};
-use vmm_tests::harness::LIMIT;
+use vmm_tests::harness::{LIMIT, Requests, UNBOOTABLE};
 use vmm_tests::tiny::Guest;
 
 struct Rig {
@@ -77,14 +77,9 @@ impl Rig {
 
     /// Sends a request; its outcome may come later.
     fn begin(&mut self, name: &str) -> mpsc::Receiver<Outcome> {
-        let body = self.body(name);
-        let method = if name == "vmm.set-log-level" { Method::Put } else { Method::Get };
-        let route = name.replace("set-log", "log");
-        let mut endpoints = TABLE.iter().filter(|endpoint| endpoint.name() == route);
-        let endpoint = match route.as_str() {
-            "vmm.log-level" => endpoints.find(|endpoint| endpoint.method() == method).unwrap(),
-            _ => endpoints.next().unwrap(),
-        };
+        let body = Requests::new(&self.kernel(), self.folder.path().join("disk"), self.serial).body(name);
+        let (route, method) = (name.replace("set-log", "log"), Requests::method(name));
+        let endpoint = TABLE.iter().find(|row| row.name() == route && row.method() == method).unwrap();
         let (sender, outcome) = mpsc::channel();
         let slot = ReplySlot::new(move |outcome| drop(sender.send(outcome)));
         let request = endpoint.prepare(Incoming { body, ..Incoming::default() }, slot).unwrap();
@@ -129,31 +124,6 @@ impl Rig {
         serde_json::from_slice(&self.ask("vm.info").unwrap().bytes).unwrap()
     }
 
-    fn body(&self, name: &str) -> Vec<u8> {
-        let url = json!({ "destination_url": "file:///x" });
-        let body = match name {
-            "vm.create" | "vm.validate" => return create(&self.kernel(), self.serial),
-            "vmm.set-log-level" => json!({ "level": "warn" }),
-            "vm.add-disk" => {
-                json!({ "path": self.folder.path().join("disk"), "image_type": "Raw", "id": "d" })
-            }
-            "vm.remove-device" => json!({ "id": "_disk0" }),
-            "vm.add-user-device" => json!({ "socket": "s" }),
-            "vm.add-fs" => json!({ "tag": "t", "socket": "s" }),
-            "vm.add-generic-vhost-user" => json!({ "socket": "s", "queue_sizes": [2], "device_type": 1 }),
-            "vm.add-pmem" => json!({ "file": "f" }),
-            "vm.add-vdpa" => json!({ "path": "p", "num_queues": 1 }),
-            "vm.add-vsock" => json!({ "cid": 3, "socket": "s" }),
-            "vm.resize-disk" => json!({ "id": "d", "desired_size": 1 }),
-            "vm.resize-zone" => json!({ "id": "z", "desired_ram": 1 }),
-            "vm.snapshot" | "vm.coredump" | "vm.send-migration" => url,
-            "vm.restore" => json!({ "source_url": "file:///x" }),
-            "vm.receive-migration" => json!({ "receiver_url": "unix:/x" }),
-            _ => json!({}),
-        };
-        body.to_string().into_bytes()
-    }
-
     fn guest_does(&mut self, event: GuestEvent) {
         let machine = self.machine();
         self.machine_does(machine, event);
@@ -177,30 +147,6 @@ impl Rig {
     }
 }
 
-fn create(kernel: &Path, serial: &str) -> Vec<u8> {
-    json!({
-        "payload": { "kernel": kernel },
-        "memory": { "size": 16 << 20 },
-        "disks": [{ "path": kernel.with_file_name("disk"), "image_type": "Raw" }],
-        "serial": { "mode": serial },
-        "console": { "mode": "Off" },
-    })
-    .to_string()
-    .into_bytes()
-}
-
-/// Devices that this build cannot boot: admitted, and then refused by name.
-const NOT_BUILT: [&str; 8] = [
-    "vm.add-device",
-    "vm.add-user-device",
-    "vm.add-fs",
-    "vm.add-generic-vhost-user",
-    "vm.add-pmem",
-    "vm.add-net",
-    "vm.add-vdpa",
-    "vm.add-vsock",
-];
-
 #[test]
 fn every_request_leads_where_the_table_says() {
     // The stream of events does not pass the control thread.
@@ -218,7 +164,7 @@ fn every_request_leads_where_the_table_says() {
             }
             let outcome = rig.wait(&outcome);
             let (success, after) = match cell {
-                Cell::Run(step) if NOT_BUILT.contains(&row.name) => (false, step.failed),
+                Cell::Run(step) if UNBOOTABLE.contains(&row.name) => (false, step.failed),
                 Cell::Run(step) => (true, step.done),
                 Cell::Nothing | Cell::Wait => (true, phase),
                 Cell::Refuse(_) => (false, phase),
@@ -288,6 +234,58 @@ fn a_boot_that_fails_leads_where_the_table_says() {
             rig.ask("vm.boot").unwrap();
             assert_eq!(rig.vmm.phase(), Phase::Running);
         }
+    }
+}
+
+/// Whatever call of the hypervisor fails on the way.
+#[test]
+fn switching_off_always_gets_there() {
+    for (name, phase) in [
+        ("vm.shutdown", Phase::Running),
+        ("vm.shutdown", Phase::Paused),
+        ("vm.delete", Phase::Running),
+        ("vm.delete", Phase::Paused),
+    ] {
+        let (mut calls, mut nth) = (0, 1);
+        while nth <= calls.max(1) {
+            let fake = Fake::new();
+            let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(phase);
+            let before = fake.calls().len();
+            fake.fail_nth(nth);
+            rig.ask(name).unwrap();
+            fake.heal();
+            calls = fake.calls().len() - before;
+            let off = if name == "vm.delete" { Phase::Empty } else { Phase::Shutdown };
+            assert_eq!(rig.vmm.phase(), off, "{name} in {phase}, call {nth} of {calls}");
+            if off == Phase::Empty {
+                rig.ask("vm.create").unwrap();
+            }
+            rig.ask("vm.boot").unwrap();
+            nth += 1;
+        }
+        assert!(calls > 0, "{name} in {phase} makes calls that can fail");
+    }
+}
+
+/// Its memory is needed.
+#[test]
+fn the_machine_before_has_gone_when_the_next_is_built() {
+    let fake = Fake::new();
+    let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(Phase::Running);
+    for _ in 0..50 {
+        rig.ask("vm.reboot").unwrap();
+        let off = rig.begin("vm.shutdown");
+        let boot = rig.begin("vm.boot");
+        rig.wait(&off).unwrap();
+        rig.wait(&boot).unwrap();
+    }
+    let calls = fake.calls();
+    let lives: Vec<_> = calls.split(|call| *call == "KVM_CREATE_VM").skip(1).collect();
+    let slots = |life: &[&str]| life.iter().filter(|call| **call == "KVM_SET_USER_MEMORY_REGION").count();
+    let (last, ended) = lives.split_last().unwrap();
+    assert_eq!(ended.len(), 100);
+    for (number, life) in ended.iter().enumerate() {
+        assert_eq!(slots(life), 2 * slots(last), "machine {number} gives back the memory that it took");
     }
 }
 

@@ -14,6 +14,7 @@ use vmm_boot::{
     Cmdline, CmdlineError, Error, InitramfsError, KernelFormat, Loaded, MemoryKind, MemoryMap, MemoryRange,
     Source, Span, layout, load,
 };
+use vmm_fuzzing::{Random, rounds};
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -482,24 +483,8 @@ fn the_limits_that_a_bzimage_states_are_kept() {
     assert!(matches!(error, Error::Cmdline(CmdlineError::TooLong { len: 19, limit: 18 })), "{error:?}");
 }
 
-/// xorshift64*: the same sequence on every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-}
-
 /// Changes a few bytes or whole numbers of the first `len` bytes, often to values at an edge.
-fn mutate(random: &mut Random, bytes: &mut [u8], from: usize, to: usize) {
+fn mutate_numbers(random: &mut Random, bytes: &mut [u8], from: usize, to: usize) {
     const EDGES: [u64; 10] =
         [0, 1, 0x7f, 0xff, 0xffff, 0x1_0000, u32::MAX as u64, i64::MAX as u64, u64::MAX, RAM - 0x40];
     for _ in 0..=random.below(3) {
@@ -519,11 +504,11 @@ fn mutated_kernels_are_safe(whole: &[u8], from: usize, to: usize, seed: u64) {
     let machine = Machine::new();
     let file = file(whole);
     let initramfs = self::file(&[1; 5000]);
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let (mut taken, mut refused) = (0, 0);
-    for case in 0..10_000 {
+    for case in 0..rounds(10_000) {
         let mut kernel = whole.to_vec();
-        mutate(&mut random, &mut kernel, from, to);
+        mutate_numbers(&mut random, &mut kernel, from, to);
         file.write_all_at(&kernel, 0).unwrap();
         match machine.load_files(&file, Some(&initramfs)) {
             Ok(loaded) => {
@@ -545,11 +530,11 @@ fn mutated_kernels_are_safe(whole: &[u8], from: usize, to: usize, seed: u64) {
 }
 
 #[test]
-fn mutated_elf_headers_are_safe() {
+fn fuzz_elf_headers() {
     mutated_kernels_are_safe(&elf(), 0, TEXT_AT as usize, 0x9e37_79b9_7f4a_7c15);
 }
 
 #[test]
-fn mutated_setup_headers_are_safe() {
+fn fuzz_setup_headers() {
     mutated_kernels_are_safe(&bzimage(), 0x1f1, 0x26c, 0xd1b5_4a32_d192_ed03);
 }

@@ -11,6 +11,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::{Control, Entry};
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::state::VcpuV1;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
 use vmm_device_model::metrics::Value;
@@ -18,6 +19,7 @@ use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
 use vmm_hypervisor::{Hypervisor, VmOptions};
+use vmm_snapshot::Schema;
 
 #[derive(Default)]
 struct Log(Vec<(u64, Vec<u8>)>);
@@ -170,6 +172,25 @@ fn state_moves_to_another_set() {
     assert_eq!(second.save().unwrap(), states);
     let error = second.restore(states[..1].to_vec()).unwrap_err();
     assert!(matches!(error, VcpuError::Count { states: 1, vcpus: 2 }));
+}
+
+/// Every integer of a saved state at its edges: refused, or taken; and the vCPU still obeys.
+#[test]
+fn fuzz_states() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 1, &world.targets).unwrap();
+    let good = set.save().unwrap();
+    let (mut taken, mut refused) = (0, 0);
+    for bytes in vmm_fuzzing::hostile_records(&good[0].encode()) {
+        match VcpuV1::decode(&bytes).map(|state| set.restore(vec![state])) {
+            Ok(Ok(())) => taken += 1,
+            Ok(Err(_)) | Err(_) => refused += 1,
+        }
+        set.save().unwrap();
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
+    set.restore(good.clone()).unwrap();
+    assert_eq!(set.save().unwrap(), good);
 }
 
 #[test]

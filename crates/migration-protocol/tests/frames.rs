@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use proptest::prelude::*;
+use vmm_fuzzing::{Random, mutate, rounds};
 use vmm_migration_protocol::{Command, Decoder, Frame, FrameError, HEADER_LENGTH, header};
 
 use common::{decode, run};
@@ -205,50 +206,18 @@ fn golden_bytes() {
 #[test]
 fn fuzz_mutated_streams_never_panic() {
     let seeds: Vec<Vec<u8>> = Command::ALL.map(smallest).to_vec();
-    let mut random = Xorshift(0x2545_f491_4f6c_dd1d);
-    for _ in 0..40_000 * fuzz_factor() {
+    let mut random = Random::new(0x2545_f491_4f6c_dd1d);
+    for _ in 0..rounds(40_000) {
         let mut bytes: Vec<u8> =
             (0..=random.below(3)).flat_map(|_| seeds[random.below(seeds.len())].clone()).collect();
         for _ in 0..random.below(4) {
-            mutate(&mut bytes, &mut random);
+            mutate(&mut bytes, &mut random, &[]);
         }
         if random.below(2) == 0 && bytes.len() >= HEADER_LENGTH {
             // Past the checksum.
             bytes = seal(bytes);
         }
         decode(&bytes);
-    }
-}
-
-/// How much longer than usual to go on; set by the fuzz-smoke check.
-fn fuzz_factor() -> usize {
-    std::env::var("VMM_FUZZ_FACTOR").map_or(1, |factor| factor.parse().unwrap())
-}
-
-struct Xorshift(u64);
-
-impl Xorshift {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % (bound as u64)).unwrap()
-    }
-}
-
-fn mutate(bytes: &mut Vec<u8>, random: &mut Xorshift) {
-    let at = random.below(bytes.len() + 1);
-    let byte = (random.next() >> 32) as u8;
-    match random.below(5) {
-        0 => bytes.truncate(at),
-        1 => bytes.insert(at, byte),
-        2 if at < bytes.len() => bytes[at] = byte,
-        3 if at < bytes.len() => bytes[at] ^= 1 << (byte & 7),
-        _ => drop(bytes.splice(at..at, [0xff; 8])),
     }
 }
 

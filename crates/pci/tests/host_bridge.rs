@@ -8,15 +8,16 @@ use std::time::Instant;
 
 use common::{IDENTITY, SIZE, attach, bells, enable, function, machine, move_bar0, read_u32, who};
 use vmm_device_model::bus::BusTarget;
-use vmm_device_model::device::{Lifecycle, SaveState};
+use vmm_device_model::device::{Lifecycle, SaveRecord, SaveState};
 use vmm_device_model::testing::{fuzz_registers, save_reset_restore};
+use vmm_fuzzing::{hostile_records, rounds};
 use vmm_pci::bdf::{BUS_CONFIG_SIZE, Bdf};
 use vmm_pci::host_bridge::{
     CONFIG_PORTS, CONFIG_PORTS_LEN, HostBridgeDevice, HostBridgeV1, PciError, REGION_ECAM, REGION_PORTS,
 };
 use vmm_pci::resources::PciResources;
-use vmm_pci::slots::SlotAllocator;
-use vmm_snapshot::golden;
+use vmm_pci::slots::{SlotAllocator, SlotsV1};
+use vmm_snapshot::{RecordError, Schema, golden};
 
 const HIGH: u64 = 0x12_0000_0000;
 
@@ -283,16 +284,53 @@ fn host_bridge_state() {
 }
 
 #[test]
-fn fuzzed_segment() {
+fn fuzz_segment() {
     let (mut machine, _) = machine(3);
     attach(&mut machine, 12);
-    fuzz_registers(&*machine.bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), 2000, 7);
-    fuzz_registers(&*machine.bridge, REGION_ECAM, 0x1_0140, 2, 8);
-    fuzz_registers(&*machine.bridge, 9, 16, 3, 9);
+    fuzz_registers(&*machine.bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), rounds(2000), 7);
+    fuzz_registers(&*machine.bridge, REGION_ECAM, 0x1_0140, rounds(2), 8);
+    fuzz_registers(&*machine.bridge, 9, 16, rounds(3), 9);
     assert_eq!(
         read_u32(&machine, Bdf::new(0, 0, 1, 0).unwrap(), 0),
         u32::from(IDENTITY.device) << 16 | 0x1234
     );
+}
+
+/// Every integer of the saved states at its edges: refused, or taken as if it had been so.
+#[test]
+fn fuzz_states() {
+    let (machine, _) = machine(2);
+    machine.base.pio.write(CONFIG_PORTS.into(), &0x8000_0804_u32.to_le_bytes());
+    let mut device = HostBridgeDevice(machine.bridge.clone());
+    let mut record = device.save_record();
+    let (mut taken, mut refused) = (0, 0);
+    for bytes in hostile_records(&record.bytes.clone()) {
+        record.bytes = bytes;
+        device.quiesce_begin();
+        device.reset().unwrap();
+        if device.restore_record(&record).is_err() {
+            refused += 1;
+            continue;
+        }
+        taken += 1;
+        assert_eq!(device.save_record(), record);
+        let latch = u32::from_le_bytes(port_read(&machine, CONFIG_PORTS, 4).try_into().unwrap());
+        assert_eq!(latch & !0x80ff_fffc, 0, "reserved bits read as zero");
+        fuzz_registers(&*machine.bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), 2, 7);
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
+
+    let mut slots = SlotAllocator::new();
+    slots.take("_disk0", Some(3)).unwrap();
+    slots.take("_rng", None).unwrap();
+    let restored = |bytes: Vec<u8>| {
+        let state = SlotsV1::decode(&bytes)?;
+        let slots = SlotAllocator::restore(state.clone())?;
+        assert_eq!(slots.save(), state, "all of it was taken");
+        Ok::<_, RecordError>(())
+    };
+    let restored: Vec<_> = hostile_records(&slots.save().encode()).into_iter().map(restored).collect();
+    assert!(restored.iter().any(Result::is_ok) && restored.iter().any(Result::is_err));
 }
 
 #[test]

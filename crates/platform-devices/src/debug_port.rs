@@ -228,6 +228,7 @@ mod tests {
 
     use vmm_device_model::recipe::Recipe;
     use vmm_device_model::testing::{TestResources, fuzz_registers, save_reset_restore};
+    use vmm_fuzzing::rounds;
 
     use super::*;
     use crate::testing::{TestClock, TestCodes, TestSink};
@@ -288,7 +289,17 @@ mod tests {
         assert_eq!(data, [0xff]);
         resources.pio.write(0xe9, b"x");
         assert_eq!(sink.take(), b"x");
-        fuzz_registers(&Mutex::new(DebugConsole::new(sink)), 0, 4, 50, 7);
-        fuzz_registers(&Mutex::new(PostPort::new(clock, Arc::new(Discard))), 0, 4, 50, 8);
+    }
+
+    #[test]
+    fn fuzz_any_access() {
+        fuzz_registers(&Mutex::new(DebugConsole::new(Arc::new(Discard))), 0, 4, rounds(50), 7);
+        fuzz_registers(
+            &Mutex::new(PostPort::new(Arc::<TestClock>::default(), Arc::new(Discard))),
+            0,
+            4,
+            rounds(50),
+            8,
+        );
     }
 }

@@ -369,6 +369,7 @@ impl SerialInput {
 mod tests {
     use vmm_device_model::metrics::Value;
     use vmm_device_model::testing::{TestLine, TestResources, fuzz_registers, save_reset_restore};
+    use vmm_fuzzing::rounds;
 
     use super::*;
     use crate::output::{Discard, OutputRing};
@@ -520,9 +521,9 @@ mod tests {
     }
 
     #[test]
-    fn any_access_is_answered() {
+    fn fuzz_any_access() {
         let device = Mutex::new(rig().serial);
-        fuzz_registers(&device, 0, 16, 300, 3);
+        fuzz_registers(&device, 0, 16, rounds(300), 3);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use vmm_device_model::device::VmDevice;
 use vmm_device_model::recipe::Recipe;
 use vmm_device_model::testing::{TestResources, Xorshift};
+use vmm_fuzzing::{hostile_records, rounds};
 use vmm_pci::testing::{TEST_ECAM, TestPciResources};
 use vmm_platform_devices::acpi_pm::AcpiPm;
 use vmm_platform_devices::cmos::{Cmos, RamSize};
@@ -155,32 +156,26 @@ fn shipped_bytes() {
 }
 
 #[test]
-fn every_integer_at_its_edges() {
-    let edges = [0, 1, 0x7f, 0x80, 0xff, 0x100, 0xffff, 0x1_0000, u64::from(u32::MAX), 1 << 32, u64::MAX];
+fn fuzz_every_integer_at_its_edges() {
     for rig in RIGS {
         let record = rig().device.save_record();
         let (mut taken, mut refused) = (0, 0);
-        for (at, len) in integers(&record.bytes) {
-            for edge in edges {
-                let mut bytes = record.bytes[..at].to_vec();
-                bytes.extend(minicbor::to_vec(edge).unwrap());
-                bytes.extend(&record.bytes[at + len..]);
-                if survives(rig(), &record, bytes) { taken += 1 } else { refused += 1 }
-            }
+        for bytes in hostile_records(&record.bytes) {
+            if survives(rig(), &record, bytes) { taken += 1 } else { refused += 1 }
         }
         assert!(taken > 0 && refused > 0, "{}: {taken} taken, {refused} refused", record.kind);
     }
 }
 
 #[test]
-fn truncated_and_random_records() {
+fn fuzz_truncated_and_random_records() {
     let mut random = Xorshift::new(11);
     for rig in RIGS.map(|rig| (rig, rig().device.save_record())) {
         let (rig, record) = rig;
         for len in 0..record.bytes.len() {
             assert!(!survives(rig(), &record, record.bytes[..len].to_vec()), "{} {len}", record.kind);
         }
-        for _ in 0..300 {
+        for _ in 0..rounds(300) {
             let mut bytes = record.bytes.clone();
             for _ in 0..1 + random.next() % 3 {
                 let at = random.next() as usize % bytes.len();
@@ -202,30 +197,4 @@ fn survives(mut rig: Rig, record: &Record, bytes: Vec<u8>) -> bool {
         rig.device.reset().unwrap();
     }
     taken
-}
-
-/// Start and length of every unsigned integer in CBOR of definite lengths.
-fn integers(bytes: &[u8]) -> Vec<(usize, usize)> {
-    let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(first) = bytes.get(at) {
-        let extra = match first & 0x1f {
-            0..=23 => 0,
-            info @ 24..=27 => 1_usize << (info - 24),
-            info => panic!("additional information {info}"),
-        };
-        let value = bytes[at + 1..=at + extra].iter().fold(0, |value, byte| value << 8 | usize::from(*byte));
-        let value = if extra == 0 { usize::from(first & 0x1f) } else { value };
-        let content = match first >> 5 {
-            0 => {
-                found.push((at, 1 + extra));
-                0
-            }
-            2 | 3 => value,
-            4 => 0,
-            major => panic!("major type {major}"),
-        };
-        at += 1 + extra + content;
-    }
-    found
 }

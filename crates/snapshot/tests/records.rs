@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use proptest::prelude::*;
+use vmm_fuzzing::{Random, mutate, rounds};
 use vmm_snapshot::{NoState, Record, RecordError, RecordSet, Schema, golden};
 
 use common::{UartV1, UartV2, UartV3, decode_all};
@@ -137,46 +138,15 @@ fn fuzz_mutated_records_never_panic() {
     set.put("_serial0", &v1()).unwrap();
     set.put("_serial1", &v3()).unwrap();
     let seeds = [v1().encode(), v2().encode(), v3().encode(), set.encode()];
-    let mut random = Xorshift(0x9e37_79b9_7f4a_7c15);
-    for round in 0..40_000 * fuzz_factor() {
+    let mut random = Random::new(0x9e37_79b9_7f4a_7c15);
+    // A length of 64 bits.
+    let length: &[u8] = &[0x9b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+    for round in 0..rounds(40_000) as usize {
         let mut bytes = seeds[round % seeds.len()].clone();
         for _ in 0..=random.below(4) {
-            mutate(&mut bytes, &mut random);
+            mutate(&mut bytes, &mut random, &[length]);
         }
         decode_all(&bytes);
-    }
-}
-
-/// How much longer than usual to go on; set by the fuzz-smoke check.
-fn fuzz_factor() -> usize {
-    std::env::var("VMM_FUZZ_FACTOR").map_or(1, |factor| factor.parse().unwrap())
-}
-
-struct Xorshift(u64);
-
-impl Xorshift {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % (bound as u64)).unwrap()
-    }
-}
-
-fn mutate(bytes: &mut Vec<u8>, random: &mut Xorshift) {
-    let at = random.below(bytes.len() + 1);
-    let byte = (random.next() >> 32) as u8;
-    match random.below(5) {
-        0 => bytes.truncate(at),
-        1 => bytes.insert(at, byte),
-        2 if at < bytes.len() => bytes[at] = byte,
-        3 if at < bytes.len() => bytes[at] ^= 1 << (byte & 7),
-        // A length of 64 bits.
-        _ => drop(bytes.splice(at..at, [0x9b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff])),
     }
 }
 

@@ -9,14 +9,16 @@ use std::time::Instant;
 
 use common::{ENGINES, LIMIT, SECTOR, Setup};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_device_model::device::Lifecycle;
-use vmm_device_model::testing::Xorshift;
+use vmm_device_model::bus::BusTarget;
+use vmm_device_model::device::{Lifecycle, SaveRecord, SaveState};
+use vmm_device_model::testing::{Xorshift, fuzz_registers};
+use vmm_fuzzing::{hostile_records, rounds};
 use vmm_virtio_devices::console::ConsoleDevice;
 use vmm_virtio_devices::rng::{DEFAULT_SOURCE, RngDevice};
 use vmm_virtio_devices::testing::{Descriptor, Segment, TestDriver};
 use vmm_virtio_devices::transport::VIRTIO_F_VERSION_1;
 
-const ROUNDS: usize = 10_000;
+const ROUNDS: u32 = 10_000;
 /// Rounds between two stops: as many heads as fit the queue.
 const BATCH: usize = 16;
 /// Rounds between two resets.
@@ -129,7 +131,7 @@ fn scatter(driver: &mut TestDriver, queue: u16, random: &mut Xorshift, memory: u
 fn fuzz(driver: &mut TestDriver, queues: u16, memory: u64, seed: u64, mut good: impl FnMut(&mut TestDriver)) {
     let mut random = Xorshift::new(seed);
     let before = resident();
-    for number in 0..ROUNDS {
+    for number in 0..rounds(ROUNDS) as usize {
         if number % LIFE == 0 {
             driver.start(!0).unwrap();
             good(driver);
@@ -138,8 +140,7 @@ fn fuzz(driver: &mut TestDriver, queues: u16, memory: u64, seed: u64, mut good: 
         let queue = (random.next() % u64::from(queues)) as u16;
         round(driver, queue, &mut random, memory);
         if number % BATCH == BATCH - 1 {
-            driver.device.quiesce_begin();
-            driver.device.quiesce_finish(Instant::now() + LIMIT).unwrap();
+            quiesce(driver);
             driver.device.resume().unwrap();
         }
     }
@@ -156,7 +157,7 @@ fn resident() -> usize {
 }
 
 #[test]
-fn disk() {
+fn fuzz_disk() {
     for (seed, engine) in (1..).zip(ENGINES) {
         let mut disk = Setup { engine, queues: 2, ..Setup::default() }.on_bus();
         let file = disk.file.try_clone().unwrap();
@@ -182,7 +183,7 @@ fn disk() {
 }
 
 #[test]
-fn entropy() {
+fn fuzz_entropy() {
     let memory = 1 << 20;
     let device = RngDevice::new("_rng", Path::new(DEFAULT_SOURCE)).unwrap();
     let mut driver = TestDriver::new(Box::new(device), memory).unwrap();
@@ -193,7 +194,7 @@ fn entropy() {
 }
 
 #[test]
-fn console() {
+fn fuzz_console() {
     let memory = 1 << 20;
     let device = ConsoleDevice::new("_console", Box::new(std::io::sink()), (80, 25)).unwrap();
     let input = device.input();
@@ -204,4 +205,131 @@ fn console() {
         assert_eq!(driver.request(0, &[Segment::writable(at, 8)]).unwrap(), 8);
         assert_eq!(driver.request(1, &[Segment::readable(at, 8)]).unwrap(), 0);
     });
+}
+
+/// Every integer of a running device's saved state at its edges: a restore refuses it, or the device goes on with it, stops, and is
+/// reset. Then it works as before.
+fn hostile_states(driver: &mut TestDriver, mut good: impl FnMut(&mut TestDriver)) {
+    driver.start(!0).unwrap();
+    good(driver);
+    quiesce(driver);
+    let mut states: Vec<_> = hostile_records(&driver.device.save_record().bytes);
+    let own = driver.device.save();
+    states.extend(hostile_records(&own.device.bytes).into_iter().map(|bytes| {
+        let mut state = own.clone();
+        state.device.bytes = bytes;
+        vmm_snapshot::Schema::encode(&state)
+    }));
+    let mut record = driver.device.save_record();
+    let (mut taken, mut refused) = (0, 0);
+    let before = resident();
+    for bytes in states {
+        driver.device.reset().unwrap();
+        record.bytes = bytes;
+        if driver.device.restore_record(&record).is_err() {
+            refused += 1;
+            continue;
+        }
+        taken += 1;
+        // It may find its rings unusable, and says so.
+        let _ = driver.device.resume();
+        let _ = driver.service();
+        quiesce(driver);
+        driver.device.save_record();
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
+    let grown = resident().saturating_sub(before);
+    assert!(grown < GROWTH, "grown by {grown} bytes");
+    driver.device.reset().unwrap();
+    driver.device.resume().unwrap();
+    driver.probe().unwrap();
+    driver.start(!0).unwrap();
+    good(driver);
+}
+
+fn quiesce(driver: &mut TestDriver) {
+    driver.device.quiesce_begin();
+    driver.device.quiesce_finish(Instant::now() + LIMIT).unwrap();
+}
+
+#[test]
+fn fuzz_states_of_a_disk() {
+    for engine in ENGINES {
+        let mut disk = Setup { engine, queues: 2, ..Setup::default() }.on_bus();
+        hostile_states(&mut disk.driver, |driver| {
+            let header = driver.place(&common::header(common::IN, 7)).unwrap();
+            let data = driver.allocate(SECTOR, 16).unwrap();
+            let status = driver.allocate(1, 1).unwrap();
+            let chain = [
+                Segment::readable(header, 16),
+                Segment::writable(data, SECTOR as u32),
+                Segment::writable(status, 1),
+            ];
+            assert_eq!(driver.request(1, &chain).unwrap(), 513);
+        });
+    }
+}
+
+#[test]
+fn fuzz_states_of_an_entropy_source() {
+    let device = RngDevice::new("_rng", Path::new(DEFAULT_SOURCE)).unwrap();
+    let mut driver = TestDriver::new(Box::new(device), 1 << 20).unwrap();
+    hostile_states(&mut driver, |driver| {
+        let at = driver.allocate(64, 16).unwrap();
+        assert_eq!(driver.request(0, &[Segment::writable(at, 64)]).unwrap(), 64);
+    });
+}
+
+#[test]
+fn fuzz_states_of_a_console() {
+    let device = ConsoleDevice::new("_console", Box::new(std::io::sink()), (80, 25)).unwrap();
+    let input = device.input();
+    let mut driver = TestDriver::new(Box::new(device), 1 << 20).unwrap();
+    hostile_states(&mut driver, |driver| {
+        input.enqueue(b"typed");
+        let at = driver.allocate(8, 16).unwrap();
+        assert_eq!(driver.request(1, &[Segment::readable(at, 8)]).unwrap(), 0);
+    });
+}
+
+/// What a guest can write anywhere in the BAR of each device: device configuration and all.
+#[test]
+fn fuzz_registers_of_every_device() {
+    let disk = Setup::default().on_bus();
+    let rng = RngDevice::new("_rng", Path::new(DEFAULT_SOURCE)).unwrap();
+    let console = ConsoleDevice::new("_console", Box::new(std::io::sink()), (80, 25)).unwrap();
+    let drivers = [
+        disk.driver,
+        TestDriver::new(Box::new(rng), 1 << 20).unwrap(),
+        TestDriver::new(Box::new(console), 1 << 20).unwrap(),
+    ];
+    for mut driver in drivers {
+        driver.start(!0).unwrap();
+        let map = driver.resources.base.mmio.snapshot();
+        let (_, bar) = driver.bar();
+        let mapping = map.iter().find(|mapping| mapping.base == bar).unwrap().clone();
+        for seed in 1..=u64::from(rounds(3)) {
+            // The common, interrupt status and device configuration areas lie in the first four pages.
+            fuzz_registers(&*mapping.target, mapping.region, 0x100, 3, seed);
+            for page in 1..4 {
+                let part = From(&*mapping.target, page * 0x1000);
+                fuzz_registers(&part, mapping.region, 0x80, 3, seed);
+            }
+            driver.service().unwrap();
+            driver.start(!0).unwrap();
+        }
+    }
+}
+
+/// A target from an offset on.
+struct From<'a>(&'a dyn BusTarget, u64);
+
+impl BusTarget for From<'_> {
+    fn read(&self, region: u16, offset: u64, data: &mut [u8]) {
+        self.0.read(region, self.1 + offset, data);
+    }
+
+    fn write(&self, region: u16, offset: u64, data: &[u8]) {
+        self.0.write(region, self.1 + offset, data);
+    }
 }

@@ -11,6 +11,7 @@ use vmm_device_model::device::{
 use vmm_device_model::doorbell::DoorbellAddress;
 use vmm_device_model::metrics::Metered;
 use vmm_device_model::testing::{Xorshift, fuzz_registers, save_reset_restore};
+use vmm_fuzzing::rounds;
 use vmm_pci::bdf::FUNCTION_CONFIG_SIZE;
 use vmm_pci::host_bridge::{CONFIG_PORTS_LEN, REGION_ECAM, REGION_PORTS};
 use vmm_snapshot::{NoState, RecordError};
@@ -608,23 +609,23 @@ fn restore_into_a_running_device_is_refused() {
 }
 
 #[test]
-fn fuzzed_bar_and_configuration_space() {
+fn fuzz_bar_and_configuration_space() {
     let mut driver = running();
     let map = driver.resources.base.mmio.snapshot();
     let (_, bar) = driver.bar();
     let mapping = map.iter().find(|m| m.base == bar).unwrap().clone();
     // The interesting parts; the MSI-X table is 256 KiB of the same, so its start and its end.
-    fuzz_registers(&*mapping.target, mapping.region, 0x100, 6, 1);
+    fuzz_registers(&*mapping.target, mapping.region, 0x100, rounds(6), 1);
     for start in [ISR, 0x4000, NOTIFY, 0x8000, 0x4_8000 - 16, 0x4_8000, BAR_SIZE - 64] {
         let part = Part(&*mapping.target, start);
-        fuzz_registers(&part, 0, 64.min(BAR_SIZE - start), 6, 2);
+        fuzz_registers(&part, 0, 64.min(BAR_SIZE - start), rounds(6), 2);
         driver.service().unwrap();
     }
     let bridge = driver.resources.bridge.clone();
     let ecam = Part(&*bridge, driver.device.bdf().ecam_offset());
-    fuzz_registers(&ecam, REGION_ECAM, 0x140, 6, 3);
-    fuzz_registers(&ecam, REGION_ECAM, FUNCTION_CONFIG_SIZE, 1, 4);
-    fuzz_registers(&*bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), 200, 5);
+    fuzz_registers(&ecam, REGION_ECAM, 0x140, rounds(6), 3);
+    fuzz_registers(&ecam, REGION_ECAM, FUNCTION_CONFIG_SIZE, rounds(1), 4);
+    fuzz_registers(&*bridge, REGION_PORTS, CONFIG_PORTS_LEN.into(), rounds(200), 5);
     driver.service().unwrap();
     save_reset_restore(&mut driver.device).unwrap();
     quiesce(&mut driver);

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use vmm_api::config::{
     Bytes, ConsoleMode, Fault, FaultKind, ImageType, UnknownFields, VmConfig, parse_vm_config,
 };
+use vmm_fuzzing::{Random, rounds};
 
 fn parse(json: &Value) -> Result<VmConfig, Vec<Fault>> {
     parse_vm_config(json.to_string().as_bytes(), UnknownFields::Refuse).map(|parsed| parsed.config)
@@ -275,20 +276,8 @@ fn the_list_of_faults_is_bounded() {
     assert_eq!(one_fault(&nets(8193)).message, "8193 elements are more than 8192");
 }
 
-/// A small deterministic generator (xorshift), so that a failure repeats.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit as u64) as usize
-    }
-}
-
 #[test]
-fn mutated_documents_never_panic_and_what_is_accepted_reads_back() {
+fn fuzz_documents_and_what_is_accepted_reads_back() {
     let seed = rich().to_string().into_bytes();
     let pieces: [&[u8]; 12] = [
         b"null",
@@ -304,9 +293,9 @@ fn mutated_documents_never_panic_and_what_is_accepted_reads_back() {
         b"[[[[",
         b"\xff",
     ];
-    let mut rng = Rng(0x5eed_1234_abcd_0001);
+    let mut rng = Random::new(0x5eed_1234_abcd_0001);
     let mut accepted = 0;
-    for _ in 0..10_000 {
+    for _ in 0..rounds(10_000) {
         let mut json = seed.clone();
         for _ in 0..=rng.below(3) {
             let at = rng.below(json.len());

@@ -3,11 +3,11 @@
 
 mod fuzzing;
 
-use fuzzing::random::{Xorshift, factor, mutate};
 use serde_json::Value;
 use vmm_api::commands::operations;
 use vmm_api::openapi::document;
 use vmm_api::options::FLAGS;
+use vmm_fuzzing::{Random, mutate, rounds};
 
 const FULL: &str = r#"{"cpus": {"boot_vcpus": 2, "max_vcpus": 4, "topology": {"threads_per_core": 1, "cores_per_die": 4,
 "dies_per_package": 1, "packages": 1}, "affinity": [{"vcpu": 0, "host_cpus": [0, 1]}]}, "memory": {"size": 0, "zones":
@@ -30,10 +30,10 @@ const OPTIONS: [&str; 9] = [
 #[test]
 fn fuzz_configurations() {
     fuzzing::seeds("config").iter().for_each(|seed| fuzzing::documents::config(seed));
-    let mut random = Xorshift(0x1234_5678_9abc_def1);
+    let mut random = Random::new(0x1234_5678_9abc_def1);
     let schema = document(&operations())["components"]["schemas"].clone();
     let names: Vec<&str> = schema.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-    for turn in 0..4000 * factor() {
+    for turn in 0..rounds(4000) {
         let mut text = match turn % 4 {
             0 => OLD.as_bytes().to_vec(),
             1 => FULL.as_bytes().to_vec(),
@@ -48,7 +48,7 @@ fn fuzz_configurations() {
             }
         };
         for _ in 0..random.below(4) {
-            mutate(&mut text, &mut random);
+            mutate(&mut text, &mut random, &[]);
         }
         fuzzing::documents::config(&text);
     }
@@ -57,8 +57,8 @@ fn fuzz_configurations() {
 #[test]
 fn fuzz_option_strings() {
     fuzzing::seeds("options").iter().for_each(|seed| fuzzing::documents::options(seed));
-    let mut random = Xorshift(0xfeed_beef_cafe_1235);
-    for _ in 0..8000 * factor() {
+    let mut random = Random::new(0xfeed_beef_cafe_1235);
+    for _ in 0..rounds(8000) {
         let mut text = Vec::new();
         for _ in 0..=random.below(5) {
             text.push(u8::try_from(random.below(FLAGS.len())).unwrap());
@@ -66,14 +66,14 @@ fn fuzz_option_strings() {
             text.push(b'\n');
         }
         for _ in 0..random.below(4) {
-            mutate(&mut text, &mut random);
+            mutate(&mut text, &mut random, &[]);
         }
         fuzzing::documents::options(&text);
     }
 }
 
 /// Any JSON value.
-fn value(random: &mut Xorshift, depth: usize) -> Value {
+fn value(random: &mut Random, depth: usize) -> Value {
     match random.below(if depth == 0 { 6 } else { 8 }) {
         0 => Value::Null,
         1 => Value::Bool(random.below(2) == 0),
@@ -84,7 +84,7 @@ fn value(random: &mut Xorshift, depth: usize) -> Value {
         6 => (0..random.below(3)).map(|_| value(random, depth - 1)).collect(),
         _ => {
             let keys = ["id", "path", "mode", "size", "socket", "file"];
-            let pair = |random: &mut Xorshift| (keys[random.below(6)].to_owned(), value(random, depth - 1));
+            let pair = |random: &mut Random| (keys[random.below(6)].to_owned(), value(random, depth - 1));
             Value::Object((0..random.below(4)).map(|_| pair(random)).collect())
         }
     }

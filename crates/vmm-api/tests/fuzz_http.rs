@@ -3,7 +3,7 @@
 
 mod fuzzing;
 
-use fuzzing::random::{Xorshift, factor, mutate};
+use vmm_fuzzing::{Random, mutate, rounds};
 
 /// Whole requests and parts of some.
 const PARTS: [&str; 16] = [
@@ -28,14 +28,14 @@ const PARTS: [&str; 16] = [
 #[test]
 fn fuzz_requests_and_descriptors() {
     fuzzing::seeds("api_server").iter().for_each(|seed| fuzzing::http::serve(seed));
-    let mut random = Xorshift(0x9e37_79b9_7f4a_7c15);
-    for _ in 0..3000 * factor() {
+    let mut random = Random::new(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..rounds(3000) {
         let controls: Vec<u8> = (0..random.below(12)).map(|_| random.byte()).collect();
         let mut stream: Vec<u8> =
             (0..random.below(12)).flat_map(|_| PARTS[random.below(PARTS.len())].bytes()).collect();
         // Half of them stay as they are: what is well formed must get through, too.
         for _ in 0..random.below(6).saturating_sub(2) {
-            mutate(&mut stream, &mut random);
+            mutate(&mut stream, &mut random, &[]);
         }
         if random.below(100) == 0 {
             stream.splice(0..0, vec![b'x'; 20_000]);

@@ -5,6 +5,7 @@
 use serde_json::{Value, json};
 use vmm_api::config::{Fault, FaultKind, UnknownFields, VmConfig, parse_vm_config};
 use vmm_api::options::{Arity, FLAGS, Flag, VmFlags, help_for};
+use vmm_fuzzing::{Random, rounds};
 
 fn flags(given: &[(&str, &str)]) -> VmFlags {
     let mut flags = VmFlags::new();
@@ -286,29 +287,23 @@ fn help_lists_keys_values_and_defaults() {
 }
 
 #[test]
-fn mangled_option_strings_never_panic() {
+fn fuzz_option_strings() {
     let seeds = [
         ("cpus", "boot=2,max=4,topology=1:2:1:2,affinity=[0@[1,2-4],1@[7]],features=[amx]"),
         ("disk", "path=\"/a,b\",readonly=on,bw_size=1,bw_refill_time=2,queue_affinity=[0@[1]]"),
         ("numa", "guest_numa_id=0,cpus=[0-3],distances=[(1@20)],memory_zones=[a,b]"),
         ("console", "file=/tmp/x,iommu=on"),
     ];
-    let mut state = 0x1234_5678_9abc_def1_u64;
-    let mut below = |limit: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state % limit as u64) as usize
-    };
+    let mut random = Random::new(0x1234_5678_9abc_def1);
     let alphabet: Vec<char> = "[]\"=,@:-0x9Ké\0 ()".chars().collect();
     for (flag, seed) in seeds {
-        for _ in 0..3000 {
+        for _ in 0..rounds(3000) {
             let mut text: Vec<char> = seed.chars().collect();
-            for _ in 0..=below(3) {
-                let at = below(text.len());
-                match below(3) {
-                    0 => text[at] = alphabet[below(alphabet.len())],
-                    1 => text.insert(at, alphabet[below(alphabet.len())]),
+            for _ in 0..=random.below(3) {
+                let at = random.below(text.len());
+                match random.below(3) {
+                    0 => text[at] = alphabet[random.below(alphabet.len())],
+                    1 => text.insert(at, alphabet[random.below(alphabet.len())]),
                     _ => drop(text.remove(at)),
                 }
             }

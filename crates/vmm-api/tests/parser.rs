@@ -3,6 +3,7 @@
 
 use vmm_api::error::{Code, ErrorForm};
 use vmm_api::http::parser::{Limits, Parser, Progress, Request, Verb};
+use vmm_fuzzing::{Random, rounds};
 
 const LIMITS: Limits = Limits { head: 512, body: 64 };
 
@@ -172,20 +173,8 @@ fn garbage_is_refused() {
     assert!(!parser.started(), "empty lines are not kept");
 }
 
-/// xorshift64*: the same bytes on every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33).unwrap() % end
-    }
-}
-
 #[test]
-fn mutated_requests_never_do_harm_and_pieces_never_matter() {
+fn fuzz_requests_do_no_harm_and_pieces_never_matter() {
     let seeds: Vec<Vec<u8>> = [PING, CREATE].iter().map(|text| text.as_bytes().to_vec()).collect();
     let tokens: [&[u8]; 10] = [
         b"\r\n\r\n",
@@ -199,9 +188,9 @@ fn mutated_requests_never_do_harm_and_pieces_never_matter() {
         b" ",
         b"99999999999999999999",
     ];
-    let mut random = Random(0x5eed);
+    let mut random = Random::new(0x5eed);
     let mut outcomes = [0usize; 2];
-    for _ in 0..20_000 {
+    for _ in 0..rounds(20_000) {
         let mut bytes: Vec<u8> = (0..=random.below(3)).flat_map(|_| seeds[random.below(2)].clone()).collect();
         for _ in 0..random.below(6) {
             let at = random.below(bytes.len());

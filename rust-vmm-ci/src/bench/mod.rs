@@ -22,6 +22,8 @@ const BENCHES: &[(&str, Source)] = &[
     ("boot", Source::Whole),
     ("api-ready", Source::Whole),
     ("vm-info", Source::Whole),
+    ("vm-info-busy", Source::Whole),
+    ("pause-resume", Source::Whole),
     ("memory", Source::Whole),
     ("size", Source::Whole),
     ("bus", Source::Criterion { package: "vmm-device-model", bench: "bus", at_most_ns: Some(150.0) }),

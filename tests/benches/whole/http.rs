@@ -10,6 +10,13 @@ use crate::process::Process;
 pub(crate) const PING: &[u8] = b"GET /api/v1/vmm.ping HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n";
 pub(crate) const VM_INFO: &[u8] = b"GET /api/v1/vm.info HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n";
 
+/// A PUT request of the command `name`.
+pub(crate) fn put(name: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("PUT /api/v1/{name} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}")
+        .into_bytes()
+}
+
 /// A connection that is kept.
 pub(crate) struct Connection {
     stream: UnixStream,
@@ -29,7 +36,7 @@ impl Connection {
         }
     }
 
-    /// Sends the request and reads the whole answer, which must be 200.
+    /// Sends the request and reads the whole answer, which must be 200 or 204.
     pub(crate) fn request(&mut self, request: &[u8]) -> Result<()> {
         self.stream.write_all(request)?;
         let mut filled = 0;
@@ -42,6 +49,11 @@ impl Connection {
                 return Ok(());
             }
         }
+    }
+
+    /// Sends bytes and awaits nothing.
+    pub(crate) fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(self.stream.write_all(bytes)?)
     }
 
     /// Sends the request and reads it back.
@@ -68,8 +80,11 @@ fn answer_length(answer: &[u8]) -> Result<Option<usize>> {
     const END: &[u8] = b"\r\n\r\n";
     let Some(head) = answer.windows(END.len()).position(|bytes| bytes == END) else { return Ok(None) };
     let text = std::str::from_utf8(answer.get(..head).unwrap_or_default())?;
+    if text.starts_with("HTTP/1.1 204") {
+        return Ok(Some(head + END.len()));
+    }
     if !text.starts_with("HTTP/1.1 200") {
-        return Err(format!("an answer that is not 200: {text}").into());
+        return Err(format!("an answer that is no success: {text}").into());
     }
     let length = text.lines().find_map(|line| line.strip_prefix("Content-Length: "));
     Ok(Some(head + END.len() + length.ok_or("an answer without a length")?.trim().parse::<usize>()?))

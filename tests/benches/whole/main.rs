@@ -5,6 +5,7 @@
 
 mod figure;
 mod http;
+mod latency;
 mod process;
 
 use std::error::Error;
@@ -13,16 +14,14 @@ use std::time::{Duration, Instant};
 
 use vmm_tests::tiny::Guest;
 
-use figure::{Figure, Goal, median, percentile};
-use http::{Connection, PING, VM_INFO};
+use figure::{Figure, Goal, median};
+use http::{Connection, PING};
 use process::{Process, outside_guest_memory};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const MEMORY_MIB: u64 = 512;
 const START_ROUNDS: usize = 200;
-const LATENCY_ROUNDS: usize = 10;
-const LATENCY_REQUESTS: usize = 1000;
 const MEMORY_ROUNDS: usize = 5;
 const MIB: f64 = (1 << 20) as f64;
 
@@ -39,6 +38,8 @@ fn main() -> Result<()> {
             Some("boot") => vec![bench.boot()?],
             Some("api-ready") => vec![bench.api_ready()?],
             Some("vm-info") => bench.vm_info()?,
+            Some("vm-info-busy") => bench.vm_info_busy()?,
+            Some("pause-resume") => vec![bench.pause_resume()?],
             Some("memory") => vec![bench.memory()?],
             Some("size") => vec![bench.size()?],
             _ => return Err(format!("no benchmark has the name {}", name.display()).into()),
@@ -80,48 +81,6 @@ impl Bench {
             || first_answer(&self.floor, &["listen", &path], &socket),
         )?;
         Ok(Figure::beside("start to API ready", "us", times, Goal::None))
-    }
-
-    /// Latency of vm.info over one connection, with a guest that has halted.
-    fn vm_info(&self) -> Result<Vec<Figure>> {
-        let (ours_socket, floor_socket) = (self.folder.join("info.sock"), self.folder.join("echo.sock"));
-        let option = format!("path={}", ours_socket.display());
-        let kernel = self.kernel.display().to_string();
-        let memory = format!("size={MEMORY_MIB}M");
-        let mut vmm = Process::start(
-            &self.vmm,
-            &[
-                "--api-socket",
-                &option,
-                "--kernel",
-                &kernel,
-                "--memory",
-                &memory,
-                "--serial",
-                "tty",
-                "--console",
-                "off",
-            ],
-        )?;
-        vmm.read_byte()?;
-        let _floor = Process::start(&self.floor, &["echo", &floor_socket.display().to_string()])?;
-        let mut ours = Connection::wait_for(&ours_socket, &mut vmm)?;
-        let mut floor = Connection::wait_for(&floor_socket, &mut vmm)?;
-        let mut halves = [(0.5, Vec::new(), Vec::new()), (0.99, Vec::new(), Vec::new())];
-        // The first round warms caches.
-        for round in 0..=LATENCY_ROUNDS {
-            let mut ours = latencies(|| ours.request(VM_INFO))?;
-            let mut floor = latencies(|| floor.echo(VM_INFO))?;
-            for (part, all_ours, all_floor) in halves.iter_mut().filter(|_| round > 0) {
-                all_ours.push(percentile(&mut ours, *part));
-                all_floor.push(percentile(&mut floor, *part));
-            }
-        }
-        let [(_, ours50, floor50), (_, ours99, floor99)] = halves;
-        Ok(vec![
-            Figure::beside("vm.info p50", "us", (ours50, floor50), Goal::RatioAtMost(2.5)),
-            Figure::beside("vm.info p99", "us", (ours99, floor99), Goal::None),
-        ])
     }
 
     /// Memory of the process outside its guest's, 1 s after boot: one vCPU, disk, rng, console and serial port.
@@ -193,14 +152,4 @@ fn first_answer(program: &Path, args: &[&str], socket: &Path) -> Result<Duration
     drop(process);
     let _ = std::fs::remove_file(socket);
     Ok(time)
-}
-
-fn latencies(mut request: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
-    (0..LATENCY_REQUESTS)
-        .map(|_| {
-            let start = Instant::now();
-            request()?;
-            Ok(micros(start.elapsed()))
-        })
-        .collect()
 }

@@ -7,8 +7,9 @@ use vmm_api::client::Client;
 use vmm_api::command::Method;
 use vmm_api::commands::vm;
 use vmm_api::info::VmInfo;
+use vmm_state::Phase;
 
-use super::LIMIT;
+use super::{LIMIT, wait_until};
 
 /// A connection.
 #[derive(Debug)]
@@ -107,6 +108,31 @@ impl Api {
     /// When there is none.
     pub fn info(&mut self) -> VmInfo {
         self.client.call::<vm::Info>(&()).expect("vm.info")
+    }
+
+    /// The VM's phase by `vm.info`; `Empty` without a VM.
+    ///
+    /// # Panics
+    /// When there is no answer, or the contract's word is not the phase's.
+    pub fn phase(&mut self) -> Phase {
+        let answer = self.get("vm.info");
+        if answer.status == 404 {
+            return Phase::Empty;
+        }
+        let info = answer.json();
+        let word = info.get("phase").and_then(Value::as_str).unwrap_or_default();
+        let phase = Phase::ALL.into_iter().find(|phase| phase.name() == word);
+        let phase = phase.unwrap_or_else(|| panic!("{word:?} is no phase"));
+        assert_eq!(info.get("state").and_then(Value::as_str), phase.contract_word(), "{phase}");
+        phase
+    }
+
+    /// Waits until the VM is in `phase`.
+    ///
+    /// # Panics
+    /// When that takes longer than [`LIMIT`].
+    pub fn wait_for(&mut self, phase: Phase) {
+        wait_until(LIMIT, || (self.phase() == phase).then_some(()), || format!("the phase {phase}"));
     }
 
     /// The word of `vm.info` for the VM's state.

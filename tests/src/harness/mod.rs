@@ -6,6 +6,8 @@
 mod api;
 pub mod linux;
 mod output;
+mod pending;
+mod requests;
 pub mod terminal;
 mod vmm;
 
@@ -18,6 +20,8 @@ use serde_json::{Value, json};
 
 pub use api::{Answer, Api};
 pub use output::{Output, SerialFile};
+pub use pending::Pending;
+pub use requests::{Requests, UNBOOTABLE};
 pub use vmm::{Holdings, Vmm, resident_kib};
 
 use crate::tiny::Guest;

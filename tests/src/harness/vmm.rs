@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use super::terminal::Terminal;
-use super::{Api, LIMIT, Output, Scratch, binary, wait_until};
+use super::{Api, LIMIT, Output, Pending, Scratch, binary, wait_until};
 use crate::confine::confine;
 
 /// How long what is gone may be listed. Only failures wait for it.
@@ -161,6 +161,15 @@ impl Vmm {
     #[must_use]
     pub fn api(&self) -> Api {
         Api::connect(self.socket())
+    }
+
+    /// Sends a request without a body on a connection of its own, and does not wait for the answer.
+    ///
+    /// # Panics
+    /// When it was started without an API, or does not take it.
+    #[must_use]
+    pub fn begin(&self, name: &str) -> Pending {
+        Pending::send(self.socket(), name, b"")
     }
 
     /// The path of its API socket.

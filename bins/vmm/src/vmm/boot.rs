@@ -10,6 +10,7 @@ use vmm_api::events::{Event, RebootCause};
 use vmm_device_model::thread::ThreadHook;
 use vmm_state::Phase;
 
+use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::machine::stages::{Stage, Stages};
@@ -21,6 +22,8 @@ use crate::sandbox::Sandbox;
 pub(super) struct Boot {
     /// Machines built so far, or tried.
     pub(super) machines: u64,
+    /// The end of the machine before.
+    pub(super) before: Teardown,
     job: Option<Job>,
     /// In the order in which they came.
     waiting: Vec<ApiRequest<Vmm>>,
@@ -90,7 +93,7 @@ impl Vmm {
         };
         self.note(&Event::Rebooting { cause });
         self.boot.replaces = self.slot.machine().map(Machine::number);
-        self.drop_machine();
+        self.drop_machine(|| ());
         self.boot_for(asker);
     }
 
@@ -159,6 +162,7 @@ impl Vmm {
             post: EventPost::new(self.boot.machines, self.post.clone()),
             stages,
             threads: Arc::clone(self.sandbox.threads()),
+            before: self.boot.before.take(),
         };
         Ok((build, fresh))
     }
@@ -245,10 +249,13 @@ struct Build {
     post: EventPost,
     threads: Arc<dyn ThreadHook>,
     stages: Stages,
+    /// The machine before, whose memory and disks are needed.
+    before: Teardown,
 }
 
 impl Build {
     fn run(mut self) -> (Result<Machine, MachineError>, Stages) {
+        self.before.wait();
         let stages = &mut self.stages;
         let result =
             Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages);

@@ -45,18 +45,24 @@ handle!(vm::Pause, |vmm| vmm.pause());
 handle!(vm::Resume, |vmm| vmm.resume());
 handle!(vm::Nmi, |vmm| vmm.raise_nmi());
 handle!(vm::PowerButton, |vmm| vmm.press_power_button());
-handle!(vm::Shutdown, |vmm| {
-    vmm.stop();
-    Ok(())
-});
-handle!(vm::Delete, |vmm| {
-    vmm.remove();
-    Ok(())
-});
 handle!(vmm::Shutdown, |vmm| {
     vmm.end(ExitCode::Success);
     Ok(())
 });
+
+/// Answered when what the machine held is free again.
+impl Handle<vm::Shutdown> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.stop_then(move || replier.reply(Ok(())));
+    }
+}
+
+/// As above.
+impl Handle<vm::Delete> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.remove_then(move || replier.reply(Ok(())));
+    }
+}
 
 impl Handle<vm::Boot> for Vmm {
     fn handle(&mut self, (): (), replier: Replier<()>) {

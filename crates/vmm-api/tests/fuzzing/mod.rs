@@ -9,7 +9,6 @@
 
 pub(crate) mod documents;
 pub(crate) mod http;
-pub(crate) mod random;
 
 /// The seeds of a fuzz target.
 pub(crate) fn seeds(target: &str) -> Vec<Vec<u8>> {

@@ -1,0 +1,77 @@
+//! A request of each command, for tests that send every command in every phase.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use vmm_api::command::Method;
+
+/// Devices that this build cannot boot: the command is admitted, and the device refused with 501.
+pub const UNBOOTABLE: &[&str] = &[
+    "vm.add-device",
+    "vm.add-user-device",
+    "vm.add-fs",
+    "vm.add-generic-vhost-user",
+    "vm.add-pmem",
+    "vm.add-net",
+    "vm.add-vdpa",
+    "vm.add-vsock",
+];
+
+/// What the requests name.
+#[derive(Debug)]
+pub struct Requests {
+    /// The configuration of the VM, with a disk that has no id.
+    pub vm: Value,
+    /// A disk to add.
+    pub disk: PathBuf,
+}
+
+impl Requests {
+    /// Requests for a VM of `kernel` with 16 MiB, one vCPU and `disk`; its serial port is of the mode `serial`.
+    #[must_use]
+    pub fn new(kernel: &Path, disk: PathBuf, serial: &str) -> Self {
+        let vm = json!({
+            "payload": { "kernel": kernel },
+            "memory": { "size": 16 << 20 },
+            "disks": [{ "path": disk, "image_type": "Raw" }],
+            "serial": { "mode": serial },
+            "console": { "mode": "Off" },
+        });
+        Self { vm, disk }
+    }
+
+    /// The method of the command `name`.
+    #[must_use]
+    pub fn method(name: &str) -> Method {
+        match name {
+            "vmm.ping" | "vmm.openapi" | "vmm.metrics" | "vmm.events" | "vmm.log-level" | "vm.info"
+            | "vm.counters" | "vm.boot-trace" => Method::Get,
+            _ => Method::Put,
+        }
+    }
+
+    /// The body of a request `name` that is right in itself.
+    #[must_use]
+    pub fn body(&self, name: &str) -> Vec<u8> {
+        let url = json!({ "destination_url": "file:///x" });
+        let body = match name {
+            "vm.create" | "vm.validate" => self.vm.clone(),
+            "vmm.set-log-level" => json!({ "level": "warn" }),
+            "vm.add-disk" => json!({ "path": self.disk, "image_type": "Raw", "id": "d" }),
+            "vm.remove-device" => json!({ "id": "_disk0" }),
+            "vm.add-user-device" => json!({ "socket": "s" }),
+            "vm.add-fs" => json!({ "tag": "t", "socket": "s" }),
+            "vm.add-generic-vhost-user" => json!({ "socket": "s", "queue_sizes": [2], "device_type": 1 }),
+            "vm.add-pmem" => json!({ "file": "f" }),
+            "vm.add-vdpa" => json!({ "path": "p", "num_queues": 1 }),
+            "vm.add-vsock" => json!({ "cid": 3, "socket": "s" }),
+            "vm.resize-disk" => json!({ "id": "d", "desired_size": 1 }),
+            "vm.resize-zone" => json!({ "id": "z", "desired_ram": 1 }),
+            "vm.snapshot" | "vm.coredump" | "vm.send-migration" => url,
+            "vm.restore" => json!({ "source_url": "file:///x" }),
+            "vm.receive-migration" => json!({ "receiver_url": "unix:/x" }),
+            _ => json!({}),
+        };
+        body.to_string().into_bytes()
+    }
+}

@@ -1,0 +1,250 @@
+//! Every command in every phase, by HTTP to the real binary with a tiny guest: status and phase are what `vmm-state` says. The same
+//! over the scripted hypervisor is `bins/vmm/tests/phases.rs`.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use serde_json::json;
+use vmm_state::{ACTIONS, Action, ActionRow, Cell, Phase, Reason};
+use vmm_tests::harness::{
+    Answer, Api, LIMIT, Pending, Requests, Scratch, SerialFile, UNBOOTABLE, Vmm, wait_until,
+};
+use vmm_tests::tiny::Guest;
+
+/// Each row but the one that ends the process.
+fn rows() -> impl Iterator<Item = &'static ActionRow> {
+    ACTIONS.iter().filter(|row| row.action != Action::VmmShutdown)
+}
+
+/// What a request is answered in a phase: the status, and the phase afterwards.
+fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
+    match row.cell(phase) {
+        Cell::Run(step) if UNBOOTABLE.contains(&row.name) => (501, step.failed),
+        Cell::Run(step) if has_body(row) => (200, step.done),
+        Cell::Run(step) => (204, step.done),
+        Cell::Nothing => (204, phase),
+        // What waits finds a VM that runs: the boots here succeed.
+        Cell::Wait => expected(row, Phase::Running),
+        Cell::Refuse(Reason::NoVm) => (404, phase),
+        Cell::Refuse(Reason::NotBuilt) => (501, phase),
+        Cell::Refuse(
+            Reason::AlreadyCreated | Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused,
+        ) => (409, phase),
+    }
+}
+
+/// Whether a success has something to tell.
+fn has_body(row: &ActionRow) -> bool {
+    use Action::{BootTrace, Counters, Events, Info, LogLevel, Metrics, OpenApi, Ping, Validate};
+    [BootTrace, Counters, Events, Info, LogLevel, Metrics, OpenApi, Ping, Validate].contains(&row.action)
+}
+
+/// A VMM, and requests about a VM of one vCPU that halts and can take an NMI.
+struct Rig {
+    vmm: Vmm,
+    serial: SerialFile,
+    requests: Requests,
+    _scratch: Scratch,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        // An NMI before the guest is ready for it resets the machine, which would be another boot.
+        let vmm = Vmm::with_api(&scratch, ["--on-reboot", "stop"]);
+        let serial = SerialFile::new(scratch.path("serial"));
+        let mut requests = Requests::new(&scratch.guest(Guest::Nmi), scratch.disk("disk", 4096), "Null");
+        requests.vm["serial"] = json!({ "mode": "File", "file": serial.path() });
+        Self { vmm, serial, requests, _scratch: scratch }
+    }
+
+    fn api(&self) -> Api {
+        self.vmm.api()
+    }
+
+    /// Sends a request.
+    fn begin(&self, name: &str) -> Pending {
+        Pending::send(self.vmm.socket(), name, &self.requests.body(name))
+    }
+
+    fn ask(&self, name: &str) -> Answer {
+        self.begin(name).answer()
+    }
+
+    /// Makes a new VM and brings it to `phase`.
+    fn bring_to(&self, phase: Phase) {
+        let way: &[&str] = match phase {
+            Phase::Empty => &[],
+            Phase::Created | Phase::Booting => &["vm.create"],
+            Phase::Running => &["vm.create", "vm.boot"],
+            Phase::Paused => &["vm.create", "vm.boot", "vm.pause"],
+            Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
+        };
+        for name in ["vm.delete"].iter().chain(way) {
+            let answer = self.ask(name);
+            assert_eq!(answer.status, 204, "{name} on the way to {phase}: {answer:?}");
+            if *name == "vm.boot" {
+                self.serial.wait_for("ready");
+            }
+        }
+    }
+
+    /// Sends a request in `phase` and compares.
+    fn check(&self, row: &ActionRow, phase: Phase) {
+        let answer = self.ask(row.name);
+        let (status, after) = expected(row, phase);
+        assert_eq!(answer.status, status, "{} in {phase}: {answer:?}", row.name);
+        assert_eq!(answer.body.is_empty(), status == 204, "{} in {phase}: {answer:?}", row.name);
+        assert_eq!(self.api().phase(), after, "after {} in {phase}", row.name);
+    }
+}
+
+/// Each command in a phase that lasts.
+fn every_command_in(phase: Phase) {
+    let rig = Rig::new();
+    for row in rows() {
+        rig.bring_to(phase);
+        assert_eq!(rig.api().phase(), phase);
+        rig.check(row, phase);
+    }
+}
+
+#[test]
+fn every_command_without_a_vm() {
+    every_command_in(Phase::Empty);
+}
+
+#[test]
+fn every_command_to_a_vm_that_was_created() {
+    every_command_in(Phase::Created);
+}
+
+#[test]
+fn every_command_to_a_vm_that_runs() {
+    every_command_in(Phase::Running);
+}
+
+#[test]
+fn every_command_to_a_vm_that_is_paused() {
+    every_command_in(Phase::Paused);
+}
+
+#[test]
+fn every_command_to_a_vm_that_was_shut_down() {
+    every_command_in(Phase::Shutdown);
+}
+
+/// A boot that lasts: all memory is touched. It grows until what is asked meanwhile is asked in time.
+struct SlowBoot {
+    rig: Rig,
+    mib: u64,
+}
+
+impl SlowBoot {
+    const FIRST_MIB: u64 = 128;
+    const MOST_MIB: u64 = 2048;
+
+    fn new() -> Self {
+        let mut new = Self { rig: Rig::new(), mib: Self::FIRST_MIB };
+        new.resize();
+        new
+    }
+
+    fn resize(&mut self) {
+        assert!(self.mib <= Self::MOST_MIB, "no boot is slow enough");
+        self.rig.requests.vm["memory"] = json!({ "size": self.mib << 20, "prefault": true });
+    }
+
+    /// The boot was too fast for what was to be seen.
+    fn missed(&mut self) {
+        self.mib *= 2;
+        self.resize();
+    }
+
+    /// Begins a boot; `None` if it is over already.
+    fn begin(&self) -> Option<Pending> {
+        self.rig.bring_to(Phase::Booting);
+        let boot = self.rig.begin("vm.boot");
+        let mut api = self.rig.api();
+        let seen = |phase: Phase| (phase != Phase::Created).then_some(phase);
+        let phase = wait_until(LIMIT, || seen(api.phase()), || "a boot".to_owned());
+        (phase == Phase::Booting).then_some(boot)
+    }
+
+    /// What does not wait is answered while the boot goes on. `None` if the boot was over before it could be seen.
+    fn at_once(&self, row: &ActionRow) -> Option<()> {
+        let mut boot = self.begin()?;
+        let answer = self.rig.ask(row.name);
+        let phase = self.rig.api().phase();
+        let (status, after) = expected(row, Phase::Booting);
+        if phase == Phase::Running {
+            return None;
+        }
+        assert_eq!((answer.status, phase), (status, after), "{} in Booting: {answer:?}", row.name);
+        assert_eq!(boot.answer().status, 204, "the boot goes on after {}", row.name);
+        Some(())
+    }
+
+    /// What waits is answered when the boot has ended, by the table's cell of a VM that runs.
+    fn later(&self, row: &ActionRow) -> Option<()> {
+        let mut boot = self.begin()?;
+        let mut pending = self.rig.begin(row.name);
+        let mut api = self.rig.api();
+        if api.phase() != Phase::Booting {
+            return None;
+        }
+        // A reboot is a boot again, and is answered at its end. The guest that gets an NMI at once is reset by it.
+        loop {
+            let answered = pending.is_answered();
+            let phase = api.phase();
+            assert!(!answered || phase != Phase::Booting, "{} did not wait", row.name);
+            if answered {
+                break;
+            }
+        }
+        let (status, after) = expected(row, Phase::Booting);
+        let answer = pending.answer();
+        assert_eq!(answer.status, status, "{} in Booting: {answer:?}", row.name);
+        if row.action != Action::Nmi {
+            assert_eq!(api.phase(), after, "after {} in Booting", row.name);
+        }
+        assert_eq!(boot.answer().status, 204, "the boot before {}", row.name);
+        Some(())
+    }
+}
+
+#[test]
+fn every_command_to_a_vm_that_is_booting() {
+    let mut slow = SlowBoot::new();
+    for row in rows() {
+        let waits = row.cell(Phase::Booting) == Cell::Wait;
+        while (if waits { slow.later(row) } else { slow.at_once(row) }).is_none() {
+            slow.missed();
+        }
+    }
+}
+
+#[test]
+fn the_vmm_ends_in_every_phase_and_says_so() {
+    for phase in Phase::ALL {
+        let mut slow = SlowBoot::new();
+        let boot = (phase == Phase::Booting).then(|| {
+            loop {
+                match slow.begin() {
+                    Some(boot) => break boot,
+                    None => slow.missed(),
+                }
+            }
+        });
+        let mut rig = if boot.is_some() { slow.rig } else { Rig::new() };
+        if boot.is_none() {
+            rig.bring_to(phase);
+        }
+        let (status, _) = expected(Action::VmmShutdown.row(), phase);
+        assert_eq!(rig.ask("vmm.shutdown").status, status, "in {phase}");
+        if let Some(mut boot) = boot {
+            let answer = boot.answer();
+            assert!([204, 500].contains(&answer.status), "who waits for a boot is answered: {answer:?}");
+        }
+        assert_eq!(rig.vmm.wait().code(), Some(0), "in {phase}");
+        assert!(!rig.vmm.socket().exists(), "in {phase}");
+    }
+}
