@@ -116,7 +116,7 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 70),
+            (CONTROL_THREAD, 71),
             (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),
