@@ -235,7 +235,7 @@ fn the_whole_life_passes_the_filters() {
         for name in ["vm.counters", "vmm.metrics", "vm.boot-trace", "vmm.openapi", "vmm.log-level"] {
             assert_eq!(api.get(name).status, 200, "{name}");
         }
-        api.puts(&["vm.nmi", "vm.power-button"]);
+        api.puts(&["vm.power-button"]);
         api.puts(&["vm.pause", "vm.resume", "vm.pause", "vm.resume"]);
         driven(&mut api, &serial, "vm.reboot");
         api.puts(&["vm.pause"]);
