@@ -170,3 +170,14 @@ fn a_file_is_validated_from_the_command_line() {
     assert!(vmm.stderr.text().contains("/absent/file"), "{}", vmm.stderr.text());
     Vmm::spawn(["validate"]).expect_exit(2);
 }
+
+#[test]
+fn a_vm_of_the_command_line_that_does_not_boot_ends_the_vmm_also_with_an_api() {
+    let scratch = Scratch::new();
+    let socket = format!("path={}", scratch.path("api").display());
+    let mut vmm = Vmm::spawn(["--api-socket", &socket, "--kernel", "/absent/kernel", "--console", "off"]);
+    vmm.expect_exit(1);
+    let report = vmm.stderr.text();
+    assert!(report.contains("the VM does not boot") && report.contains("/absent/kernel"), "{report}");
+    assert!(!scratch.path("api").exists());
+}

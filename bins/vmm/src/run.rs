@@ -106,12 +106,12 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
     if let Some(checked) = options.config {
         control_loop.control(|vmm, control| {
             vmm.create(checked);
-            let booted = vmm.boot_now();
+            vmm.boot_at_start();
             vmm.settle(control);
-            booted
-        })?;
+        });
     }
     control_loop.run()?;
+    let failure = control_loop.control(|vmm, _| vmm.take_failure());
     let code = control_loop.state().ending().unwrap_or(ExitCode::Success);
     // First the loop, so that whoever waits is answered; then the server, which sends the answers.
     drop(control_loop);
@@ -119,7 +119,7 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
         server.stop();
     }
     drop(monitor);
-    Ok(code)
+    failure.map_or(Ok(code), |error| Err(error.into()))
 }
 
 /// The event monitor first of all, so that it tells of everything.

@@ -42,7 +42,7 @@ pub static TABLE: [Endpoint<Vmm>; COUNT] = commands::table();
 /// A VM's configuration, and what outlives its machine.
 #[derive(Debug)]
 pub struct Configured {
-    wire: VmConfig,
+    wire: Arc<VmConfig>,
     spec: Arc<MachineSpec>,
     /// Open since the first boot that succeeded.
     consoles: Option<Consoles>,
@@ -326,7 +326,7 @@ impl Vmm {
             state,
             memory_actual_size: machine
                 .map_or_else(|| configured.spec.memory.total().get(), Machine::memory_size),
-            device_tree: machine.map(|machine| tree::wire(&machine.nodes())),
+            device_tree: machine.map(|machine| tree::wire(machine.nodes())),
             phase: self.slot.phase().to_string(),
             boots: configured.boots,
             last_guest_event: configured.last_event.map(|event| event.to_string()),
@@ -347,34 +347,33 @@ fn warn(spec: &MachineSpec) {
 impl Configured {
     fn new(Checked { config, spec }: Checked) -> Self {
         let (told, boots, last_event) = (Told::default(), 0, None);
-        Self { wire: config, spec: Arc::new(spec), consoles: None, told, boots, last_event }
+        Self { wire: Arc::new(config), spec: Arc::new(spec), consoles: None, told, boots, last_event }
     }
 
     /// Takes an edited configuration; there is no machine.
     fn edit(&mut self, Checked { config, spec }: Checked) {
         warn(&spec);
-        self.wire = config;
+        self.wire = Arc::new(config);
         self.spec = Arc::new(spec);
     }
 
     /// The configuration with what only became known at boot: the paths of ptys.
-    fn shown(&self) -> VmConfig {
-        let mut config = self.wire.clone();
+    fn shown(&self) -> Arc<VmConfig> {
         let path = |console: &Option<Console>| {
             console.as_ref().and_then(Console::pty_path).map(|path| path.display().to_string().into())
         };
-        if let Some(consoles) = &self.consoles {
-            if config.serial.mode == ConsoleMode::Pty {
-                config.serial.file = path(&consoles.serial);
-            }
-            if config.console.mode == ConsoleMode::Pty {
-                config.console.file = path(&consoles.console);
-            }
-            if config.debug_console.mode == ConsoleMode::Pty {
-                config.debug_console.file = path(&consoles.debug);
-            }
+        let Some(consoles) = &self.consoles else { return Arc::clone(&self.wire) };
+        let mut shown = Arc::clone(&self.wire);
+        if self.wire.serial.mode == ConsoleMode::Pty {
+            Arc::make_mut(&mut shown).serial.file = path(&consoles.serial);
         }
-        config
+        if self.wire.console.mode == ConsoleMode::Pty {
+            Arc::make_mut(&mut shown).console.file = path(&consoles.console);
+        }
+        if self.wire.debug_console.mode == ConsoleMode::Pty {
+            Arc::make_mut(&mut shown).debug_console.file = path(&consoles.debug);
+        }
+        shown
     }
 }
 

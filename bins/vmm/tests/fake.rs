@@ -181,9 +181,10 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
     let fake = Arc::new(Fake::new());
     let mut vmm = Vmm::new(Arc::clone(&fake) as _, post, Policy::default(), Events::new()).confined(sandbox);
     vmm.create(Checked { config: VmConfig::default(), spec });
-    let error = vmm.boot_now().unwrap_err();
+    vmm.boot_at_start();
+    let error = vmm.take_failure().unwrap();
     assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
-    assert_eq!((vmm.phase(), fake.live()), (Phase::Created, Live::default()));
+    assert_eq!((vmm.phase(), fake.live()), (Phase::Empty, Live::default()), "the VMM ends");
 }
 
 fn config_address(device: u8, register: u32) -> Exit {

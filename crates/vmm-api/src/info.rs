@@ -3,8 +3,9 @@
 use crate::command::{Decode, Encode, Incoming, JSON, decode_json, encode_json};
 use crate::config::{VmConfig, read_vm_config};
 use crate::error::{ApiError, Code, FaultReport};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use vmm_state::Phase;
 
 /// The reply of `vmm.ping`.
@@ -74,7 +75,8 @@ impl VmState {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct VmInfo {
     /// The configuration in force, defaults filled in.
-    pub config: VmConfig,
+    #[serde(serialize_with = "shared")]
+    pub config: Arc<VmConfig>,
     /// The VM's state.
     pub state: VmState,
     /// Guest memory in bytes, less what a balloon holds.
@@ -89,6 +91,10 @@ pub struct VmInfo {
     /// What the guest did to its machine last: the name of a guest event of the life cycle's page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_guest_event: Option<String>,
+}
+
+fn shared<S: Serializer>(config: &Arc<VmConfig>, serializer: S) -> Result<S::Ok, S::Error> {
+    config.serialize(serializer)
 }
 
 impl Encode for VmInfo {
@@ -123,7 +129,7 @@ impl Decode for VmInfo {
             return Err(draft.faults.into());
         }
         let Raw { config: _, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = raw;
-        let config = draft.config;
+        let config = Arc::new(draft.config);
         Ok(Self { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event })
     }
 }
@@ -133,9 +139,9 @@ impl Decode for VmInfo {
 pub struct DeviceNode {
     /// The device's id.
     pub id: String,
-    /// What the device occupies; free-form, as in the contract.
+    /// What the device occupies.
     #[serde(default)]
-    pub resources: Vec<serde_json::Value>,
+    pub resources: Vec<NodeResource>,
     /// Id of the device this one belongs to.
     #[serde(default)]
     pub parent: Option<String>,
@@ -145,6 +151,50 @@ pub struct DeviceNode {
     /// The PCI address, `0000:00:01.0`.
     #[serde(default)]
     pub pci_bdf: Option<String>,
+}
+
+/// What a device occupies, in the contract's form, which its document leaves open.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum NodeResource {
+    /// Ports.
+    PioAddressRange {
+        /// The first.
+        base: u64,
+        /// How many.
+        size: u64,
+    },
+    /// Guest physical addresses.
+    MmioAddressRange {
+        /// The first.
+        base: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// A pin of the interrupt controller.
+    LegacyIrq(u32),
+    /// Message-signalled interrupts.
+    MsiIrq {
+        /// Of which kind.
+        ty: MsiKind,
+        /// The first.
+        base: u32,
+        /// How many.
+        size: u32,
+    },
+    /// What other VMMs say.
+    #[serde(untagged)]
+    Other(serde_json::Value),
+}
+
+/// Kinds of message-signalled interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MsiKind {
+    /// By the MSI capability.
+    PciMsi,
+    /// By the MSI-X capability.
+    PciMsix,
+    /// Otherwise.
+    GenericMsi,
 }
 
 /// The reply of `vm.validate`.
@@ -263,13 +313,23 @@ mod tests {
 
     #[test]
     fn info_survives_the_wire() {
+        let resources = vec![
+            NodeResource::PioAddressRange { base: 0x3f8, size: 8 },
+            NodeResource::LegacyIrq(4),
+            NodeResource::MsiIrq { ty: MsiKind::PciMsix, base: 0, size: 2 },
+            NodeResource::Other(serde_json::json!({ "KvmMemSlot": 3 })),
+        ];
         let node = DeviceNode {
             id: "_disk0".to_owned(),
             pci_bdf: Some("0000:00:01.0".to_owned()),
+            resources,
             ..DeviceNode::default()
         };
+        let text = serde_json::to_string(&node.resources).unwrap();
+        let form = r#"[{"PioAddressRange":{"base":1016,"size":8}},{"LegacyIrq":4},{"MsiIrq":{"ty":"PciMsix","base":0,"size":2}},{"KvmMemSlot":3}]"#;
+        assert_eq!(text, form);
         let info = VmInfo {
-            config: VmConfig::default(),
+            config: Arc::default(),
             state: VmState::Paused,
             memory_actual_size: 512 << 20,
             device_tree: Some([("_disk0".to_owned(), node)].into()),

@@ -69,7 +69,7 @@ fn replies_are_what_their_schemas_say() {
     let written = serde_json::from_slice(&ping.encode().unwrap()).unwrap();
     describes("VmmPingResponse", &written, &written);
     let bare = VmInfo {
-        config: VmConfig::default(),
+        config: std::sync::Arc::default(),
         state: VmState::Created,
         memory_actual_size: 1,
         device_tree: None,

@@ -103,7 +103,7 @@ mod tests {
         config.payload =
             Some(PayloadConfig { kernel: Some("/boot/vmlinux".into()), ..PayloadConfig::default() });
         let running = VmInfo {
-            config,
+            config: std::sync::Arc::new(config),
             state: VmState::Running,
             memory_actual_size: 512 << 20,
             device_tree: Some([node("_disk0", Some("0000:00:02.0")), node("serial", None)].into()),
@@ -125,7 +125,7 @@ serial  -             -
 ";
         assert_eq!(info(&running), expected);
         let other = VmInfo {
-            config: VmConfig::default(),
+            config: std::sync::Arc::default(),
             device_tree: None,
             phase: String::new(),
             boots: 0,

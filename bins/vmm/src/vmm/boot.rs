@@ -13,6 +13,7 @@ use vmm_state::Phase;
 use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
+use crate::exit::ExitCode;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 use crate::sandbox::Sandbox;
@@ -29,6 +30,8 @@ pub(super) struct Boot {
     waiting: Vec<ApiRequest<Vmm>>,
     /// Number of the machine that the boot is to replace, for a reboot.
     replaces: Option<u64>,
+    /// The VM of the command line does not boot.
+    failed: Option<VmmError>,
 }
 
 #[derive(Debug)]
@@ -46,18 +49,27 @@ pub(super) enum Asker {
     Client(Replier<()>),
     /// The guest, by a reset.
     Guest,
+    /// Who started the process.
+    CommandLine,
 }
 
 impl Vmm {
-    /// Boots the VM that is configured, on this thread.
-    ///
-    /// # Errors
-    /// The machine cannot be built; the VM is as it was.
-    pub fn boot_now(&mut self) -> Result<(), VmmError> {
+    /// Boots the VM that is configured, on this thread; where that fails the VM is as it was.
+    fn boot_now(&mut self) -> Result<(), VmmError> {
         let (build, fresh) = self.prepare()?;
         self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
         let (result, stages) = build.run();
         self.settle_boot(result, &stages, fresh)
+    }
+
+    /// Boots the VM of the command line. If that fails the VMM ends, and [`take_failure`](Self::take_failure) says why.
+    pub fn boot_at_start(&mut self) {
+        self.boot_for(Asker::CommandLine);
+    }
+
+    /// Why the VM of the command line does not boot, once.
+    pub fn take_failure(&mut self) -> Option<VmmError> {
+        self.boot.failed.take()
     }
 
     /// Begins to boot; `asker` is told of the end.
@@ -89,7 +101,7 @@ impl Vmm {
     pub(super) fn reboot_for(&mut self, asker: Asker) {
         let cause = match &asker {
             Asker::Client(_) => RebootCause::Client,
-            Asker::Guest => RebootCause::Guest,
+            Asker::Guest | Asker::CommandLine => RebootCause::Guest,
         };
         self.note(&Event::Rebooting { cause });
         self.boot.replaces = self.slot.machine().map(Machine::number);
@@ -227,8 +239,12 @@ impl Vmm {
             (Asker::Client(replier), result) => {
                 replier.reply(result.map_err(|error| ApiError::from_error(Code::BootFailed, &error)));
             }
-            (Asker::Guest, Ok(())) => {}
+            (Asker::Guest | Asker::CommandLine, Ok(())) => {}
             (Asker::Guest, Err(error)) => self.lost(&error),
+            (Asker::CommandLine, Err(error)) => {
+                self.boot.failed = Some(error);
+                self.end(ExitCode::VmmError);
+            }
         }
     }
 }

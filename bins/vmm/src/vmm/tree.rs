@@ -2,31 +2,34 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
-use vmm_api::info::DeviceNode as WireNode;
+use vmm_api::info::{DeviceNode as WireNode, MsiKind, NodeResource};
 use vmm_device_manager::node::{DeviceNode, Resource};
 
-pub(super) fn wire(nodes: &[DeviceNode]) -> BTreeMap<String, WireNode> {
-    let node = |node: &DeviceNode| {
+pub(super) fn wire(nodes: Vec<DeviceNode>) -> BTreeMap<String, WireNode> {
+    let node = |node: DeviceNode| {
         let wire = WireNode {
-            id: node.id.clone(),
             resources: node.resources.iter().filter_map(resource).collect(),
             pci_bdf: node.bdf().map(|bdf| bdf.to_string()),
+            id: node.id.clone(),
             ..WireNode::default()
         };
-        (node.id.clone(), wire)
+        (node.id, wire)
     };
-    nodes.iter().map(node).collect()
+    nodes.into_iter().map(node).collect()
 }
 
-fn resource(resource: &Resource) -> Option<serde_json::Value> {
-    match resource {
-        Resource::Pio { base, len } => Some(json!({ "PioAddressRange": { "base": base, "size": len } })),
-        Resource::Mmio { base, len } | Resource::Bar { base, len } => {
-            Some(json!({ "MmioAddressRange": { "base": base, "size": len } }))
+fn resource(resource: &Resource) -> Option<NodeResource> {
+    match *resource {
+        Resource::Pio { base, len } => {
+            Some(NodeResource::PioAddressRange { base: base.into(), size: len.into() })
         }
-        Resource::Line { gsi } => Some(json!({ "LegacyIrq": gsi })),
-        Resource::Msi { count } => Some(json!({ "MsiIrq": { "ty": "PciMsix", "base": 0, "size": count } })),
+        Resource::Mmio { base, len } | Resource::Bar { base, len } => {
+            Some(NodeResource::MmioAddressRange { base, size: len })
+        }
+        Resource::Line { gsi } => Some(NodeResource::LegacyIrq(gsi)),
+        Resource::Msi { count } => {
+            Some(NodeResource::MsiIrq { ty: MsiKind::PciMsix, base: 0, size: count.into() })
+        }
         // Both show as the node's address.
         _ => None,
     }

@@ -119,7 +119,7 @@ impl Handle<vm::Info> for Toy {
         let config = request.config.clone();
         let state = VmState::from_phase(self.slot.phase()).unwrap();
         replier.reply(Ok(VmInfo {
-            config,
+            config: config.into(),
             state,
             memory_actual_size: request.fds.len() as u64,
             device_tree: None,
