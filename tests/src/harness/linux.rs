@@ -103,6 +103,9 @@ impl LinuxGuest {
     }
 }
 
+/// What a test says that finds its guest's kernel crashed.
+pub const CRASHED: &str = "the guest's kernel panicked";
+
 /// The console of a running guest. When the test fails it shows its end.
 #[derive(Debug)]
 pub struct Console {
@@ -172,8 +175,12 @@ impl Console {
         vmm.expect_exit(0);
     }
 
-    fn check_alive(&self) {
-        assert!(!self.serial.text().contains("Kernel panic"), "the guest's kernel panicked");
+    /// Checks that the guest's kernel goes on.
+    ///
+    /// # Panics
+    /// With [`CRASHED`], when it does not.
+    pub fn check_alive(&self) {
+        assert!(!self.serial.text().contains("Kernel panic"), "{CRASHED}");
     }
 }
 

@@ -113,10 +113,19 @@ impl Nested {
     /// # Errors
     /// When L1 does not come up twice, dies, or a limit passes.
     pub fn run(&self, job: &Job) -> Result<ExitStatus> {
-        match self.run_once(job) {
+        self.run_prepared(|| Ok(job.clone()))
+    }
+
+    /// The same for a command that changes files: `prepare` makes them anew for each run.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and those of `prepare`.
+    pub fn run_prepared(&self, mut prepare: impl FnMut() -> Result<Job>) -> Result<ExitStatus> {
+        let job = prepare()?;
+        match self.run_once(&job) {
             Err(error) if is_emulators_fault(&error) && !job.interactive => {
                 eprintln!("{error}\nthis is a fault of the emulated machine: running the command once more");
-                self.run_once(job)
+                self.run_once(&prepare()?)
             }
             other => other,
         }

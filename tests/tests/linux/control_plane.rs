@@ -61,7 +61,10 @@ pub(crate) fn reboot_loop(bench: &Bench) {
     let mut api = boot(&vmm, &guest, &console, false);
     let boots = reboots() + 1;
     let limit = BOOT_LIMIT * u32::try_from(boots).unwrap();
-    let up = || (console.facts("action").len() as u64 >= boots).then_some(());
+    let up = || {
+        console.check_alive();
+        (console.facts("action").len() as u64 >= boots).then_some(())
+    };
     wait_until(limit, up, || format!("{boots} boots; so far {}", console.facts("action").len()));
     // The last of them may be rebooting by now.
     let info = api.info();
