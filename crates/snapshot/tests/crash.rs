@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use fixture::{load, memory, same, state, write_on};
-use vmm_snapshot::directory::{BytesMemory, Chain, HostStorage, Increment, ReadError, Storage, Work, WriteError};
+use vmm_snapshot::directory::{
+    BytesMemory, Chain, HostStorage, Increment, ReadError, Storage, Work, WriteError,
+};
 
 mod fixture;
 
@@ -88,7 +90,9 @@ impl Faults {
             }
             match entry {
                 Unsynced::Created(name) => std::fs::remove_file(path.join(name)).unwrap_or_default(),
-                Unsynced::Renamed(from, to) => std::fs::rename(path.join(to), path.join(from)).unwrap_or_default(),
+                Unsynced::Renamed(from, to) => {
+                    std::fs::rename(path.join(to), path.join(from)).unwrap_or_default();
+                }
             }
         }
     }
@@ -262,8 +266,13 @@ fn a_kill_leaves_none_or_a_whole_one() {
 #[test]
 fn a_power_loss_leaves_none_or_a_whole_one() {
     // Of what was not synced nothing survives, all, every second, or only the last.
-    let keeps: [&dyn Fn(usize, usize) -> bool; 5] =
-        [&|_, _| false, &|_, _| true, &|index, _| index % 2 == 0, &|index, _| index % 2 == 1, &|index, last| index == last];
+    let keeps: [&dyn Fn(usize, usize) -> bool; 5] = [
+        &|_, _| false,
+        &|_, _| true,
+        &|index, _| index % 2 == 0,
+        &|index, _| index % 2 == 1,
+        &|index, last| index == last,
+    ];
     for (number, keep) in keeps.iter().enumerate() {
         at_every_operation(|scene, incremental, at| {
             let context = format!("power loss {number} after {at}");

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use fixture::*;
 use proptest::prelude::*;
 use vmm_snapshot::directory::{
-    CHUNK, Chain, Draft, Extents, FileMemory, HostStorage, Increment, MAX_DEPTH, PAGE, Place, ReadError, Snapshot,
-    Work, WriteError, diff, inspect, merge,
+    CHUNK, Chain, Draft, Extents, FileMemory, HostStorage, Increment, MAX_DEPTH, PAGE, Place, ReadError,
+    Snapshot, Work, WriteError, diff, inspect, merge,
 };
 
 mod fixture;
@@ -54,12 +54,8 @@ fn what_is_written_is_read() {
 #[test]
 fn zero_pages_take_no_space_and_holes_are_not_read() {
     let (folder, path) = folder();
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(folder.path().join("ram"))
-        .unwrap();
+    let file =
+        fs::File::options().read(true).write(true).create_new(true).open(folder.path().join("ram")).unwrap();
     // A TiB would take minutes if holes were read.
     let size = 1 << 40;
     file.set_len(size).unwrap();
@@ -146,12 +142,8 @@ fn many_random_changes_stay_within_the_extents() {
     let folder = tempfile::tempdir().unwrap();
     // Every second page of 1 GiB and a bit: twice the extents that fit.
     let size = 300_000 * PAGE;
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(folder.path().join("ram"))
-        .unwrap();
+    let file =
+        fs::File::options().read(true).write(true).create_new(true).open(folder.path().join("ram")).unwrap();
     file.set_len(size).unwrap();
     let ranges: Vec<_> = (0..150_000).map(|page| 2 * page * PAGE..2 * page * PAGE + 1).collect();
     let memory = FileMemory(vec![(Place { zone: "mem0".to_owned(), gpa: 0, size }, file)]);
@@ -168,7 +160,7 @@ fn many_random_changes_stay_within_the_extents() {
         draft.memory(&memory, increment, &work()).unwrap().commit(&contents).unwrap();
     };
     write("a", None);
-    write("b", Some(&Increment { parent: Path::new("../a"), changed: &[ranges.clone()] }));
+    write("b", Some(&Increment { parent: Path::new("../a"), changed: std::slice::from_ref(&ranges) }));
     let chain = Chain::open(&folder.path().join("b")).unwrap();
     let extents = &chain.newest().table().regions[0].extents;
     assert!(extents.ranges().len() <= vmm_snapshot::directory::MAX_EXTENTS);
@@ -183,7 +175,11 @@ fn work_is_told_and_stopped() {
     let watch = |progress: vmm_snapshot::directory::Progress| {
         assert_eq!(progress.total, 2 * PAGES * PAGE);
         assert!(last.swap(progress.done, Ordering::Relaxed) <= progress.done);
-        if calls.fetch_add(1, Ordering::Relaxed) == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if calls.fetch_add(1, Ordering::Relaxed) == 2 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     };
     let work = Work { watch: &watch, ..work() };
     let error = write_on(&HostStorage, &path, &memory, None, &work).unwrap_err();
@@ -191,7 +187,13 @@ fn work_is_told_and_stopped() {
     assert!(!path.exists(), "what was written is gone");
     write(&path, &memory);
     for at in 0..2 {
-        let stop = |_| if calls.fetch_add(1, Ordering::Relaxed) == at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+        let stop = |_| {
+            if calls.fetch_add(1, Ordering::Relaxed) == at {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
         calls.store(0, Ordering::Relaxed);
         let error = Chain::open(&path).unwrap().verify(&Work { watch: &stop, ..work }).unwrap_err();
         assert!(matches!(error, ReadError::Cancelled), "{error}");
@@ -240,7 +242,11 @@ fn golden_directories_are_written_and_read() {
         if bless && !golden.join(name).exists() {
             fs::create_dir(golden.join(name)).unwrap();
             for file in FILES {
-                fs::write(golden.join(name).join(file), fs::read(folder.path().join(name).join(file)).unwrap()).unwrap();
+                fs::write(
+                    golden.join(name).join(file),
+                    fs::read(folder.path().join(name).join(file)).unwrap(),
+                )
+                .unwrap();
             }
         }
         for file in FILES {
@@ -335,7 +341,8 @@ fn truncation_and_every_flipped_bit_are_told() {
                 match &error {
                     ReadError::Hash { path } => path.ends_with(name) && !memory,
                     ReadError::Chunk { path, chunk: 0, .. } => path.ends_with(name) && memory,
-                    ReadError::NotASnapshot { .. } | ReadError::Newer { .. } | ReadError::Older { .. } => manifest,
+                    ReadError::NotASnapshot { .. } | ReadError::Newer { .. } | ReadError::Older { .. } =>
+                        manifest,
                     _ => false,
                 },
                 "{name}, byte {at}: {error}"
@@ -348,12 +355,15 @@ fn truncation_and_every_flipped_bit_are_told() {
 
 #[test]
 fn forged_manifests_are_told() {
-    let forged = |from: &'static str, to: &'static str| after(|path| forge(path, |text| text.replace(from, to)));
+    let forged =
+        |from: &'static str, to: &'static str| after(|path| forge(path, |text| text.replace(from, to)));
     let error = forged(r#""format":1"#, r#""format":2"#);
     assert!(matches!(error, ReadError::Newer { found: 2, known: 1, .. }), "{error}");
     let error = forged(r#""format":1"#, r#""format":0"#);
     assert!(matches!(error, ReadError::Older { found: 0, oldest: 1, .. }), "{error}");
-    for name in ["../memory-0.bin", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "a\\u0000", "manifest.json"] {
+    for name in
+        ["../memory-0.bin", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "a\\u0000", "manifest.json"]
+    {
         let error = after(|path| forge(path, |text| text.replace("memory-0.bin", name)));
         assert!(matches!(&error, ReadError::Leaves { .. }), "{name}: {error}");
     }
@@ -378,11 +388,13 @@ fn forged_manifests_are_told() {
         });
     });
     assert!(matches!(&error, ReadError::Absurd { .. }), "{error}");
-    for (from, to) in [("\"vmm\"", "\"wmm\""), (r#""vmm":"#, r#""new":1,"vmm":"#), ("{\"boot\"", "[\"boot\"")] {
+    for (from, to) in [("\"vmm\"", "\"wmm\""), (r#""vmm":"#, r#""new":1,"vmm":"#), ("{\"boot\"", "[\"boot\"")]
+    {
         let error = forged(from, to);
         assert!(matches!(&error, ReadError::Manifest { .. }), "{to}: {error}");
     }
-    let error = after(|path| edit(&path.join("manifest.json"), |bytes| bytes.splice(..1, *b"x").for_each(drop)));
+    let error =
+        after(|path| edit(&path.join("manifest.json"), |bytes| bytes.splice(..1, *b"x").for_each(drop)));
     assert!(matches!(&error, ReadError::NotASnapshot { .. }), "{error}");
 }
 
@@ -424,7 +436,12 @@ fn a_chain_has_an_end() {
     let mut memory = memory(1, &[]);
     write(&path(1), &memory);
     for index in 2..=MAX_DEPTH {
-        write_child(&path(index), &format!("../{}", index - 1), &mut memory, &[(index as u64 % 2, index as u8)]);
+        write_child(
+            &path(index),
+            &format!("../{}", index - 1),
+            &mut memory,
+            &[(index as u64 % 2, index as u8)],
+        );
     }
     let chain = Chain::open(&path(MAX_DEPTH)).unwrap();
     assert!(same(&load(&chain).unwrap(), &memory));
@@ -499,10 +516,14 @@ fn agree(file: &Path, name: &str) {
     }
     let bytes = fs::read(file).unwrap();
     let mut body = String::from_utf8_lossy(body(&text)).into_owned();
-    if let Some(at) = body.find(&format!("\"file\":\"{name}\",\"size\":")).filter(|_| name != "manifest.json") {
+    if let Some(at) = body.find(&format!("\"file\":\"{name}\",\"size\":")).filter(|_| name != "manifest.json")
+    {
         let end = at + body[at..].find('}').unwrap();
         let hash = vmm_snapshot::directory::Hash::of(&bytes);
-        body.replace_range(at..end, &format!("\"file\":\"{name}\",\"size\":{},\"sha256\":\"{hash}\"", bytes.len()));
+        body.replace_range(
+            at..end,
+            &format!("\"file\":\"{name}\",\"size\":{},\"sha256\":\"{hash}\"", bytes.len()),
+        );
     }
     edit(&manifest, |manifest| *manifest = signed(body.as_bytes()));
 }

@@ -138,7 +138,8 @@ impl Chain {
             let window = chunk_range(job.chunk, sizes.get(job.region).copied().unwrap_or(0));
             sized(&mut buffers.chunk, &window);
             self.lay_over(job, buffers)?;
-            let extents = overlay.get(job.region).into_iter().flat_map(|extents| extents.within(window.clone()));
+            let extents =
+                overlay.get(job.region).into_iter().flat_map(|extents| extents.within(window.clone()));
             for range in extents {
                 let bytes = part(&buffers.chunk, range.start - window.start..range.end - window.start);
                 give(sink, Piece { region: job.region, offset: range.start, bytes })?;

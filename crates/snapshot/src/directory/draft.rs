@@ -214,7 +214,8 @@ mod tests {
         for own in [MARKER, STATE, "chunks.bin.partial", "memory-0.bin", "memory-255.bin.partial"] {
             assert!(is_own(own), "{own}");
         }
-        for other in [MANIFEST, "memory-.bin", "memory-+1.bin", "memory-1000.bin", "x.partial", "state.cbor~"] {
+        for other in [MANIFEST, "memory-.bin", "memory-+1.bin", "memory-1000.bin", "x.partial", "state.cbor~"]
+        {
             assert!(!is_own(other), "{other}");
         }
     }

@@ -103,7 +103,8 @@ mod tests {
     #[test]
     #[expect(clippy::single_range_in_vec_init, reason = "one extent")]
     fn covering_widens_sorts_and_joins() {
-        let extents = Extents::covering(&[5 * PAGE + 1..5 * PAGE + 2, 0..1, 7..7, PAGE..2 * PAGE], SIZE).unwrap();
+        let extents =
+            Extents::covering(&[5 * PAGE + 1..5 * PAGE + 2, 0..1, 7..7, PAGE..2 * PAGE], SIZE).unwrap();
         assert_eq!(extents.ranges(), [0..2 * PAGE, 5 * PAGE..6 * PAGE]);
         assert_eq!(extents.bytes(), 3 * PAGE);
         assert_eq!(Extents::covering(&[0..SIZE + 1], SIZE), None);

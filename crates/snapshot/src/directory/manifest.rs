@@ -15,6 +15,8 @@ pub const OLDEST: u32 = 1;
 pub const MAX_MANIFEST: u64 = 4 << 20;
 /// Most bytes of a state file.
 pub const MAX_STATE: u64 = 256 << 20;
+/// Most bytes of a chunk table: enough for 50 TiB of memory.
+pub const MAX_TABLE: u64 = 1 << 30;
 /// Most regions of a snapshot.
 pub const MAX_REGIONS: usize = 256;
 
@@ -174,8 +176,10 @@ impl Manifest {
         if let Some([twice, _]) = names.array_windows().find(|[a, b]| a == b) {
             return absurd(format!("file {twice:?} has two purposes"));
         }
-        if self.state.size > MAX_STATE {
-            return absurd(format!("{} bytes of state, at most {MAX_STATE} are possible", self.state.size));
+        for (DataFile { file, size, .. }, most) in [(&self.state, MAX_STATE), (&self.chunks, MAX_TABLE)] {
+            if *size > most {
+                return absurd(format!("{size} bytes in {file}, at most {most} are possible"));
+            }
         }
         check_regions(&self.memory).or_else(absurd)
     }
@@ -216,7 +220,8 @@ pub(super) fn check_regions(regions: &[Region]) -> Result<(), String> {
     let mut free = 0;
     for Region { zone, gpa, size, .. } in regions {
         let end = gpa.checked_add(*size).filter(|end| *end <= MAX_ADDRESS);
-        let Some(end) = end.filter(|_| *size > 0 && gpa.is_multiple_of(PAGE) && size.is_multiple_of(PAGE)) else {
+        let Some(end) = end.filter(|_| *size > 0 && gpa.is_multiple_of(PAGE) && size.is_multiple_of(PAGE))
+        else {
             return Err(format!("region of zone {zone:?} at {gpa:#x} cannot have {size:#x} bytes"));
         };
         if *gpa < free {

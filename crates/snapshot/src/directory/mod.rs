@@ -22,13 +22,15 @@ pub use chain::{Chain, MAX_DEPTH, Piece};
 pub use error::{ReadError, WriteError};
 pub use extents::{Extents, MAX_EXTENTS};
 pub use hash::Hash;
-pub use manifest::{DataFile, FORMAT, MAX_MANIFEST, MAX_REGIONS, MAX_STATE, Manifest, OLDEST, Parent, Region};
+pub use manifest::{
+    DataFile, FORMAT, MAX_MANIFEST, MAX_REGIONS, MAX_STATE, MAX_TABLE, Manifest, OLDEST, Parent, Region,
+};
 pub use read::Snapshot;
+pub use source::{BytesMemory, FileMemory, MemorySource, Place};
 pub use storage::{HostStorage, Storage};
 pub use table::{RegionTable, Table, TableError};
 pub use tools::{Difference, Inspection, LayerSummary, RecordSummary, diff, inspect, merge};
 pub use work::{Progress, Work};
-pub use source::{BytesMemory, FileMemory, MemorySource, Place};
 pub use write::{Contents, Draft, Filled, Increment};
 
 /// Bytes of a page: the unit of extents and of what counts as zero.

@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use super::hash::ChunkHasher;
 use super::manifest::{MANIFEST, MAX_MANIFEST};
 use super::work::{Stop, sized};
-use super::{CHUNK, DataFile, Extents, Hash, Manifest, ReadError, Region, RegionTable, Table, Work, chunk_range, storage};
+use super::{
+    CHUNK, DataFile, Extents, Hash, Manifest, ReadError, Region, RegionTable, Table, Work, chunk_range,
+    storage,
+};
 use crate::{Record, RecordSet, minicbor};
 
 /// A snapshot whose manifest, state and chunk table are verified and whose memory files have their sizes.
@@ -35,8 +38,7 @@ impl Snapshot {
     /// Every [`ReadError`] but those that are about parents and memory.
     pub fn open(path: &Path) -> Result<Self, ReadError> {
         let dir = storage::open_dir(path).map_err(|error| failed(error, path.to_owned()))?;
-        let metadata =
-            dir.metadata().map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
+        let metadata = dir.metadata().map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
         let place = path.join(MANIFEST);
         let (file, size) = open(&dir, path, MANIFEST).map_err(|error| match error {
             ReadError::Missing { path } => ReadError::NotASnapshot { path },
@@ -70,9 +72,7 @@ impl Snapshot {
 
     fn check_complete(&self) -> Result<(), ReadError> {
         let regions = self.manifest.memory.iter().zip(&self.table.regions);
-        let whole = |(region, table): (&Region, &RegionTable)| {
-            table.extents == Extents::whole(region.size)
-        };
+        let whole = |(region, table): (&Region, &RegionTable)| table.extents == Extents::whole(region.size);
         if self.manifest.parent.is_none() && !regions.into_iter().all(whole) {
             return Err(ReadError::Incomplete { path: self.path.clone() });
         }
@@ -135,7 +135,12 @@ impl Snapshot {
     }
 
     /// Reads chunk `chunk` of a memory file into `buffer` and verifies it.
-    pub(super) fn read_chunk(&self, region: usize, chunk: u64, buffer: &mut Vec<u8>) -> Result<(), ReadError> {
+    pub(super) fn read_chunk(
+        &self,
+        region: usize,
+        chunk: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
         let (Some(file), Some(Region { size, file: name, .. }), Some(table)) =
             (self.memory.get(region), self.manifest.memory.get(region), self.table.regions.get(region))
         else {

@@ -198,12 +198,7 @@ fn same_chunk(a: &Chain, b: &Chain, job: Job) -> bool {
 ///
 /// # Errors
 /// Every [`WriteError`]; a damaged source is the cause of [`WriteError::Memory`].
-pub fn merge(
-    path: &Path,
-    storage: &dyn Storage,
-    target: &Path,
-    work: &Work<'_>,
-) -> Result<Hash, WriteError> {
+pub fn merge(path: &Path, storage: &dyn Storage, target: &Path, work: &Work<'_>) -> Result<Hash, WriteError> {
     let chain = Chain::open(path).map_err(WriteError::Parent)?;
     let state = chain.state().map_err(WriteError::Parent)?;
     let memory = ChainMemory { chain: &chain, idle: Mutex::new(Vec::new()) };

@@ -11,7 +11,8 @@ use serde_json::value::RawValue;
 use super::draft::Workplace;
 use super::hash::{ChunkHasher, is_zero};
 use super::manifest::{
-    FORMAT, MAX_MANIFEST, MAX_STATE, Parent, Region, STATE, TABLE, Unsigned, check_regions, memory_name,
+    FORMAT, MAX_MANIFEST, MAX_STATE, MAX_TABLE, Parent, Region, STATE, TABLE, Unsigned, check_regions,
+    memory_name,
 };
 use super::work::{Buffers, Job, Stop, sized};
 use super::{
@@ -105,7 +106,9 @@ impl<'s> Draft<'s> {
         let location = increment.parent.to_str().ok_or_else(|| invalid("the parent's path is not UTF-8"))?;
         let chain = Chain::open(&self.place.path().join(location)).map_err(WriteError::Parent)?;
         if chain.depth() >= MAX_DEPTH {
-            return Err(WriteError::Invalid { what: format!("its chain would exceed {MAX_DEPTH} snapshots") });
+            return Err(WriteError::Invalid {
+                what: format!("its chain would exceed {MAX_DEPTH} snapshots"),
+            });
         }
         if !chain.regions().iter().map(Region::place).eq(regions.iter().map(Region::place)) {
             return Err(invalid("the parent has other memory regions"));
@@ -270,11 +273,15 @@ impl Filled<'_> {
         if state.len() as u64 > MAX_STATE {
             return Err(WriteError::Invalid { what: format!("{} bytes of state", state.len()) });
         }
+        let table = table.encode();
+        if table.len() as u64 > MAX_TABLE {
+            return Err(WriteError::Invalid { what: format!("{} bytes of chunk table", table.len()) });
+        }
         for (region, file) in regions.iter().zip(&files) {
             place.finish(file, &region.file)?;
         }
         let state = place.file(STATE, &state)?;
-        let chunks = place.file(TABLE, &table.encode())?;
+        let chunks = place.file(TABLE, &table)?;
         let since = contents.created.duration_since(UNIX_EPOCH).unwrap_or_default();
         let manifest = Unsigned {
             format: FORMAT,
