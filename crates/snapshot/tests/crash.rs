@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -32,6 +33,7 @@ enum Fault {
 enum Unsynced {
     Created(String),
     Renamed(String, String),
+    Removed(String, Vec<u8>),
 }
 
 #[derive(Debug, Default)]
@@ -93,6 +95,7 @@ impl Faults {
                 Unsynced::Renamed(from, to) => {
                     std::fs::rename(path.join(to), path.join(from)).unwrap_or_default();
                 }
+                Unsynced::Removed(name, content) => std::fs::write(path.join(name), content).unwrap(),
             }
         }
     }
@@ -162,7 +165,11 @@ impl Storage for Faults {
     }
 
     fn remove(&self, dir: &File, name: &str) -> io::Result<()> {
-        self.step(|_| HostStorage.remove(dir, name))
+        self.step(|journal| {
+            let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+            journal.entries.push(Unsynced::Removed(name.to_owned(), std::fs::read(path)?));
+            HostStorage.remove(dir, name)
+        })
     }
 }
 
@@ -302,6 +309,26 @@ fn a_retry_that_is_killed_is_no_worse() {
             Err(_) => scene.is_whole(&context),
         };
         scene.retry(whole, false, &context);
+    }
+}
+
+#[test]
+fn a_power_loss_while_leftovers_are_removed_is_no_worse() {
+    let scene = Scene::new();
+    let count = Faults::new(0, Fault::None);
+    scene.write(&count, false).unwrap();
+    let operations = count.journal.lock().unwrap().operations;
+    std::fs::remove_dir_all(scene.target()).unwrap();
+    for at in 0..operations {
+        for keep in [usize::MAX, 0, 1, 2, 3, 4] {
+            scene.write(&Faults::new(operations - 4, Fault::KillBefore), false).unwrap_err();
+            let context = format!("power loss after {at} of the retry, all but {keep} lost");
+            let retry = Faults::new(at, Fault::KillAfter);
+            scene.write(&retry, false).unwrap_err();
+            retry.lose_power(&scene.target(), |index| index == keep);
+            let whole = scene.is_whole(&context);
+            scene.retry(whole, false, &context);
+        }
     }
 }
 
