@@ -24,34 +24,24 @@ pub trait Storage: Debug + Sync {
     /// `AlreadyExists`, or what the host says; so for all others.
     fn make_dir(&self, path: &Path) -> io::Result<()>;
     /// Opens a directory.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn open_dir(&self, path: &Path) -> io::Result<File>;
     /// Removes an empty directory.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
     /// Names in a directory, a thousand at most.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn list(&self, dir: &File) -> io::Result<Vec<OsString>>;
     /// Creates a file that does not exist (mode 0600).
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn create(&self, dir: &File, name: &str) -> io::Result<File>;
     /// Gives a file a length; what is new is a hole.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn resize(&self, file: &File, bytes: u64) -> io::Result<()>;
     /// Writes some of `bytes` and says how many.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize>;
     /// Makes a file read-only (mode 0400).
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn seal(&self, file: &File) -> io::Result<()>;
     /// Waits until a file or directory is on stable storage.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn sync(&self, file: &File) -> io::Result<()>;
     /// Renames a file inside a directory.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn rename(&self, dir: &File, from: &str, to: &str) -> io::Result<()>;
     /// Removes a file.
-    #[expect(clippy::missing_errors_doc, reason = "see make_dir")]
     fn remove(&self, dir: &File, name: &str) -> io::Result<()>;
 }
 
