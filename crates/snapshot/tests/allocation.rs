@@ -5,6 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use vmm_snapshot::directory::{Hash, ReadError, Region, Snapshot, Table};
 use vmm_snapshot::{RecordSet, Schema, minicbor, schema};
 
 /// Largest single request since the last reset: what a hostile length would ask for at once.
@@ -69,5 +70,39 @@ fn announced_lengths_do_not_allocate() {
         assert!(refused, "{input:02x?}");
         // Growing vectors double, and an element has 8 bytes where its encoding has one.
         assert!(largest <= 16 * input.len() + 1024, "{largest} bytes for {input:02x?}");
+    }
+    announced_chunks_do_not_allocate();
+}
+
+/// Called by the one test: another would allocate meanwhile.
+fn announced_chunks_do_not_allocate() {
+    let region = Region { zone: String::new(), gpa: 0, size: 1 << 51, file: "m".to_owned() };
+    let begin = [&b"VMMCHNKS"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes()].concat();
+    for (extents, chunks) in [(1u32 << 16, 0), (0, u32::MAX), (u32::MAX, u32::MAX)] {
+        let input = [&begin[..], &extents.to_le_bytes(), &chunks.to_le_bytes(), &[1; 160]].concat();
+        LARGEST.store(0, Ordering::Relaxed);
+        let refused = Table::decode(&input, std::slice::from_ref(&region)).is_err();
+        let largest = LARGEST.load(Ordering::Relaxed);
+        assert!(refused && largest <= 1024, "{largest} bytes for {extents} extents, {chunks} chunks");
+    }
+    // Files that are one huge hole, and a manifest that says so.
+    let (hole, few) = (1u64 << 40, 1);
+    for (state, chunks) in [(hole, few), (few, hole)] {
+        let folder = tempfile::tempdir().unwrap();
+        let file =
+            |bytes: u64| format!(r#"{{"file":"s{bytes}","size":{bytes},"sha256":"{}"}}"#, Hash::of(b""));
+        let begin = r#"{"format":1,"vmm":"","architecture":"","created_ms":0,"config":["#;
+        let (state, chunks) = (file(state), file(chunks));
+        let config = "0,".repeat(10_000);
+        let body =
+            format!(r#"{begin}{config}0],"parent":null,"state":{state},"chunks":{chunks},"memory":[]"#);
+        let manifest = format!("{body},\"id\":\"{}\"}}\n", Hash::of(body.as_bytes()));
+        std::fs::write(folder.path().join("manifest.json"), &manifest).unwrap();
+        std::fs::File::create(folder.path().join(format!("s{hole}"))).unwrap().set_len(hole).unwrap();
+        LARGEST.store(0, Ordering::Relaxed);
+        let error = Snapshot::open(folder.path()).unwrap_err();
+        let largest = LARGEST.load(Ordering::Relaxed);
+        assert!(matches!(error, ReadError::Absurd { .. }), "{error}");
+        assert!(largest <= 2 * manifest.len() + 1024, "{largest} bytes for a manifest of {}", manifest.len());
     }
 }

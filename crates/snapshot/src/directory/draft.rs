@@ -1,0 +1,222 @@
+//! The directory while it is written: who owns it, what is removed when it fails, what commits it.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::manifest::{MANIFEST, PARTIAL, STATE, TABLE};
+use super::{DataFile, Hash, Storage, WriteError};
+
+/// The manifest before it is one: it is created first, marks the directory as a writer's, and becomes the
+/// manifest by the renaming that commits.
+const MARKER: &str = "manifest.json.partial";
+
+/// A directory that a writer owns.
+///
+/// Dropped before [`commit`](Self::commit), it removes what it made.
+#[derive(Debug)]
+pub(super) struct Workplace<'s> {
+    storage: &'s dyn Storage,
+    path: PathBuf,
+    dir: File,
+    /// The directory was not there before.
+    made: bool,
+    step: Step,
+}
+
+#[derive(Debug)]
+enum Step {
+    /// Nothing in it is ours.
+    Opened,
+    /// The marker is there, and nothing that is not ours.
+    Claimed(File),
+    Committed,
+}
+
+impl<'s> Workplace<'s> {
+    /// Takes the directory at `path`: absent, empty, or left by a writer that failed.
+    pub(super) fn claim(storage: &'s dyn Storage, path: &Path) -> Result<Self, WriteError> {
+        let failed = |what| move |source| WriteError::Io { what, path: path.to_owned(), source };
+        let made = match storage.make_dir(path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(failed("make directory")(error)),
+        };
+        let dir = storage.open_dir(path).map_err(failed("open directory"));
+        let dir = match dir {
+            Ok(dir) => dir,
+            Err(error) => {
+                if made {
+                    // The first error is the one to tell.
+                    let _ = storage.remove_dir(path);
+                }
+                return Err(error);
+            }
+        };
+        let mut place = Self { storage, path: path.to_owned(), dir, made, step: Step::Opened };
+        // A file system without locks has one writer by agreement.
+        if let Err(TryLockError::WouldBlock) = place.dir.try_lock() {
+            return Err(WriteError::Busy { path: place.path.clone() });
+        }
+        if made {
+            place.sync_parent().map_err(failed("make directory"))?;
+        }
+        place.clear_leftovers()?;
+        let marker = storage.create(&place.dir, MARKER).map_err(failed("write in"))?;
+        place.step = Step::Claimed(marker);
+        place.sync_dir()?;
+        Ok(place)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn failed<'a>(&'a self, what: &'static str, name: &'a str) -> impl FnOnce(io::Error) -> WriteError + 'a {
+        move |source| WriteError::Io { what, path: self.path.join(name), source }
+    }
+
+    fn sync_parent(&self) -> io::Result<()> {
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = self.storage.open_dir(parent.unwrap_or(Path::new(".")))?;
+        self.storage.sync(&parent)
+    }
+
+    fn sync_dir(&self) -> Result<(), WriteError> {
+        self.storage.sync(&self.dir).map_err(self.failed("sync", ""))
+    }
+
+    /// Refuses what is foreign and removes what a failed attempt left.
+    fn clear_leftovers(&self) -> Result<(), WriteError> {
+        let names = self.names().map_err(self.failed("list", ""))?;
+        if names.iter().any(|name| name == MANIFEST) {
+            return Err(WriteError::Exists { path: self.path.clone() });
+        }
+        let marked = names.iter().any(|name| name == MARKER);
+        if let Some(name) = names.iter().find(|name| !(marked && is_own(name))) {
+            return Err(WriteError::NotEmpty { path: self.path.clone(), name: name.clone() });
+        }
+        if marked { self.clear(&names).map_err(self.failed("remove leftovers in", "")) } else { Ok(()) }
+    }
+
+    /// Names that are not UTF-8 are nobody's, and print well enough.
+    fn names(&self) -> io::Result<Vec<String>> {
+        let names = self.storage.list(&self.dir)?;
+        Ok(names.iter().map(|name| name.to_string_lossy().into_owned()).collect())
+    }
+
+    /// Removes what is ours; the marker goes last, when the rest is certain to be gone.
+    fn clear(&self, names: &[String]) -> io::Result<()> {
+        for name in names.iter().filter(|name| is_own(name) && *name != MARKER) {
+            self.storage.remove(&self.dir, name)?;
+        }
+        self.storage.sync(&self.dir)?;
+        self.storage.remove(&self.dir, MARKER)
+    }
+
+    /// Creates the file that is to be `name`.
+    pub(super) fn create(&self, name: &str) -> Result<File, WriteError> {
+        let partial = format!("{name}{PARTIAL}");
+        self.storage.create(&self.dir, &partial).map_err(self.failed("create", name))
+    }
+
+    pub(super) fn resize(&self, file: &File, name: &str, size: u64) -> Result<(), WriteError> {
+        self.storage.resize(file, size).map_err(self.failed("resize", name))
+    }
+
+    pub(super) fn write(&self, file: &File, name: &str, bytes: &[u8], at: u64) -> Result<(), WriteError> {
+        write_all(self.storage, file, bytes, at).map_err(self.failed("write", name))
+    }
+
+    /// Brings a file to stable storage, read-only, under its own name.
+    pub(super) fn finish(&self, file: &File, name: &str) -> Result<(), WriteError> {
+        self.storage.seal(file).map_err(self.failed("seal", name))?;
+        self.storage.sync(file).map_err(self.failed("sync", name))?;
+        let partial = format!("{name}{PARTIAL}");
+        self.storage.rename(&self.dir, &partial, name).map_err(self.failed("rename", name))
+    }
+
+    /// Writes a whole file.
+    pub(super) fn file(&self, name: &str, bytes: &[u8]) -> Result<DataFile, WriteError> {
+        let file = self.create(name)?;
+        self.write(&file, name, bytes, 0)?;
+        self.finish(&file, name)?;
+        Ok(DataFile { file: name.to_owned(), size: bytes.len() as u64, sha256: Hash::of(bytes) })
+    }
+
+    /// Writes the manifest. Its renaming commits; before that all other files are in place for good.
+    pub(super) fn commit(mut self, manifest: &[u8]) -> Result<(), WriteError> {
+        self.sync_dir()?;
+        if let Step::Claimed(marker) = &self.step {
+            self.write(marker, MANIFEST, manifest, 0)?;
+            self.finish(marker, MANIFEST)?;
+        }
+        self.sync_dir()?;
+        self.step = Step::Committed;
+        Ok(())
+    }
+
+    fn abandon(&self) -> io::Result<()> {
+        if matches!(self.step, Step::Committed) {
+            return Ok(());
+        }
+        if matches!(self.step, Step::Claimed(_)) {
+            let names = self.names()?;
+            if names.iter().any(|name| name == MANIFEST) {
+                // It was renamed, and then its directory did not reach the disk. Until that is undone nothing
+                // is removed: there is a whole snapshot, or none.
+                self.storage.rename(&self.dir, MANIFEST, MARKER)?;
+                self.storage.sync(&self.dir)?;
+            }
+            self.clear(&names)?;
+        }
+        if self.made { self.storage.remove_dir(&self.path) } else { Ok(()) }
+    }
+}
+
+impl Drop for Workplace<'_> {
+    fn drop(&mut self) {
+        // The failure that led here is told; what cannot be removed now, the next attempt removes.
+        let _ = self.abandon();
+    }
+}
+
+/// Whether a file of that name is a writer's, finished or not; the committed manifest is not.
+fn is_own(name: &str) -> bool {
+    let finished = name.strip_suffix(PARTIAL).unwrap_or(name);
+    let number = finished.strip_prefix("memory-").and_then(|rest| rest.strip_suffix(".bin"));
+    let count = |digits: &str| (1..=3).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+    let memory = number.is_some_and(count);
+    name == MARKER || finished == STATE || finished == TABLE || memory
+}
+
+fn write_all(storage: &dyn Storage, file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match storage.write_at(file, bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                bytes = bytes.get(written..).unwrap_or_default();
+                offset += written as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_names_are_the_writers_alone() {
+        for own in [MARKER, STATE, "chunks.bin.partial", "memory-0.bin", "memory-255.bin.partial"] {
+            assert!(is_own(own), "{own}");
+        }
+        for other in [MANIFEST, "memory-.bin", "memory-+1.bin", "memory-1000.bin", "x.partial", "state.cbor~"]
+        {
+            assert!(!is_own(other), "{other}");
+        }
+    }
+}

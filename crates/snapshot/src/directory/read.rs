@@ -1,0 +1,244 @@
+//! One snapshot directory, opened.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::hash::ChunkHasher;
+use super::manifest::{MANIFEST, MAX_MANIFEST};
+use super::work::{Stop, sized};
+use super::{
+    CHUNK, DataFile, Extents, Hash, Manifest, ReadError, Region, RegionTable, Table, Work, chunk_range,
+    storage,
+};
+use crate::{Record, RecordSet, minicbor};
+
+/// A snapshot whose manifest, state and chunk table are verified and whose memory files have their sizes.
+///
+/// Memory itself is looked at by [`verify`](Self::verify), or when a [`Chain`](super::Chain) is loaded. A
+/// private mapping of [`memory`](Self::memory) is thus not verified; it is as good as the disk.
+#[derive(Debug)]
+pub struct Snapshot {
+    path: PathBuf,
+    /// Device and inode of the directory, by which a cycle shows.
+    identity: (u64, u64),
+    manifest: Manifest,
+    state: Record,
+    table: Table,
+    memory: Vec<File>,
+}
+
+impl Snapshot {
+    /// Opens the directory at `path`, without its parents.
+    ///
+    /// Allocates in proportion to the files that are there, whatever they announce.
+    ///
+    /// # Errors
+    /// Every [`ReadError`] but those that are about parents and memory.
+    pub fn open(path: &Path) -> Result<Self, ReadError> {
+        let dir = storage::open_dir(path).map_err(|error| failed(error, path.to_owned()))?;
+        let metadata = dir.metadata().map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
+        let place = path.join(MANIFEST);
+        let (file, size) = open(&dir, path, MANIFEST).map_err(|error| match error {
+            ReadError::Missing { path } => ReadError::NotASnapshot { path },
+            error => error,
+        })?;
+        if size > MAX_MANIFEST {
+            let what = format!("{size} bytes, at most {MAX_MANIFEST} are possible");
+            return Err(ReadError::Absurd { path: place, what });
+        }
+        let manifest = Manifest::decode(&read_all(&file, &place, size)?, &place)?;
+        let bytes = read_file(&dir, path, &manifest.state)?;
+        let state = minicbor::decode(&bytes)
+            .map_err(|source| ReadError::State { path: path.join(&manifest.state.file), source })?;
+        let bytes = read_file(&dir, path, &manifest.chunks)?;
+        let table = Table::decode(&bytes, &manifest.memory)
+            .map_err(|source| ReadError::Table { path: path.join(&manifest.chunks.file), source })?;
+        let mut memory = Vec::new();
+        for region in &manifest.memory {
+            let (file, found) = open(&dir, path, &region.file)?;
+            if found != region.size {
+                let path = path.join(&region.file);
+                return Err(ReadError::Size { path, found, expected: region.size });
+            }
+            memory.push(file);
+        }
+        let identity = (metadata.dev(), metadata.ino());
+        let snapshot = Self { path: path.to_owned(), identity, manifest, state, table, memory };
+        snapshot.check_complete()?;
+        Ok(snapshot)
+    }
+
+    fn check_complete(&self) -> Result<(), ReadError> {
+        let regions = self.manifest.memory.iter().zip(&self.table.regions);
+        let whole = |(region, table): (&Region, &RegionTable)| table.extents == Extents::whole(region.size);
+        if self.manifest.parent.is_none() && !regions.into_iter().all(whole) {
+            return Err(ReadError::Incomplete { path: self.path.clone() });
+        }
+        Ok(())
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> Hash {
+        self.manifest.id
+    }
+
+    /// The records of the VM.
+    ///
+    /// # Errors
+    /// [`ReadError::Records`].
+    pub fn state(&self) -> Result<RecordSet, ReadError> {
+        let path = || self.path.join(&self.manifest.state.file);
+        self.state.parse().map_err(|source| ReadError::Records { path: path(), source })
+    }
+
+    /// Extents and chunk hashes.
+    #[must_use]
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// The memory file of a region, as long as the region; offsets in both are the same. For a private mapping.
+    #[must_use]
+    pub fn memory(&self, region: usize) -> Option<&File> {
+        self.memory.get(region)
+    }
+
+    /// Bytes that its memory files take on disk.
+    pub(super) fn disk_bytes(&self) -> Result<u64, ReadError> {
+        let mut all = 0;
+        for (file, region) in self.memory.iter().zip(&self.manifest.memory) {
+            let metadata = file.metadata();
+            let path = || self.path.join(&region.file);
+            // The unit of st_blocks is 512 bytes on Linux.
+            all += metadata.map_err(|source| ReadError::Io { path: path(), source })?.blocks() * 512;
+        }
+        Ok(all)
+    }
+
+    /// Reads chunk `chunk` of a memory file into `buffer` and verifies it.
+    pub(super) fn read_chunk(
+        &self,
+        region: usize,
+        chunk: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
+        let (Some(file), Some(Region { size, file: name, .. }), Some(table)) =
+            (self.memory.get(region), self.manifest.memory.get(region), self.table.regions.get(region))
+        else {
+            buffer.clear();
+            return Ok(());
+        };
+        let path = || self.path.join(name);
+        let range = chunk_range(chunk, *size);
+        sized(buffer, &range);
+        file.read_exact_at(buffer, range.start).map_err(|error| match error.kind() {
+            // It was long enough when it was opened.
+            io::ErrorKind::UnexpectedEof => ReadError::Size {
+                path: path(),
+                found: file.metadata().map_or(0, |metadata| metadata.len()),
+                expected: *size,
+            },
+            _ => ReadError::Io { path: path(), source: error },
+        })?;
+        if ChunkHasher::of(buffer) == table.hash(chunk) {
+            return Ok(());
+        }
+        Err(ReadError::Chunk { path: path(), chunk, offset: range.start })
+    }
+
+    /// Reads all memory files and compares them with the chunk table. Holes cost nothing.
+    ///
+    /// # Errors
+    /// [`ReadError::Chunk`], [`Size`](ReadError::Size), [`Io`](ReadError::Io) or
+    /// [`Cancelled`](ReadError::Cancelled).
+    pub fn verify(&self, work: &Work<'_>) -> Result<(), ReadError> {
+        let sizes: Vec<u64> = self.manifest.memory.iter().map(|region| region.size).collect();
+        // A chunk without hash must be zero: what is not a hole is looked at, too.
+        let find = |region: usize, from: u64| {
+            let (Some(table), Some(file)) = (self.table.regions.get(region), self.memory.get(region)) else {
+                return Ok(None);
+            };
+            let data = storage::next_data(file, from.saturating_mul(CHUNK)).map_err(|source| {
+                let name = self.manifest.memory.get(region).map_or("", |region| &region.file);
+                ReadError::Io { path: self.path.join(name), source }
+            })?;
+            Ok([data.map(|at| at / CHUNK), table.next(from)].into_iter().flatten().min())
+        };
+        work.run(&sizes, &find, &|job, buffers| self.read_chunk(job.region, job.chunk, &mut buffers.chunk))
+            .map_err(stopped)
+    }
+}
+
+pub(super) fn stopped(stop: Stop<ReadError>) -> ReadError {
+    match stop {
+        Stop::Cancelled => ReadError::Cancelled,
+        Stop::Failed(error) => error,
+    }
+}
+
+fn failed(error: io::Error, path: PathBuf) -> ReadError {
+    // What O_NOFOLLOW says of a link.
+    if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) {
+        return ReadError::Symlink { path };
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound => ReadError::Missing { path },
+        io::ErrorKind::NotADirectory => ReadError::NotASnapshot { path },
+        _ => ReadError::Io { path, source: error },
+    }
+}
+
+/// Opens a regular file of the snapshot at `path` and says how long it is.
+fn open(dir: &File, path: &Path, name: &str) -> Result<(File, u64), ReadError> {
+    let path = path.join(name);
+    let file = storage::open_file(dir, name).map_err(|error| failed(error, path.clone()))?;
+    let metadata = match file.metadata() {
+        Ok(metadata) => metadata,
+        Err(source) => return Err(ReadError::Io { path, source }),
+    };
+    if !metadata.is_file() {
+        return Err(ReadError::NotAFile { path });
+    }
+    Ok((file, metadata.len()))
+}
+
+/// Reads a file of `size` bytes, and not a byte more.
+fn read_all(file: &File, path: &Path, size: u64) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = Vec::new();
+    let read = file.take(size).read_to_end(&mut bytes);
+    read.map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
+    Ok(bytes)
+}
+
+/// Reads a file and compares it with what the manifest says of it.
+fn read_file(dir: &File, path: &Path, expected: &DataFile) -> Result<Vec<u8>, ReadError> {
+    let (file, found) = open(dir, path, &expected.file)?;
+    let path = path.join(&expected.file);
+    if found != expected.size {
+        return Err(ReadError::Size { path, found, expected: expected.size });
+    }
+    let bytes = read_all(&file, &path, found)?;
+    if Hash::of(&bytes) != expected.sha256 {
+        return Err(ReadError::Hash { path });
+    }
+    Ok(bytes)
+}
