@@ -1,6 +1,7 @@
 //! Linux guests: what they boot from, and what they say.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -103,8 +104,21 @@ impl LinuxGuest {
     }
 }
 
-/// What a test says that finds its guest's kernel crashed.
-pub const CRASHED: &str = "the guest's kernel panicked";
+/// Whether the test that has just failed had a guest that crashed: its kernel panicked, or took a triple fault.
+static CRASHED: AtomicBool = AtomicBool::new(false);
+
+/// Notes what a process or console said, when its test has failed.
+pub(super) fn note_crash(text: &str) {
+    if text.contains("Kernel panic") || text.contains("triple fault") {
+        CRASHED.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Whether a guest of the test that has just failed had crashed; asking forgets it.
+#[must_use]
+pub fn take_crash() -> bool {
+    CRASHED.swap(false, Ordering::SeqCst)
+}
 
 /// The console of a running guest. When the test fails it shows its end.
 #[derive(Debug)]
@@ -178,16 +192,32 @@ impl Console {
     /// Checks that the guest's kernel goes on.
     ///
     /// # Panics
-    /// With [`CRASHED`], when it does not.
+    /// When it does not.
     pub fn check_alive(&self) {
-        assert!(!self.serial.text().contains("Kernel panic"), "{CRASHED}");
+        assert!(!self.serial.text().contains("Kernel panic"), "the guest's kernel panicked");
     }
 }
 
 impl Drop for Console {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            note_crash(&self.serial.text());
             eprintln!("the guest's console ends with:\n{}", self.serial.tail());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crash_is_noted_once() {
+        note_crash("vmm: 8.9s: <vmm> ERROR:vmm::vmm -- the guest powers off");
+        assert!(!take_crash());
+        note_crash("vmm: 8.9s: <vmm> ERROR:vmm::vmm -- vcpu0: triple fault");
+        assert!(take_crash() && !take_crash());
+        note_crash("[    3.6] Kernel panic - not syncing");
+        assert!(take_crash());
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use super::linux::note_crash;
 use super::terminal::Terminal;
 use super::{Api, LIMIT, Output, Pending, Scratch, binary, wait_until};
 use crate::confine::confine;
@@ -358,6 +359,7 @@ impl Drop for Vmm {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
+            note_crash(&self.stderr.text());
             eprintln!("standard error of the VMM ends with:\n{}", self.stderr.tail());
         }
     }

@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use libtest_mimic::{Arguments, Failed, Trial};
 use vmm_tests::cache::Cache;
 use vmm_tests::error::{Error, Result, describe};
-use vmm_tests::harness::linux::{CRASHED, Console, Images, LinuxGuest};
+use vmm_tests::harness::linux::{Console, Images, LinuxGuest, take_crash};
 use vmm_tests::harness::{Scratch, Vmm, binary};
 use vmm_tests::hostkvm::KvmAbility;
 use vmm_tests::image::rootfs;
@@ -86,16 +86,14 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
     Ok(conclusion.exit_code())
 }
 
-/// Runs `case`. The nested KVM's emulator crashes the kernel of a guest once in some dozens of boots, with stacks and segment
-/// bases that no code of the guest's has set; its own kernel goes the same way. Such a case is run once more, which is said;
-/// what fails otherwise, twice, or with more than [`MOST_AGAIN`] others has failed.
+/// Runs `case`. The nested KVM's emulator crashes a guest once in some dozens of boots (panics and triple faults, with stacks and
+/// segment bases that no code of the guest's has set); its own kernel goes the same way. Such a case is run once more, which is
+/// said; what fails otherwise, twice, or with more than [`MOST_AGAIN`] others has failed.
 fn attempt(name: &str, case: Case, bench: &Bench) {
     bench.disks.given.lock().unwrap().clear();
     let Err(panic) = catch_unwind(AssertUnwindSafe(|| case(bench))) else { return };
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    let crashed = text.or(panic.downcast_ref::<&str>().copied()).is_some_and(|text| text.contains(CRASHED));
     let may_again = Nested::is_inside() && bench.again.load(Ordering::SeqCst) < MOST_AGAIN;
-    if !(crashed && may_again && bench.disks.renew()) {
+    if !(take_crash() && may_again && bench.disks.renew()) {
         resume_unwind(panic);
     }
     bench.again.fetch_add(1, Ordering::SeqCst);
