@@ -9,7 +9,7 @@ use vmm_tests::error::{Error, Result, describe};
 use vmm_tests::hostkvm::KvmAbility;
 use vmm_tests::image::{initramfs, rootfs};
 use vmm_tests::kernels::{Kernel, KernelVersion};
-use vmm_tests::nested::Nested;
+use vmm_tests::nested::{Nested, VMM_ARGUMENTS};
 use vmm_tests::progress::Step;
 use vmm_tests::toolbox::Toolbox;
 
@@ -70,7 +70,10 @@ fn quickstart(vmm: Option<PathBuf>, interactive: bool) -> Result<u8> {
     let initramfs = initramfs::guest(&cache, &tools, &kernel)?;
     let image = rootfs::image(&cache, &tools)?;
     let disk = Disk::copy_of(&cache, &image)?;
-    let command = command_line(&vmm, &kernel, &initramfs, &disk.path, interactive);
+    let mut command = command_line(&vmm, &kernel, &initramfs, &disk.path, interactive);
+    if nested {
+        command.extend(VMM_ARGUMENTS.map(str::to_owned));
+    }
     eprintln!("=> {}", command.join(" "));
     if interactive {
         eprintln!("=> the guest logs you in by itself; `poweroff` there ends it");

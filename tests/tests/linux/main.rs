@@ -61,7 +61,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         return run_nested(&cache, &images);
     }
     let (place, disks) = match std::env::var_os(DISKS) {
-        Some(folder) => ("the nested KVM", Disks::at(folder.into())),
+        Some(folder) => ("the nested KVM, without filters of system calls", Disks::at(folder.into())),
         None => ("this machine's KVM", Disks::prepare(&cache, &images)?),
     };
     // One after the other: they have the processors for themselves, and deadlines.
