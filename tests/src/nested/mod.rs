@@ -25,7 +25,7 @@ use machine::Machine;
 const INIT: &str = include_str!("l1-init.sh");
 
 /// What a VMM in L1 is started with. A filter of system calls is compiled by L1's kernel while a guest runs, and that
-/// makes the emulator corrupt guests: with filters five of 55 boots died or hung, without them none of 24.
+/// makes the emulator corrupt guests: with filters five of 55 boots died or hung, without them one of 36.
 pub const VMM_ARGUMENTS: [&str; 2] = ["--seccomp", "false"];
 
 /// How large L1 is and how long it may take.

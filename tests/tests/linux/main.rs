@@ -80,24 +80,25 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
     let conclusion = libtest_mimic::run(&arguments, trials);
     let again = bench.again.load(Ordering::SeqCst);
     println!(
-        "Linux guests: {} tests ran on {place}; {again} ran twice, as the emulator had crashed their guest",
+        "Linux guests: {} tests ran on {place}; {again} ran twice, as their guest had crashed or hung in the emulator",
         conclusion.num_passed + conclusion.num_failed
     );
     Ok(conclusion.exit_code())
 }
 
-/// Runs `case`. The nested KVM's emulator crashes a guest once in some dozens of boots (panics and triple faults, with stacks and
-/// segment bases that no code of the guest's has set); its own kernel goes the same way. Such a case is run once more, which is
-/// said; what fails otherwise, twice, or with more than [`MOST_AGAIN`] others has failed.
+/// Runs `case`. The nested KVM's emulator crashes or hangs a guest once in some dozens of boots (panics and triple faults, with
+/// stacks and segment bases that no code of the guest's has set); its own kernel goes the same way. Such a case is run once
+/// more, which is said; what fails otherwise, twice, or with more than [`MOST_AGAIN`] others has failed.
 fn attempt(name: &str, case: Case, bench: &Bench) {
     bench.disks.given.lock().unwrap().clear();
     let Err(panic) = catch_unwind(AssertUnwindSafe(|| case(bench))) else { return };
     let may_again = Nested::is_inside() && bench.again.load(Ordering::SeqCst) < MOST_AGAIN;
-    if !(take_crash() && may_again && bench.disks.renew()) {
+    let hung = panic.downcast_ref::<String>().is_some_and(|text| text.starts_with("waited "));
+    if !((take_crash() || hung) && may_again && bench.disks.renew()) {
         resume_unwind(panic);
     }
     bench.again.fetch_add(1, Ordering::SeqCst);
-    println!("\n{name}: its guest crashed in the emulated machine; it is run once more");
+    println!("\n{name}: its guest crashed or hung in the emulated machine; it is run once more");
     case(bench);
 }
 
