@@ -59,7 +59,9 @@ fn quickstart(vmm: Option<PathBuf>, interactive: bool) -> Result<u8> {
     let nested = match &ability {
         KvmAbility::Full => false,
         KvmAbility::None(reason) | KvmAbility::TinyGuestsOnly(reason) => {
-            eprintln!("KVM here cannot run Linux, so a nested one in QEMU will (slower): {reason}");
+            eprintln!(
+                "KVM here cannot run Linux, so a nested one in QEMU will (slower, and without filters of system calls): {reason}"
+            );
             true
         }
     };
