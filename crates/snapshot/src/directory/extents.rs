@@ -10,7 +10,7 @@ use super::PAGE;
 pub const MAX_EXTENTS: usize = 1 << 16;
 
 /// Byte ranges in a region: whole pages, ascending, with a gap between any two.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Extents(Vec<Range<u64>>);
 
 impl Extents {
