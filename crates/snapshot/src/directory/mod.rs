@@ -13,6 +13,7 @@ mod hash;
 mod inspect;
 mod manifest;
 mod merge;
+mod pages;
 mod read;
 mod source;
 mod storage;
