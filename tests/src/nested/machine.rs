@@ -48,7 +48,8 @@ impl Machine {
             "none",
             "-no-reboot",
             "-accel",
-            "tcg,thread=multi,tb-size=512",
+            // Room for all translated code of a run: throwing it away stops both processors at any point.
+            "tcg,thread=multi,tb-size=2047",
         ])
         .args(["-machine", "q35,memory-backend=ram", "-cpu", "EPYC-Milan"])
         .args(["-smp", &nested.settings.cpus.to_string(), "-m", &format!("{memory}M")])

@@ -24,10 +24,6 @@ use machine::Machine;
 
 const INIT: &str = include_str!("l1-init.sh");
 
-/// What a VMM in L1 is started with. A filter of system calls is compiled by L1's kernel while a guest runs, and that
-/// makes the emulator corrupt guests: with filters five of 55 boots died or hung, without them one of 36.
-pub const VMM_ARGUMENTS: [&str; 2] = ["--seccomp", "false"];
-
 /// How many L1s are tried for one command.
 const MOST_MACHINES: u32 = 4;
 

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 mod control_plane;
+mod serial;
 
 use std::ffi::OsString;
 use std::fs;
@@ -61,7 +62,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         return run_nested(&cache, &images);
     }
     let (place, disks) = match std::env::var_os(DISKS) {
-        Some(folder) => ("the nested KVM, without filters of system calls", Disks::at(folder.into())),
+        Some(folder) => ("the nested KVM", Disks::at(folder.into())),
         None => ("this machine's KVM", Disks::prepare(&cache)?.filled(&images)?),
     };
     // One after the other: they have the processors for themselves, and deadlines.
@@ -249,6 +250,8 @@ const ALL: &[(&str, Case)] = &[
     ("reboot_loop", control_plane::reboot_loop),
     ("nmi_arrives", control_plane::nmi_arrives),
     ("panic_is_reported", control_plane::panic_is_reported),
+    ("serial_port_over_a_pty", |bench| serial::carries(bench, "Pty")),
+    ("serial_port_over_a_socket", |bench| serial::carries(bench, "Socket")),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
