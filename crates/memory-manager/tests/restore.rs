@@ -80,6 +80,7 @@ fn a_chain_comes_back_byte_for_byte_into_every_backing() {
                 assert_eq!(back.mapped_files().len(), usize::from(lazy));
                 drop(back);
                 let left = std::fs::read(&named).unwrap();
+                assert_eq!(left.len(), 9 << 20);
                 assert!(left[8 << 20..].iter().all(|byte| *byte == 0xff), "beyond the zone");
                 if !(shared && file.as_ref() == Some(&named)) {
                     assert!(left.iter().all(|byte| *byte == 0xff), "another's file");
