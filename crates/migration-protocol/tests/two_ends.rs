@@ -1,0 +1,203 @@
+//! Every mode, with every fault at every step: exactly one owner, nothing left behind, everything undone.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vmm_fuzzing::Random;
+use vmm_migration_protocol::{
+    Cell, DestinationKind, DestinationOutcome, DestinationState, SourceInput, SourceKind, SourceOutcome,
+    SourceState,
+};
+
+use world::fault::{Fault, Plan};
+use world::source::WALKED;
+use world::{Holder, Mode, Order, World};
+
+mod common;
+mod world;
+
+const NOTHING: Plan = Plan { at: usize::MAX, fault: Fault::None };
+
+fn orders() -> Vec<Order> {
+    vec![
+        Order::SourceFirst,
+        Order::DestinationFirst,
+        Order::Random(Random::new(1)),
+        Order::Random(Random::new(99)),
+    ]
+}
+
+/// The guest is the source's, as it was before; nothing of it is anywhere else.
+fn assert_undone(world: &World) {
+    let source = &world.source;
+    if !source.dead {
+        assert_eq!(source.running, !world.mode.paused, "not in the phase it had");
+        assert!(!source.log && source.throttle == 0 && !source.given_away, "something was not undone");
+        assert_eq!(world.locks, Holder::Source, "the disk locks are not back");
+    }
+    assert!(!world.destination.owned(), "two owners");
+    assert!(world.destination.vm.is_none(), "something of the guest is left at the destination");
+}
+
+/// The guest is the destination's.
+fn assert_sent(world: &World) {
+    let destination = &world.destination;
+    assert!(destination.owned() && !world.source.running, "not handed over");
+    let Some(DestinationOutcome::Received { running, trouble }) = &destination.outcome else {
+        panic!("{:?}", destination.outcome)
+    };
+    let vm = destination.vm.as_ref().unwrap();
+    assert!(vm.restored && vm.memory == world.source.memory, "not the guest that it was");
+    assert_eq!(vm.running, *running);
+    assert_eq!(*running, !world.mode.paused && trouble.is_none(), "a paused guest arrives paused");
+    assert_eq!(world.locks, Holder::Destination);
+}
+
+/// Both ends are done: nothing under way, nothing open.
+fn assert_quiet(world: &World) {
+    let (source, destination) = (&world.source, &world.destination);
+    assert!(
+        source.dead || (source.work.is_none() && source.closed && source.outcome.is_some()),
+        "source leaks"
+    );
+    let done = destination.work.is_none() && destination.closed && destination.outcome.is_some();
+    assert!(destination.dead || done, "destination leaks");
+}
+
+/// What must hold at the end, and what the ends say of it.
+fn assert_end(world: &mut World) {
+    assert_quiet(world);
+    match world.source.outcome.clone() {
+        Some(SourceOutcome::Sent) if world.destination.dead => assert!(!world.source.running),
+        Some(SourceOutcome::Sent) => assert_sent(world),
+        Some(SourceOutcome::Accepted) => {
+            assert!(world.mode.check);
+            let received = matches!(world.destination.outcome, Some(DestinationOutcome::Received { .. }));
+            assert!(!received, "{:?}", world.destination.outcome);
+            assert_undone(world);
+        }
+        Some(SourceOutcome::Failed { failure, stuck }) => {
+            assert_eq!(stuck, [], "{failure}");
+            assert_undone(world);
+        }
+        Some(SourceOutcome::InDoubt(_)) => resolve(world),
+        // A dead source: the destination has the guest, or nobody.
+        None => {
+            assert!(world.source.dead);
+            match world.destination.owned() {
+                true => assert_sent(world),
+                false => assert_undone(world),
+            }
+        }
+    }
+}
+
+/// In doubt: the guest stands still here until the operator says what is true.
+fn resolve(world: &mut World) {
+    assert!(!world.source.running && world.source.given_away && world.locks != Holder::Source);
+    let there = world.destination.owned() && !world.destination.dead;
+    world.source_input(if there { SourceInput::Yield } else { SourceInput::Keep });
+    world.run(&NOTHING);
+    match (there, &world.source.outcome) {
+        (true, Some(SourceOutcome::Sent)) => assert_sent(world),
+        (false, Some(SourceOutcome::Failed { stuck, .. })) if world.destination.dead => {
+            assert!(stuck.is_empty() && world.source.running != world.mode.paused);
+        }
+        (false, Some(SourceOutcome::Failed { stuck, .. })) if stuck.is_empty() => assert_undone(world),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// How many events a run without faults has; and that it succeeds.
+fn length(mode: Mode, order: Order) -> usize {
+    let mut world = World::new(mode, order);
+    world.run(&NOTHING);
+    let expected = if mode.check { SourceOutcome::Accepted } else { SourceOutcome::Sent };
+    assert_eq!(world.source.outcome, Some(expected), "{}", mode.name);
+    assert_end(&mut world);
+    world.count
+}
+
+#[test]
+fn every_fault_at_every_step_of_every_mode() {
+    let mut cells: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
+    for mode in Mode::ALL {
+        for order in orders() {
+            for at in 0..length(mode, order.clone()) {
+                for fault in Fault::all() {
+                    let _cell = InCell(format!("{}, {order:?}, {fault:?} before event {at}", mode.name));
+                    let mut world = World::new(mode, order.clone());
+                    if world.run(&Plan { at, fault }) {
+                        *cells.entry(mode.name).or_default() += 1;
+                        let outcome = world.source.outcome.as_ref().map(name).unwrap_or("source dead");
+                        *outcomes.entry(outcome.to_owned()).or_default() += 1;
+                    }
+                    assert_end(&mut world);
+                    second(&mut world);
+                }
+            }
+        }
+    }
+    println!("{} cells: {cells:?}", cells.values().sum::<usize>());
+    println!("outcomes: {outcomes:?}");
+    assert_eq!(cells.len(), Mode::ALL.len());
+    assert_eq!(outcomes.len(), 5, "{outcomes:?}");
+    every_arrow_was_walked();
+}
+
+/// Says which cell it is if it fails.
+struct InCell(String);
+
+impl Drop for InCell {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("in the cell: {}", self.0);
+        }
+    }
+}
+
+fn name(outcome: &SourceOutcome) -> &'static str {
+    match outcome {
+        SourceOutcome::Sent => "sent",
+        SourceOutcome::Accepted => "accepted",
+        SourceOutcome::Failed { .. } => "failed",
+        SourceOutcome::InDoubt(_) => "in doubt",
+    }
+}
+
+/// After a failure another migration succeeds.
+fn second(world: &mut World) {
+    let failed = matches!(world.source.outcome, Some(SourceOutcome::Failed { .. }));
+    if !failed || world.source.dead || world.destination.dead {
+        return;
+    }
+    world.again();
+    world.run(&NOTHING);
+    let expected = if world.mode.check { SourceOutcome::Accepted } else { SourceOutcome::Sent };
+    assert_eq!(world.source.outcome, Some(expected), "the second migration");
+    assert_end(world);
+}
+
+/// The tables promise nothing that does not happen.
+fn every_arrow_was_walked() {
+    let walked = WALKED.with_borrow(BTreeSet::clone);
+    let mut missing = Vec::new();
+    for (state, kind) in pairs(&SourceState::ALL, &SourceKind::ALL) {
+        if let Cell::Go(to) = state.cell(kind) {
+            let absent = to.iter().filter(|to| !walked.contains(&(0, state as u8, kind as u8, **to as u8)));
+            missing.extend(absent.map(|to| format!("{state:?} {kind:?} {to:?}")));
+        }
+    }
+    for (state, kind) in pairs(&DestinationState::ALL, &DestinationKind::ALL) {
+        if let Cell::Go(to) = state.cell(kind) {
+            let absent = to.iter().filter(|to| !walked.contains(&(1, state as u8, kind as u8, **to as u8)));
+            missing.extend(absent.map(|to| format!("{state:?} {kind:?} {to:?}")));
+        }
+    }
+    assert_eq!(missing, Vec::<String>::new(), "arrows that nobody walked");
+}
+
+fn pairs<A: Copy, B: Copy>(left: &[A], right: &[B]) -> impl Iterator<Item = (A, B)> {
+    left.iter().flat_map(|a| right.iter().map(|b| (*a, *b)))
+}
