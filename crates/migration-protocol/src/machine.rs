@@ -97,7 +97,7 @@ pub(crate) enum Link {
 }
 
 /// A machine's clock: it stands still between inputs.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Timer {
     pub(crate) began: Duration,
     pub(crate) now: Duration,

@@ -116,7 +116,7 @@ pub enum DestinationAction {
 }
 
 /// What the peer has said so far.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Heard {
     hello: Option<Hello>,
     accept: Option<Accept>,
@@ -132,7 +132,7 @@ struct Heard {
 /// The end that gets the VM, as a machine: inputs in, actions out.
 ///
 /// It does nothing itself. `README.md`, "Driving the machines", says what a driver does.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Destination {
     offer: Offer,
     /// Sessions that have ended: their ids are used up.

@@ -175,7 +175,7 @@ pub struct SourceProgress {
 }
 
 /// The frames and choices that are fixed at the begin.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Plan {
     hello: Hello,
     config: Frame,
@@ -185,7 +185,7 @@ struct Plan {
 }
 
 /// The pass over memory that goes on.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Current {
     number: u32,
     began: Duration,
@@ -197,7 +197,7 @@ struct Current {
 }
 
 /// What is left to be told at the end.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Ending {
     failure: Option<Failure>,
     stuck: Vec<SourceUndo>,
@@ -208,7 +208,7 @@ struct Ending {
 /// The end that has the VM, as a machine: inputs in, actions out.
 ///
 /// It does nothing itself. `README.md`, "Driving the machines", says what a driver does.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Source {
     plan: Plan,
     state: SourceState,

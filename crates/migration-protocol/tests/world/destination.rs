@@ -43,6 +43,8 @@ pub(crate) struct DestinationEnd {
     interrupted: bool,
     intakes: Vec<Intake<'static>>,
     barrier: Barrier,
+    /// An undo that never succeeds.
+    pub(crate) broken_undo: Option<DestinationUndo>,
     /// The next page that arrives is damaged.
     pub(crate) damage: bool,
 }
@@ -66,6 +68,7 @@ impl DestinationEnd {
             interrupted: false,
             intakes: Vec::new(),
             barrier: Barrier::new(0),
+            broken_undo: None,
             damage: false,
         }
     }
@@ -206,6 +209,7 @@ impl World {
         let done = done
             && match &work {
                 DestinationWork::Step(step) => self.destination_step(step),
+                DestinationWork::Undo(undo) if self.destination.broken_undo == Some(*undo) => false,
                 DestinationWork::Undo(undo) => {
                     self.destination_undo(*undo);
                     true

@@ -22,7 +22,7 @@ use vmm_migration_protocol::{
 
 use crate::common::samples;
 use destination::DestinationEnd;
-use fault::{Fault, Plan};
+use fault::Plan;
 use source::SourceEnd;
 
 /// Pages of the guest.
@@ -53,10 +53,11 @@ pub(crate) struct Mode {
     pub(crate) strategy: TimeoutStrategy,
     pub(crate) converge: bool,
     pub(crate) timeout: Duration,
+    pub(crate) passes: u32,
 }
 
 impl Mode {
-    const PLAIN: Self = Self {
+    pub(crate) const PLAIN: Self = Self {
         name: "plain",
         paused: false,
         local: false,
@@ -68,6 +69,7 @@ impl Mode {
         converge: false,
         // Less than it takes for silence to be a lost link.
         timeout: Duration::from_secs(5),
+        passes: u32::MAX,
     };
 
     pub(crate) const ALL: [Self; 9] = [
@@ -83,7 +85,7 @@ impl Mode {
             name: "out of time, and goes on",
             budget: 100_000,
             strategy: TimeoutStrategy::Ignore,
-            timeout: Duration::from_millis(150),
+            timeout: Duration::from_millis(90),
             ..Self::PLAIN
         },
     ];
@@ -127,6 +129,8 @@ pub(crate) struct Links {
     pub(crate) up: bool,
     /// Whether a new connection, for Query, is possible.
     pub(crate) reachable: bool,
+    /// Whether another process answers there, which knows nothing.
+    pub(crate) stranger: bool,
 }
 
 impl Links {
@@ -136,6 +140,7 @@ impl Links {
             to_source: VecDeque::new(),
             up: true,
             reachable: true,
+            stranger: false,
         }
     }
 
@@ -192,7 +197,12 @@ impl World {
 
     /// Another migration of the same guest, after one that failed.
     pub(crate) fn again(&mut self) {
-        self.sessions += 1;
+        self.again_with_session(self.sessions + 1);
+    }
+
+    /// The same, in a session of a chosen name.
+    pub(crate) fn again_with_session(&mut self, session: u8) {
+        self.sessions = session;
         self.links = Links::new();
         self.mode.timeout = self.mode.timeout.max(Duration::from_secs(1));
         self.mode.budget = 20;
@@ -204,10 +214,17 @@ impl World {
 
     /// Runs to the end, with the fault of `plan`; `false`: there was nothing that it could happen to.
     pub(crate) fn run(&mut self, plan: &Plan) -> bool {
+        self.run_watched(plan, &mut |_| {})
+    }
+
+    /// The same, and lets `watch` look before each event.
+    pub(crate) fn run_watched(&mut self, plan: &Plan, watch: &mut dyn FnMut(&Self)) -> bool {
         let mut applied = false;
         for _ in 0..20_000 {
+            watch(self);
             if plan.at == self.count {
                 applied = self.inject(plan.fault);
+                watch(self);
                 self.check();
             }
             match self.next_event() {
@@ -355,6 +372,7 @@ fn machine(now: Duration, mode: &Mode, session: u8) -> Source {
             timeout: mode.timeout,
             strategy: mode.strategy,
             auto_converge: mode.converge,
+            passes: mode.passes,
             ..Goals::default()
         },
         limits: Limits::default(),

@@ -37,6 +37,10 @@ pub(crate) struct SourceEnd {
     pub(crate) share: usize,
     /// An undo that never succeeds.
     pub(crate) broken_undo: Option<SourceUndo>,
+    /// The saved state is larger, or smaller, than the wire allows.
+    pub(crate) no_state: bool,
+    /// The driver says Done to Ask, and gives no answer.
+    pub(crate) mute: bool,
 }
 
 thread_local! {
@@ -63,6 +67,8 @@ impl SourceEnd {
             written: 0,
             share: 0,
             broken_undo: None,
+            no_state: false,
+            mute: false,
         }
     }
 
@@ -196,7 +202,7 @@ impl World {
             SourceStep::Pause => assert!(std::mem::take(&mut source.running), "paused twice"),
             SourceStep::SaveState => {
                 assert!(!source.running, "saved while it runs");
-                return Output::State(b"state".to_vec());
+                return Output::State(if source.no_state { Vec::new() } else { b"state".to_vec() });
             }
             SourceStep::ReleaseLocks => {
                 assert!(self.locks == Holder::Source && !source.running);
@@ -259,10 +265,17 @@ impl World {
 
     /// A new connection with Query, and its answer; `None` where there is none.
     fn ask(&mut self, fails: bool) -> Option<SourceInput> {
+        if self.source.mute {
+            return Some(SourceInput::Done(Output::Nothing));
+        }
+        let session = self.source_session();
+        if self.links.stranger {
+            let unknown = Message::Outcome(session, SessionOutcome::Unknown);
+            return Some(SourceInput::Frame(unknown.encode().unwrap()));
+        }
         if fails || !self.links.reachable || self.destination.dead {
             return None;
         }
-        let session = self.source_session();
         let query = Message::Query(session).encode().unwrap();
         assert_eq!(query.command(), Command::Query);
         let outcome = self.query(session);
