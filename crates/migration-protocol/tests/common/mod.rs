@@ -1,6 +1,7 @@
 //! Shared by the tests on stable Rust and the fuzz targets in fuzz/.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, reason = "test code; each user takes a part")]
 
+pub(crate) mod drive;
 pub(crate) mod samples;
 
 use vmm_migration_protocol::{Bulk, Decoder, Frame, FrameError, Item, Message, contents_checksum};
