@@ -157,7 +157,7 @@ impl Taker<'_> {
     fn turn(&mut self, now: Duration, mut from: &[u8], to: &mut Vec<u8>) -> Result<()> {
         while let Some(item) = self.decoder.push(&mut from)? {
             let input = match item {
-                Item::Frame(frame) if frame.command().is_data() => self.data(Message::decode(frame)?)?,
+                Item::Frame(frame) if frame.command().is_data() => self.data(&Message::decode(frame)?)?,
                 Item::Frame(frame) => Some(DestinationInput::Frame(frame)),
                 // All of the contents are there, for the source writes them at once.
                 Item::Bulk(bulk) => {
@@ -172,17 +172,17 @@ impl Taker<'_> {
         Ok(())
     }
 
-    fn data(&mut self, message: Message) -> Result<Option<DestinationInput>> {
+    fn data(&mut self, message: &Message) -> Result<Option<DestinationInput>> {
         if !self.machine.state().takes_memory() {
             return Ok(Some(DestinationInput::Garbage("memory out of place".to_owned())));
         }
         match message {
             Message::Zero(zero) => {
-                self.intake.zero(zero)?;
+                self.intake.zero(*zero)?;
                 slice(&mut self.guest.memory, zero.range.gpa(), zero.range.length())?.fill(0);
             }
             Message::Mark(mark) => {
-                self.intake.mark(mark)?;
+                self.intake.mark(*mark)?;
                 if self.barrier.mark(0)? {
                     return Ok(Some(DestinationInput::Landed { pass: mark.pass, last: mark.last }));
                 }
@@ -223,11 +223,11 @@ impl Taker<'_> {
                     self.machine.handle(now, DestinationInput::Done(Output::Nothing));
                 }
                 DestinationAction::Remember(session, outcome) => {
-                    self.outcomes.remember(now, session, outcome)
+                    self.outcomes.remember(now, session, outcome);
                 }
                 DestinationAction::Settle(session) => self.outcomes.settle(session),
                 DestinationAction::Report(outcome) => {
-                    println!("                         destination: {outcome:?}")
+                    println!("                         destination: {outcome:?}");
                 }
                 DestinationAction::Interrupt | DestinationAction::Close => {}
             }

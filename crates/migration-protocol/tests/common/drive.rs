@@ -305,7 +305,7 @@ impl DestinationLedger {
                 }
                 DestinationAction::Settle(_) => {}
                 DestinationAction::Close => {
-                    assert!(!std::mem::replace(&mut self.closed, true), "closed twice")
+                    assert!(!std::mem::replace(&mut self.closed, true), "closed twice");
                 }
                 DestinationAction::Report(outcome) => self.report(outcome),
             }
@@ -394,7 +394,9 @@ fn destination_input(
         _ => match tape.next() % 3 {
             0 => DestinationInput::Query,
             1 => DestinationInput::Damaged(super::samples::range(0, 4096)),
-            _ => DestinationInput::Landed { pass: u32::from(tape.next()), last: tape.next() % 2 == 0 },
+            _ => {
+                DestinationInput::Landed { pass: u32::from(tape.next()), last: tape.next().is_multiple_of(2) }
+            }
         },
     }
 }
@@ -406,13 +408,13 @@ fn next_for_destination(destination: &Destination, hello: &Hello, choice: u8) ->
         DestinationState::Offered => Message::Config(b"{}".to_vec()),
         DestinationState::Willing => Message::Start,
         DestinationState::Receiving if local => messages().swap_remove(18),
-        DestinationState::Receiving | DestinationState::Filled if choice % 2 == 0 => {
+        DestinationState::Receiving | DestinationState::Filled if choice.is_multiple_of(2) => {
             Message::State(b"state".to_vec())
         }
         DestinationState::Receiving | DestinationState::Draining if choice % 4 != 3 => {
             return DestinationInput::Landed { pass: 0, last: choice % 4 != 1 };
         }
-        DestinationState::Ready => Message::Commit { session: SESSION, run: choice % 2 == 0 },
+        DestinationState::Ready => Message::Commit { session: SESSION, run: choice.is_multiple_of(2) },
         DestinationState::Resuming | DestinationState::Ended => Message::Ack(Command::Committed),
         _ => Message::Complete,
     };

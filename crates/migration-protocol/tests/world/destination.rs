@@ -151,12 +151,12 @@ impl World {
         }
     }
 
-    pub(crate) fn to_destination(&mut self, connection: usize, item: Item) {
+    pub(crate) fn arrives_at_destination(&mut self, connection: usize, item: Item) {
         let input = match item {
             Item::Frame(frame) => Some(DestinationInput::Frame(frame)),
             // The other connections end with the first.
             Item::End => (connection == 0).then(|| DestinationInput::Lost("closed".to_owned())),
-            Item::Page(..) | Item::Mark(_) => self.memory_arrives(connection, item),
+            Item::Page(..) | Item::Mark(_) => self.memory_arrives(connection, &item),
         };
         if let Some(input) = input {
             self.destination_input(input);
@@ -164,13 +164,13 @@ impl World {
     }
 
     /// What the machine must know of memory that arrives.
-    fn memory_arrives(&mut self, connection: usize, item: Item) -> Option<DestinationInput> {
+    fn memory_arrives(&mut self, connection: usize, item: &Item) -> Option<DestinationInput> {
         let destination = &mut self.destination;
         if !destination.machine.state().takes_memory() {
             return Some(DestinationInput::Garbage("memory".to_owned()));
         }
         let intake = &mut destination.intakes[connection];
-        let result = match &item {
+        let result = match item {
             Item::Page(bulk, _) => intake.bulk(bulk),
             Item::Mark(mark) => intake.mark(*mark),
             Item::Frame(_) | Item::End => panic!("no memory"),
@@ -184,7 +184,7 @@ impl World {
             }
             Item::Page(bulk, value) => {
                 let vm = destination.vm.as_mut().unwrap();
-                vm.memory[page(bulk.range().gpa())] = value;
+                vm.memory[page(bulk.range().gpa())] = *value;
                 None
             }
             Item::Mark(mark) => {
@@ -205,7 +205,7 @@ impl World {
         let work = self.destination.work.take().unwrap();
         let cut_short = std::mem::take(&mut self.destination.interrupted) && self.count.is_multiple_of(2);
         let step = matches!(work, DestinationWork::Step(_));
-        let done = !fails && !(cut_short && step);
+        let done = !(fails || cut_short && step);
         let done = done
             && match &work {
                 DestinationWork::Step(step) => self.destination_step(step),

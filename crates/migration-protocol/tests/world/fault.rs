@@ -116,16 +116,18 @@ impl World {
                 self.destination_lost();
                 true
             }
-            Fault::CancelSource => self.to_the_source(SourceInput::Cancel("test".to_owned())),
-            Fault::CancelDestination => self.to_the_destination(DestinationInput::Cancel("test".to_owned())),
-            Fault::GarbageToSource => self.to_the_source(SourceInput::Garbage("test".to_owned())),
+            Fault::CancelSource => self.give_the_source(SourceInput::Cancel("test".to_owned())),
+            Fault::CancelDestination => {
+                self.give_the_destination(DestinationInput::Cancel("test".to_owned()))
+            }
+            Fault::GarbageToSource => self.give_the_source(SourceInput::Garbage("test".to_owned())),
             Fault::GarbageToDestination => {
-                self.to_the_destination(DestinationInput::Garbage("test".to_owned()))
+                self.give_the_destination(DestinationInput::Garbage("test".to_owned()))
             }
             Fault::Nack => {
                 let fault = vmm_migration_protocol::Fault::new(Reason::Failed, "test");
                 let nack = Message::Nack(vmm_migration_protocol::Command::Start, fault);
-                self.to_the_source(SourceInput::Frame(nack.encode().unwrap()))
+                self.give_the_source(SourceInput::Frame(nack.encode().unwrap()))
             }
             Fault::Timeout => {
                 self.now += self.mode.timeout + Duration::from_millis(1);
@@ -186,7 +188,7 @@ impl World {
         }
     }
 
-    fn to_the_source(&mut self, input: SourceInput) -> bool {
+    fn give_the_source(&mut self, input: SourceInput) -> bool {
         let from_peer = matches!(input, SourceInput::Frame(_) | SourceInput::Garbage(_));
         if self.source.dead || (from_peer && self.source.closed) {
             return false;
@@ -195,7 +197,7 @@ impl World {
         true
     }
 
-    fn to_the_destination(&mut self, input: DestinationInput) -> bool {
+    fn give_the_destination(&mut self, input: DestinationInput) -> bool {
         if self.destination.dead {
             return false;
         }
@@ -212,15 +214,15 @@ impl World {
         };
         let frame: Frame = message.encode().unwrap();
         match index % 2 {
-            0 => self.to_the_source(SourceInput::Frame(frame)),
-            _ => self.to_the_destination(DestinationInput::Frame(frame)),
+            0 => self.give_the_source(SourceInput::Frame(frame)),
+            _ => self.give_the_destination(DestinationInput::Frame(frame)),
         }
     }
 
     fn step_fails(&mut self) -> bool {
         match self.next_event() {
             Some(Event::SourceWork) if matches!(self.source.work, Some(SourceWork::Step(_))) => {
-                self.source_work(true)
+                self.source_work(true);
             }
             Some(Event::DestinationWork) if self.destination.machine.state() != DestinationState::Undoing => {
                 self.destination_work(true);
@@ -245,9 +247,9 @@ impl World {
                 let Some(Item::Frame(frame)) = queue.pop_front() else { return false };
                 let text = flipped(&frame, self.count * 37);
                 return if event == Event::ToSource {
-                    self.to_the_source(SourceInput::Garbage(text))
+                    self.give_the_source(SourceInput::Garbage(text))
                 } else {
-                    self.to_the_destination(DestinationInput::Garbage(text))
+                    self.give_the_destination(DestinationInput::Garbage(text))
                 };
             }
             _ => return false,

@@ -277,11 +277,11 @@ impl World {
         match event {
             Event::ToDestination(connection) => {
                 let item = self.links.to_destination[connection].pop_front().unwrap();
-                self.to_destination(connection, item);
+                self.arrives_at_destination(connection, item);
             }
             Event::ToSource => {
                 let item = self.links.to_source.pop_front().unwrap();
-                self.to_source(item);
+                self.arrives_at_source(item);
             }
             Event::SourceWork => self.source_work(false),
             Event::DestinationWork => self.destination_work(false),
@@ -373,7 +373,6 @@ fn machine(now: Duration, mode: &Mode, session: u8) -> Source {
             strategy: mode.strategy,
             auto_converge: mode.converge,
             passes: mode.passes,
-            ..Goals::default()
         },
         limits: Limits::default(),
     };

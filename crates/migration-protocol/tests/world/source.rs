@@ -159,7 +159,7 @@ impl World {
         }
     }
 
-    pub(crate) fn to_source(&mut self, item: Item) {
+    pub(crate) fn arrives_at_source(&mut self, item: Item) {
         match item {
             _ if self.source.closed => {}
             Item::Frame(frame) => drop(self.source_input(SourceInput::Frame(frame))),
