@@ -63,8 +63,8 @@ const FEATURES: [(u32, u32, usize, u32); 16] = [
 impl CpuNeeds {
     /// What a guest with these needs would miss on `host`. An empty list: it can run there.
     ///
-    /// Compares feature bits, the number of vCPUs and the address width. The TSC's frequency is no reason to refuse: hosts scale
-    /// it, or the capability to do so is missing, which the destination knows.
+    /// Compares feature bits, the number of vCPUs and the address width. The TSC's frequency is no reason to refuse:
+    /// hosts scale it, or the capability to do so is missing, which the destination knows.
     #[must_use]
     pub fn missing_on(&self, host: &Self) -> Vec<Missing> {
         let mut missing = Vec::new();

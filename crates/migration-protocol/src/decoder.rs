@@ -45,7 +45,8 @@ impl Decoder {
         Self::default()
     }
 
-    /// Takes bytes from the front of `input`, up to the end of one frame or of a bulk frame's beginning, and gives that.
+    /// Takes bytes from the front of `input`, up to the end of one frame or of a bulk frame's beginning, and gives
+    /// that.
     ///
     /// Call it until it gives `None`; then `input` is empty:
     ///

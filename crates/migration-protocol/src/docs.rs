@@ -8,9 +8,10 @@ use crate::{Cell, DestinationKind, DestinationState, SourceKind, SourceState};
 #[must_use]
 pub fn machines_markdown() -> String {
     let mut page = String::from(
-        "# The machines of both ends\n\nGenerated from the tables in the code; do not edit. A cell names the states that an input \
-         may lead to. `undo`: the migration has failed; the step under way is ended (Stopping), what was done is undone \
-         (Undoing), and it ends. `ask`: to Asking. `-`: nothing happens.\n",
+        "# The machines of both ends\n\n\
+         Generated from the tables in the code; do not edit. A cell names the states that an input may lead to. \
+         `undo`: the migration has failed; the step under way is ended (Stopping), what was done is undone (Undoing), \
+         and it ends. `ask`: to Asking. `-`: nothing happens.\n",
     );
     let source = |state: SourceState, kind| cell(state.cell(kind), &[SourceState::Asking]);
     machine(&mut page, "Source", (&SourceState::ALL, &SourceKind::ALL), source);

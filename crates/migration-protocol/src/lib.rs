@@ -12,6 +12,7 @@ mod machine;
 mod memory;
 mod message;
 mod negotiate;
+mod pacer;
 mod policy;
 mod source;
 
@@ -36,6 +37,7 @@ pub use message::{Join, MAGIC, Message, MessageError, Progress, SessionOutcome};
 pub use negotiate::{
     Accept, Features, Hello, MAX_CONNECTIONS, MAX_REQUESTED_CONNECTIONS, Offer, Purpose, SessionId, Versions,
 };
+pub use pacer::Pacer;
 pub use policy::{Decision, Goals, Pass, Policy, Stop, TimeoutStrategy};
 pub use source::{
     Source, SourceAction, SourceInput, SourceKind, SourceOutcome, SourceProgress, SourceSetup, SourceState,

@@ -1,4 +1,5 @@
-//! What both machines share: limits in time, a clock, cells of the tables, what a step gives, and who remembers outcomes.
+//! What both machines share: limits in time, a clock, cells of the tables, what a step gives, and who remembers
+//! outcomes.
 
 use std::collections::VecDeque;
 use std::time::Duration;

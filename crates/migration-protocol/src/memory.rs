@@ -1,4 +1,5 @@
-//! Guest memory on its way: [`MemoryRange`], [`MemoryLayout`], and what a receiver checks of each frame, [`Intake`] and [`Barrier`].
+//! Guest memory on its way: [`MemoryRange`], [`MemoryLayout`], and what a receiver checks of each frame, [`Intake`]
+//! and [`Barrier`].
 
 use minicbor::decode::{Decoder, Error};
 use minicbor::{Decode, Encode};

@@ -222,8 +222,8 @@ impl Message {
     /// The frame that says it.
     ///
     /// # Errors
-    /// [`FrameError::Length`]: a configuration, a saved state, a Hello or a list of descriptors is larger than the wire allows, or
-    /// empty.
+    /// [`FrameError::Length`]: a configuration, a saved state, a Hello or a list of descriptors is larger than the
+    /// wire allows, or empty.
     pub fn encode(self) -> Result<Frame, FrameError> {
         let command = self.command();
         let mut out = Out(Vec::new());

@@ -16,8 +16,8 @@ fn goals() -> Goals {
     Goals { overhead: Duration::ZERO, ..Goals::default() }
 }
 
-/// A guest that writes to `rate` bytes a second of `memory` bytes, on a link of `bandwidth` bytes a second: what is decided after each
-/// pass, up to the end.
+/// A guest that writes to `rate` bytes a second of `memory` bytes, on a link of `bandwidth` bytes a second: what is
+/// decided after each pass, up to the end.
 fn simulate(goals: Goals, memory: u64, rate: u64, bandwidth: u64) -> Vec<Decision> {
     let mut policy = Policy::new(goals);
     let (mut elapsed, mut sent, mut throttle) = (Duration::ZERO, memory, 0_u8);

@@ -49,8 +49,8 @@ pub enum DestinationInput {
 /// Something that the driver does, and answers with Done or Failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DestinationStep {
-    /// Say whether a VM of this configuration can run here, with what the operator provides, and build nothing. What is missing
-    /// goes into [`Fault::incompatible`].
+    /// Say whether a VM of this configuration can run here, with what the operator provides, and build nothing. What
+    /// is missing goes into [`Fault::incompatible`].
     Check(Vec<u8>),
     /// Build the VM of that configuration, its memory zero; it takes no disk locks and nobody sees it.
     Build,

@@ -103,7 +103,8 @@ pub enum SourceStep {
     ReleaseLocks,
     /// Mark the VM given away: it cannot be resumed, unless forced.
     GiveAway,
-    /// Open a new connection to the destination's address, send Query, and give the Outcome as a frame; then send Ack(Outcome).
+    /// Open a new connection to the destination's address, send Query, and give the Outcome as a frame; then send
+    /// Ack(Outcome).
     Ask,
 }
 
@@ -133,7 +134,8 @@ pub enum SourceOutcome {
     Failed {
         /// Why.
         failure: Failure,
-        /// What could not be undone. After [`SourceUndo::TakeLocks`] or [`SourceUndo::TakeBack`] the guest is not resumed.
+        /// What could not be undone. After [`SourceUndo::TakeLocks`] or [`SourceUndo::TakeBack`] the guest is not
+        /// resumed.
         stuck: Vec<SourceUndo>,
     },
     /// Nobody knows where the VM is: it stays paused and given away. Not the end: Ask, Keep or Yield follow.

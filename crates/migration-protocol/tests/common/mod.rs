@@ -23,7 +23,8 @@ impl Whole {
     }
 }
 
-/// Decodes `bytes` whole and in pieces: both must agree, frames must encode to what was read, and messages must survive.
+/// Decodes `bytes` whole and in pieces: both must agree, frames must encode to what was read, and messages must
+/// survive.
 pub(crate) fn decode(bytes: &[u8]) {
     let (frames, end) = run(std::iter::once(bytes));
     let again: Vec<u8> = frames.iter().flat_map(Whole::encode).collect();
