@@ -183,7 +183,8 @@ impl Bulk {
         Self::new(header.command, range, (pass, checksum), contents)
     }
 
-    /// Whether contents with the checksum `computed` are what was sent.
+    /// Whether contents with the checksum `computed` are what was sent. Not to be asked on links without: see
+    /// [`Features::UNCHECKED_MEMORY`](crate::Features::UNCHECKED_MEMORY).
     ///
     /// # Errors
     /// [`FrameError::Checksum`]: they are not. The stream can be read on.

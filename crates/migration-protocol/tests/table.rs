@@ -49,12 +49,16 @@ fn frames() -> Vec<Frame> {
     messages(samples::hello()).into_iter().map(|message| message.encode().unwrap()).collect()
 }
 
-/// Frames whose payload is no message.
+/// Every command with a payload that is too short, too long, absent, or of other bytes, where the codec lets it through.
 fn broken() -> Vec<Frame> {
-    let commands = [Command::Hello, Command::Accept, Command::Nack, Command::Commit, Command::Ack];
-    commands
-        .map(|command| Frame::new(command, vec![0xff; *command.payload_lengths().start() as usize]).unwrap())
-        .to_vec()
+    let variants = |frame: Frame| {
+        let good = frame.payload();
+        let short = good.get(..good.len().saturating_sub(1)).unwrap_or_default().to_vec();
+        let other = vec![0xff; good.len()];
+        let payloads = [short, [good, &[0]].concat(), Vec::new(), other];
+        payloads.into_iter().filter_map(move |payload| Frame::new(frame.command(), payload).ok())
+    };
+    frames().into_iter().flat_map(|frame| variants(frame).collect::<Vec<_>>()).collect()
 }
 
 /// Every input to a source, with how long after the one before it comes.
