@@ -264,6 +264,25 @@ fn golden_messages_are_understood() {
 }
 
 #[test]
+fn keys_of_later_builds_are_skipped() {
+    for (at, message) in [
+        (8, samples::messages()[5].clone()),
+        (0, Message::Accept(samples::accept())),
+        (0, samples::messages()[7].clone()),
+    ] {
+        let command = message.command();
+        let mut payload = message.clone().encode().unwrap().into_payload();
+        // One entry more in the map: key 42, a list of a text.
+        payload[at] += 1;
+        payload.extend([0x18, 42, 0x81, 0x61, b'x']);
+        assert_eq!(Message::decode(Frame::new(command, payload.clone()).unwrap()).unwrap(), message);
+        payload.push(0);
+        let error = Message::decode(Frame::new(command, payload).unwrap()).unwrap_err();
+        assert_eq!(error.to_string(), format!("{command} frame has bytes after its end"));
+    }
+}
+
+#[test]
 fn fuzz_mutated_streams_never_panic() {
     let seeds: Vec<Vec<u8>> =
         all().into_iter().map(|(_, bytes)| bytes).filter(|bytes| bytes.len() < 1000).collect();

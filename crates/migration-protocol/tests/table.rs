@@ -148,7 +148,7 @@ impl Found {
             for fault in faults {
                 for at in (0..60).step_by(3) {
                     let mut world = World::new(mode, Order::SourceFirst);
-                    world.run_watched(&Plan { at, fault }, &mut |world| found.look(world));
+                    world.run_watched(&[Plan { at, fault }], &mut |world| found.look(world));
                     found.look(&world);
                 }
             }

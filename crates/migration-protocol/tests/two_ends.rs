@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use vmm_fuzzing::Random;
+use vmm_fuzzing::{Random, rounds};
 use vmm_migration_protocol::{
     Cell, DestinationKind, DestinationOutcome, DestinationState, DestinationUndo, Reason, SourceInput,
     SourceKind, SourceOutcome, SourceState, SourceUndo,
@@ -175,7 +175,7 @@ fn failure(world: &World) -> &vmm_migration_protocol::Failure {
 fn reach(mode: Mode, state: SourceState) -> usize {
     let mut world = World::new(mode, Order::SourceFirst);
     let mut found = None;
-    world.run_watched(&NOTHING, &mut |world| {
+    world.run_watched(&[], &mut |world| {
         if found.is_none() && world.source.machine.state() == state {
             found = Some(world.count);
         }
@@ -299,6 +299,24 @@ fn a_refused_hello_ends_both() {
         "the other end: the peer broke the protocol: 0 connections, 1 to 128 are possible"
     );
     assert_end(&mut world);
+}
+
+/// Two faults, anywhere, in any order of events.
+#[test]
+fn fuzz_two_faults_in_any_order() {
+    let mut random = Random::new(0x0dd0_5eed);
+    let faults = Fault::all();
+    for _ in 0..rounds(4_000) {
+        let mode = Mode::ALL[random.below(Mode::ALL.len())];
+        let order = Order::Random(Random::new(random.next() | 1));
+        let mut any = || Plan { at: random.below(90), fault: faults[random.below(faults.len())] };
+        let plans = [any(), any()];
+        let _cell = InCell(format!("{}, {order:?}, {plans:?}", mode.name));
+        let mut world = World::new(mode, order);
+        world.run_watched(&plans, &mut |_| {});
+        assert_end(&mut world);
+        second(&mut world);
+    }
 }
 
 #[test]

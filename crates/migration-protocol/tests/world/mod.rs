@@ -214,16 +214,16 @@ impl World {
 
     /// Runs to the end, with the fault of `plan`; `false`: there was nothing that it could happen to.
     pub(crate) fn run(&mut self, plan: &Plan) -> bool {
-        self.run_watched(plan, &mut |_| {})
+        self.run_watched(std::slice::from_ref(plan), &mut |_| {})
     }
 
     /// The same, and lets `watch` look before each event.
-    pub(crate) fn run_watched(&mut self, plan: &Plan, watch: &mut dyn FnMut(&Self)) -> bool {
+    pub(crate) fn run_watched(&mut self, plans: &[Plan], watch: &mut dyn FnMut(&Self)) -> bool {
         let mut applied = false;
         for _ in 0..20_000 {
             watch(self);
-            if plan.at == self.count {
-                applied = self.inject(plan.fault);
+            while let Some(plan) = plans.iter().find(|plan| plan.at == self.count) {
+                applied |= self.inject(plan.fault);
                 watch(self);
                 self.check();
             }
