@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use vmm_fuzzing::{Random, rounds};
 use vmm_migration_protocol::{
-    Cell, DestinationKind, DestinationOutcome, DestinationState, DestinationUndo, Reason, SourceInput,
-    SourceKind, SourceOutcome, SourceState, SourceUndo,
+    Cell, DestinationKind, DestinationOutcome, DestinationState, DestinationUndo, Output, Reason,
+    SourceInput, SourceKind, SourceOutcome, SourceState, SourceUndo,
 };
 
 use world::fault::{Fault, Plan};
@@ -299,6 +299,25 @@ fn a_refused_hello_ends_both() {
         "the other end: the peer broke the protocol: 0 connections, 1 to 128 are possible"
     );
     assert_end(&mut world);
+}
+
+#[test]
+fn a_result_that_nobody_asked_for_takes_no_locks() {
+    let mut waited = 0;
+    for at in 0..length(Mode::PLAIN, Order::SourceFirst) {
+        let mut world = World::new(Mode::PLAIN, Order::SourceFirst);
+        world.run_watched(&[Plan { at, fault: Fault::LostAtSource }], &mut |world| {
+            let source = &world.source;
+            if source.machine.state() == SourceState::Undoing && source.work.is_none() {
+                // The destination holds the locks still.
+                let mut machine = source.machine.clone();
+                machine.handle(world.now, SourceInput::Done(Output::Nothing));
+                assert_eq!(machine.poll(), None);
+                waited += 1;
+            }
+        });
+    }
+    assert!(waited > 0);
 }
 
 /// Two faults, anywhere, in any order of events.

@@ -178,7 +178,10 @@ impl Destination {
         self.timer.advance(now);
         let event = self.read(input);
         let kind = event.kind();
+        // A result of nothing. Memory that could not land fails without having been asked for.
+        let unasked = kind == DestinationKind::Done && self.work.is_none();
         match self.state.cell(kind) {
+            _ if unasked => {}
             Cell::Go(_) => self.go(event),
             Cell::GiveUp => {
                 if kind == DestinationKind::Lost {

@@ -260,7 +260,10 @@ impl Source {
         self.timer.advance(now);
         let event = self.read(input);
         let kind = event.kind();
+        // Results of nothing: locks that are to be taken again, say, are not taken.
+        let unasked = matches!(kind, SourceKind::Done | SourceKind::Failed) && self.work.is_none();
         match self.state.cell(kind) {
+            _ if unasked => {}
             Cell::Go(_) => self.go(event),
             Cell::GiveUp => {
                 if kind == SourceKind::Lost {
