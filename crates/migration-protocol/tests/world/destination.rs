@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use vmm_migration_protocol::{
-    Barrier, Destination, DestinationAction, DestinationInput, DestinationKind, DestinationOutcome,
+    Barrier, Command, Destination, DestinationAction, DestinationInput, DestinationKind, DestinationOutcome,
     DestinationState, DestinationStep, DestinationUndo, Fault, Intake, MemoryLayout, Missing, MissingKind,
     Output, Reason, SessionId, SessionOutcome,
 };
@@ -111,6 +111,10 @@ impl World {
             match action {
                 DestinationAction::Send(frame) => {
                     assert!(!destination.closed, "{} after Close", frame.command());
+                    // The source takes the disk locks as soon as it hears of it.
+                    let gives_up = matches!(frame.command(), Command::Nack | Command::Cancel);
+                    let held = self.locks == Holder::Destination && destination.broken_undo.is_none();
+                    assert!(!(gives_up && held), "tells of a failure with the locks in its hands");
                     self.send_to_source(Item::Frame(frame));
                 }
                 DestinationAction::Run(step) => self.give_destination(DestinationWork::Step(step)),
