@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use vmm_fuzzing::{Random, rounds};
 use vmm_migration_protocol::{
-    Cell, DestinationKind, DestinationOutcome, DestinationState, DestinationUndo, Output, Reason,
+    Cell, DestinationKind, DestinationOutcome, DestinationState, DestinationUndo, Output, PAGE, Reason,
     SourceInput, SourceKind, SourceOutcome, SourceState, SourceUndo,
 };
 
@@ -318,6 +318,24 @@ fn a_result_that_nobody_asked_for_takes_no_locks() {
         });
     }
     assert!(waited > 0);
+}
+
+#[test]
+fn progress_counts_each_byte_once() {
+    let mut world = World::new(Mode::PLAIN, Order::SourceFirst);
+    let mut seen = Vec::new();
+    world.run_watched(&[], &mut |world| {
+        let mut machine = world.source.machine.clone();
+        machine.note_sent(5);
+        let (sent, noted) = (world.source.machine.progress().sent, machine.progress().sent);
+        seen.push((sent.pass, sent.bytes, noted.bytes - sent.bytes));
+    });
+    seen.dedup();
+    // 12 pages, then what was written to; a note counts while a pass is being sent only.
+    assert_eq!(seen[..3], [(0, 0, 0), (0, 0, 5), (0, 12 * PAGE, 0)]);
+    let passes: Vec<u32> = seen.iter().map(|(pass, ..)| *pass).collect();
+    assert!(passes.is_sorted() && passes.contains(&2), "{seen:?}");
+    assert!(seen.is_sorted_by_key(|(_, bytes, _)| *bytes), "{seen:?}");
 }
 
 /// Two faults, anywhere, in any order of events.

@@ -194,8 +194,8 @@ struct Current {
     /// Bytes on the link in this pass.
     sent: u64,
     landed: bool,
-    /// Bytes on the link in all passes.
-    total: u64,
+    /// Bytes on the link in the passes before.
+    before: u64,
 }
 
 /// What is left to be told at the end.
@@ -314,6 +314,13 @@ impl Source {
         self.agreed.0
     }
 
+    /// Notes that [`SourceStep::SendMemory`], which is under way, has sent so many bytes by now.
+    pub fn note_sent(&mut self, bytes: u64) {
+        if matches!(self.work, Some(Work::Step(SourceStep::SendMemory { .. }))) {
+            self.pass.sent = bytes;
+        }
+    }
+
     /// How far it is.
     #[must_use]
     pub fn progress(&self) -> SourceProgress {
@@ -322,7 +329,7 @@ impl Source {
         SourceProgress {
             state: self.state,
             sent: Progress {
-                bytes: self.pass.total,
+                bytes: self.pass.before.saturating_add(self.pass.sent),
                 pass: self.pass.number,
                 blackout_ms: blackout.unwrap_or(u32::MAX),
             },
@@ -364,7 +371,7 @@ impl Source {
             }
             (SourceState::Collecting, Event::Done(_)) => self.next_pass(true),
             (SourceState::Finishing, Event::Done(output)) => {
-                self.count(&output);
+                self.pass.sent = output.bytes();
                 self.run(SourceState::Saving, SourceStep::SaveState);
             }
             (SourceState::Saving, Event::Done(output)) => self.saved(output),
@@ -448,8 +455,9 @@ impl Source {
     }
 
     fn send_memory(&mut self, what: What, last: bool) {
-        let Current { number, total, .. } = self.pass;
-        self.pass = Current { number, began: self.timer.now, sent: 0, landed: false, total };
+        let Current { number, sent, before, .. } = self.pass;
+        let before = before.saturating_add(sent);
+        self.pass = Current { number, began: self.timer.now, sent: 0, landed: false, before };
         let state = if last { SourceState::Finishing } else { SourceState::Copying };
         self.run(state, SourceStep::SendMemory { pass: number, what, last, connections: self.agreed.1 });
     }
@@ -459,13 +467,8 @@ impl Source {
         self.send_memory(What::Taken, last);
     }
 
-    fn count(&mut self, output: &Output) {
-        self.pass.sent = output.bytes();
-        self.pass.total = self.pass.total.saturating_add(self.pass.sent);
-    }
-
     fn copied(&mut self, output: &Output) {
-        self.count(output);
+        self.pass.sent = output.bytes();
         if self.pass.landed {
             self.landed();
         } else {
