@@ -80,6 +80,13 @@ impl Features {
         self.0 & other.0 == other.0
     }
 
+    /// The same with at most one way to compress: LZ4, unless the other is among `required`.
+    #[must_use]
+    const fn one_compression(self, required: Self) -> Self {
+        let drop = if required.contains(Self::ZSTD) { Self::LZ4 } else { Self::ZSTD };
+        if self.contains(Self::LZ4.and(Self::ZSTD)) { Self(self.0 & !drop.0) } else { self }
+    }
+
     /// As they travel.
     #[must_use]
     pub const fn bits(self) -> u64 {
@@ -184,6 +191,7 @@ impl Accept {
             && self.session == hello.session
             && hello.features.contains(self.features)
             && self.features.contains(hello.required)
+            && !self.features.contains(Features::LZ4.and(Features::ZSTD))
             && (1..=hello.connections.min(MAX_CONNECTIONS)).contains(&self.connections)
     }
 }
@@ -215,7 +223,7 @@ impl Offer {
             );
             Fault::new(Reason::Version, &text)
         })?;
-        let features = self.features.common(hello.features);
+        let features = self.features.common(hello.features).one_compression(hello.required);
         if !features.contains(hello.required) {
             let text = format!("required {:#x}, common {:#x}", hello.required.bits(), features.bits());
             return Err(Fault::new(Reason::Features, &text));

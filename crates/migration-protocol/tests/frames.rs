@@ -7,7 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use vmm_fuzzing::{Random, mutate, rounds};
 use vmm_migration_protocol::{
-    BULK_HEADER_LENGTH, Bulk, CHUNK, Command, Frame, FrameError, HEADER_LENGTH, Message, PAGE,
+    BULK_HEADER_LENGTH, Bulk, CHUNK, Command, Frame, FrameError, HEADER_LENGTH, Message, PAGE, Reason,
     contents_checksum,
 };
 
@@ -77,6 +77,14 @@ fn the_document_has_this_table() {
         (command.number(), command.to_string(), sender, command.payload_lengths())
     });
     assert_eq!(rows, code);
+}
+
+#[test]
+fn the_document_has_these_reasons() {
+    for reason in Reason::ALL.into_iter().filter(|reason| *reason != Reason::Lost) {
+        let row = format!("\n| {} | {} |\n", reason.number(), reason.text());
+        assert!(include_str!("../WIRE.md").contains(&row), "{row}");
+    }
 }
 
 /// "2 MiB + 24" as a number; 0 for what is none.

@@ -54,6 +54,23 @@ fn connections_are_bounded_by_both_and_by_sixteen() {
 }
 
 #[test]
+fn one_way_to_compress_is_agreed_on() {
+    let both = Features::LZ4.and(Features::ZSTD);
+    let agreed = |required| {
+        let hello = Hello { features: both, required, ..hello() };
+        Offer { features: both, ..offer() }.answer(&hello).map(|accept| accept.features)
+    };
+    assert_eq!(agreed(Features::NONE), Ok(Features::LZ4));
+    assert_eq!(agreed(Features::ZSTD), Ok(Features::ZSTD));
+    assert_eq!(agreed(both).unwrap_err().reason(), Reason::Features);
+    let hello = Hello { features: both, ..hello() };
+    assert!(
+        !Accept { features: both, ..Offer { features: both, ..offer() }.answer(&hello).unwrap() }
+            .fits(&hello)
+    );
+}
+
+#[test]
 fn a_source_believes_only_what_it_offered() {
     let hello = Hello { connections: 20, required: Features::LZ4, ..hello() };
     let good = Offer { connections: 16, ..offer() }.answer(&hello).unwrap();
@@ -162,9 +179,10 @@ proptest! {
     #[test]
     fn what_is_answered_fits(asked in 1_u16..=128, possible: u16, bits: [bool; 4]) {
         let all = [Features::LZ4, Features::ZSTD, Features::UNCHECKED_MEMORY, Features::LOCAL_MEMORY];
+        let offer = Offer { features: all.into_iter().fold(Features::NONE, Features::and), ..offer() };
         let features = all.into_iter().zip(bits).filter(|(_, on)| *on).fold(Features::NONE, |sum, (one, _)| sum.and(one));
         let hello = Hello { connections: asked, features, session: SESSION, ..hello() };
-        let accept = Offer { connections: possible, ..offer() }.answer(&hello).unwrap();
+        let accept = Offer { connections: possible, ..offer }.answer(&hello).unwrap();
         prop_assert!(accept.fits(&hello));
     }
 
