@@ -1,9 +1,12 @@
 //! The system calls of this crate.
-#![expect(unsafe_code, reason = "memfd_create, madvise and sysinfo are C calls")]
+#![expect(unsafe_code, reason = "memfd_create, madvise, sysinfo and ioctl are C calls")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+use crate::layout::PAGE_SIZE;
 
 /// A memory file named `name`; with `huge_page` (bytes, a power of two) in huge pages of that size.
 pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
@@ -62,4 +65,64 @@ pub(crate) fn host_memory() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok((info.totalram + info.totalswap).saturating_mul(info.mem_unit.into()))
+}
+
+/// Argument of PAGEMAP_SCAN (`struct pm_scan_arg` of linux/fs.h).
+#[repr(C)]
+#[derive(Debug, Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// What PAGEMAP_SCAN finds (`struct page_region` of linux/fs.h).
+#[repr(C)]
+#[derive(Debug, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+/// The first run of pages in `range` (addresses of this process) that are its own: in memory or swapped out, no
+/// file's, not the zero page; at most `most` pages of it. `pagemap` is /proc/self/pagemap.
+pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Result<Option<Range<u64>>> {
+    let mut found = PageRegion::default();
+    let mut arg = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        start: range.start,
+        end: range.end.next_multiple_of(PAGE_SIZE),
+        vec: &raw mut found as u64,
+        vec_len: 1,
+        max_pages: most,
+        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        // Any one: runs are split where it differs, and this one does not.
+        return_mask: PAGE_IS_FILE,
+        ..ScanArg::default()
+    };
+    // SAFETY: `arg` is as the kernel defines it, and `vec` is a place for the one region that `vec_len` allows.
+    match unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } {
+        0 => Ok(None),
+        found_any if found_any > 0 => Ok(Some(found.start..found.end)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
