@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 use vmm::events::Events;
 use vmm::exit::chain;
 use vmm::machine::stages::Stages;
-use vmm::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
+use vmm::machine::{
+    ClockChoice, EventPost, Machine, MachineError, MachineEvent, MachineMessage, Plan, Ports, Saved,
+    SavedMemory,
+};
 use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm::vmm::{Policy, Vmm};
 use vmm_api::command::Host;
@@ -21,7 +24,9 @@ use vmm_device_model::metrics::{Sample, Value};
 use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
+use vmm_memory_manager::map::MemoryMap;
 use vmm_platform_devices::events::SystemEvent;
+use vmm_snapshot::{RecordSet, Schema};
 use vmm_state::Phase;
 use vmm_tests::tiny::Guest;
 
@@ -185,6 +190,94 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
     let error = vmm.take_failure().unwrap();
     assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
     assert_eq!((vmm.phase(), fake.live()), (Phase::Empty, Live::default()), "the VMM ends");
+}
+
+/// A machine of saved state whose memory is blank.
+fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machine, MachineError> {
+    let memory = Box::new(|saved: SavedMemory| MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits));
+    let (mailbox, _inbox) = mailbox().unwrap();
+    let plan = Plan {
+        hypervisor: fake,
+        spec,
+        ports: &Ports::default(),
+        post: &EventPost::new(2, mailbox),
+        threads: &(Arc::new(Unconfined) as _),
+    };
+    let saved = Saved { records, memory, clock: ClockChoice::StoodStill };
+    Machine::restore(&plan, saved, &mut Stages::default())
+}
+
+fn save(fake: &Fake, spec: &MachineSpec) -> RecordSet {
+    let mut machine = build(fake, spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    machine.save().unwrap()
+}
+
+#[test]
+fn what_is_restored_is_what_was_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let records = save(&fake, &spec);
+    let bytes = records.encode().len();
+    assert!(bytes <= 48 << 10, "{bytes} bytes");
+    let mut machine = restore(&fake, &spec, records.clone()).unwrap();
+    let again = machine.save().unwrap();
+    for ((owner, was), (_, is)) in records.iter().zip(again.iter()) {
+        // Time goes on.
+        assert!(was == is || owner == "clock", "{owner}: {was:?} became {is:?}");
+    }
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    drop(machine);
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_guest_and_can_be_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let mut machine = build(&fake, &spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    let before = fake.calls().len();
+    machine.save().unwrap();
+    let calls = fake.calls().len() - before;
+    let live = fake.live();
+    for nth in 1..=calls {
+        fake.fail_nth(nth);
+        machine.save().unwrap_err();
+        fake.heal();
+        machine.resume().unwrap();
+        machine.pause().unwrap();
+        machine.save().unwrap();
+        assert_eq!(fake.live(), live);
+    }
+}
+
+#[test]
+fn any_call_of_a_restore_that_fails_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let records = save(&fake, &spec);
+    let before = fake.calls().len();
+    let machine = restore(&fake, &spec, records.clone()).unwrap();
+    let calls = fake.calls().len() - before;
+    drop(machine);
+    for nth in 1..=calls {
+        let before = fake.calls().len();
+        fake.fail_nth(nth);
+        let result = restore(&fake, &spec, records.clone()).map(drop);
+        fake.heal();
+        assert_eq!(fake.live(), Live::default());
+        let failed = fake.calls()[before + nth - 1];
+        // Telling a guest's clock of the pause is a courtesy.
+        assert!(result.is_err() || failed == "KVM_KVMCLOCK_CTRL", "{failed} failed unnoticed");
+    }
+    restore(&fake, &spec, records).unwrap();
 }
 
 fn config_address(device: u8, register: u32) -> Exit {

@@ -52,6 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         boot: 2,
         topology,
         cpuid,
+        msrs: None,
         affinity: Vec::new(),
         core_scheduling: CoreScheduling::Off,
         threads: Arc::new(Unconfined),

@@ -96,6 +96,8 @@ pub struct VcpuSpec {
     pub topology: Topology,
     /// What CPUID tells them.
     pub cpuid: Cpuid,
+    /// The MSRs that make up a vCPU's state; `None` for those that the host lists. A restored guest keeps its own.
+    pub msrs: Option<Arc<[u32]>>,
     /// Host CPUs per vCPU; one that is not named runs anywhere.
     pub affinity: Vec<(u32, Vec<usize>)>,
     /// Which of their threads may share a core.
@@ -109,6 +111,7 @@ pub struct VcpuSpec {
 pub struct VcpuSet {
     threads: Vec<VcpuThread>,
     apic_ids: Vec<u32>,
+    msrs: Arc<[u32]>,
     running: bool,
 }
 
@@ -142,8 +145,12 @@ impl VcpuSet {
         entry: Option<Entry>,
         targets: &ExitTargets,
     ) -> Result<Self, VcpuError> {
-        let msrs: Arc<[u32]> = hypervisor.msr_indices().map_err(VcpuError::Hypervisor)?.into();
-        let mut set = Self { threads: Vec::new(), apic_ids: Vec::new(), running: false };
+        let msrs: Arc<[u32]> = match &spec.msrs {
+            Some(saved) => Arc::clone(saved),
+            None => hypervisor.msr_indices()?.into(),
+        };
+        let (threads, apic_ids) = (Vec::new(), Vec::new());
+        let mut set = Self { threads, apic_ids, msrs: Arc::clone(&msrs), running: false };
         for index in 0..spec.boot {
             let entry = entry.filter(|_| index == 0);
             let thread = spawn(
@@ -168,6 +175,16 @@ impl VcpuSet {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.threads.is_empty()
+    }
+
+    /// Whether the guest runs.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// The MSRs that make up a vCPU's state.
+    pub fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Local APIC IDs, by vCPU.

@@ -75,7 +75,15 @@ fn create_with(
     let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
     let cpuid = Cpuid::new(&fake.supported_cpuid()?, &options);
     let affinity = vec![(0, vec![0])];
-    let spec = VcpuSpec { boot, topology, cpuid, affinity, core_scheduling: CoreScheduling::Vm, threads };
+    let spec = VcpuSpec {
+        boot,
+        topology,
+        cpuid,
+        msrs: None,
+        affinity,
+        core_scheduling: CoreScheduling::Vm,
+        threads,
+    };
     let vm = fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 })?;
     let entry = Entry {
         regs: Regs { rip: 0x1000, ..Regs::default() },
