@@ -86,3 +86,57 @@ impl Pagemap {
 fn own(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+    use vmm_device_model::dma::GuestRam;
+
+    use super::*;
+
+    const PAGES: u64 = 40_000;
+
+    fn memory() -> (GuestRam, u64) {
+        let size = usize::try_from(PAGES * PAGE_SIZE).unwrap();
+        let memory = GuestRam::from_ranges(&[(GuestAddress(0), size)]).unwrap();
+        let host = memory.iter().next().unwrap().get_mmap().as_ptr() as u64;
+        sys::advise(usize::try_from(host).unwrap(), size, sys::Advice::NoHugePage).unwrap();
+        (memory, host)
+    }
+
+    fn walk(pagemap: &Pagemap, host: u64, most: u64) -> Vec<Range<u64>> {
+        let (mut at, mut found) = (host, Vec::new());
+        while let Some(run) = pagemap.next(at..host + PAGES * PAGE_SIZE, most).unwrap() {
+            at = run.end;
+            found.push((run.start - host) / PAGE_SIZE..(run.end - host) / PAGE_SIZE);
+        }
+        found
+    }
+
+    #[test]
+    fn scanned_and_read_page_tables_say_the_same() {
+        let (memory, host) = memory();
+        let scanned = Pagemap::open().unwrap();
+        let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open().unwrap() };
+        for pagemap in [&scanned, &read] {
+            assert_eq!(walk(pagemap, host, 512), []);
+        }
+        // At both ends, across slices of the reader, and one that is longer than what is asked for.
+        for page in [0, 1, 127, 128, 8319, 8320, 39_999].into_iter().chain(20_000..20_700) {
+            memory.write_obj(1_u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        let expected = [0..2, 127..129, 8319..8321, 20_000..20_512, 20_512..20_700, 39_999..40_000];
+        assert_eq!(walk(&read, host, 512), expected);
+        assert_eq!(walk(&scanned, host, 512), expected);
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
+        let linux = (numbers.next().unwrap(), numbers.next().unwrap());
+        assert_eq!(scanned.scans.into_inner(), linux >= (6, 7), "{release}");
+    }
+
+    #[test]
+    fn swapped_pages_are_there_and_files_are_not() {
+        assert!(own(PRESENT) && own(SWAPPED) && own(SWAPPED | 0x1234));
+        assert!(!own(0) && !own(PRESENT | FILE) && !own(SWAPPED | FILE) && !own(0x1234));
+    }
+}

@@ -195,25 +195,23 @@ fn fill(memory: &GuestRam, files: &Files, chain: &Chain, work: &Work<'_>) -> Res
 
 /// Writes the pages of `bytes` that are not zero, neighbours together.
 fn put_used(memory: &GuestRam, gpa: u64, bytes: &[u8]) -> io::Result<()> {
-    const PAGE: usize = PAGE_SIZE as usize;
-    let mut at = gpa;
-    for run in bytes.chunks(PAGE).collect::<Vec<_>>().chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-        let len = run.iter().map(|page| page.len()).sum::<usize>();
-        let start = usize::try_from(at - gpa).unwrap_or(usize::MAX);
-        if run.first().is_some_and(|page| !is_zero(page)) {
-            put(memory, at, bytes.get(start..start.saturating_add(len)).unwrap_or_default())?;
+    static ZERO: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+    let mut run = 0..0;
+    for page in bytes.chunks(ZERO.len()) {
+        if *page == ZERO {
+            put(memory, gpa + run.start as u64, bytes.get(run.clone()).unwrap_or_default())?;
+            run.start = run.end + page.len();
         }
-        at += len as u64;
+        run.end += page.len();
     }
-    Ok(())
-}
-
-fn is_zero(page: &[u8]) -> bool {
-    page.iter().all(|byte| *byte == 0)
+    put(memory, gpa + run.start as u64, bytes.get(run).unwrap_or_default())
 }
 
 /// Writes `bytes`, whole pages, at `gpa`.
 fn put(memory: &GuestRam, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
     let address = GuestAddress(gpa);
     let host = vm_memory::GuestMemoryBackend::get_host_address(memory, address).map_err(io::Error::other)?;
     // A host without space, or a mapped file that has shrunk, is an error here and a signal below.
@@ -249,4 +247,33 @@ pub enum RestoreError {
     /// The host or the hypervisor refuses.
     #[error("cannot get guest memory")]
     Memory(#[from] ZoneError),
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{FileOffset, GuestRegionMmap};
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_shrinks_under_a_restore_is_an_error_and_no_signal() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * PAGE_SIZE).unwrap();
+        let mapping = MmapRegionBuilder::new(usize::try_from(4 * PAGE_SIZE).unwrap())
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE)
+            .with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0))
+            .build()
+            .unwrap();
+        let memory =
+            GuestRam::from_regions(vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()]).unwrap();
+        put(&memory, PAGE_SIZE, &[1; PAGE_SIZE as usize]).unwrap();
+        file.set_len(PAGE_SIZE).unwrap();
+        assert_eq!(
+            put(&memory, 2 * PAGE_SIZE, &[1; PAGE_SIZE as usize]).unwrap_err().raw_os_error(),
+            Some(14)
+        );
+        put(&memory, 4 * PAGE_SIZE, &[1]).unwrap_err();
+    }
 }
