@@ -123,17 +123,22 @@ fn a_chain_gives_the_newest_page() {
     merged.verify(&work()).unwrap();
     assert!(same(&load(&merged).unwrap(), &memory));
     let none = diff(&chain, &merged, &work()).unwrap();
-    assert!(!none.config && none.records.is_empty() && none.memory.iter().all(|of| of.bytes() == 0));
+    assert!(none.is_none(), "{none:?}");
     let parent = Chain::open(&path("a")).unwrap();
     let some = diff(&parent, &chain, &work()).unwrap();
-    assert_eq!(some.memory[0].ranges(), [0..2 * PAGE, 700 * PAGE..701 * PAGE]);
-    assert_eq!(some.memory[1].ranges(), [5 * PAGE..6 * PAGE]);
+    assert!(!some.is_none());
+    let some = some.memory.unwrap();
+    assert_eq!(some[0].ranges(), [0..2 * PAGE, 700 * PAGE..701 * PAGE]);
+    assert_eq!(some[1].ranges(), [5 * PAGE..6 * PAGE]);
 
     let inspection = inspect(&path("c")).unwrap();
     assert_eq!(inspection.layers.len(), 3);
-    assert_eq!(inspection.layers[1].held_bytes, 3 * PAGE);
-    let owners: Vec<_> = inspection.records.iter().map(|record| record.owner.as_str()).collect();
-    assert_eq!(owners, ["devices", "devices/rng"]);
+    assert_eq!(inspection.layers[1].total.held_bytes, 3 * PAGE);
+    assert_eq!(inspection.layers[2].regions.iter().map(|of| of.held_bytes).collect::<Vec<_>>(), [PAGE; 2]);
+    let [devices] = &inspection.records[..] else { panic!("{:?}", inspection.records) };
+    assert_eq!((devices.owner.as_str(), devices.kind.as_str()), ("devices", "record-set"));
+    let owners: Vec<_> = devices.records.iter().map(|record| record.owner.as_str()).collect();
+    assert_eq!(owners, ["rng"]);
     assert!(serde_json::to_string(&inspection).unwrap().contains(r#""config":{"cpus":{"boot":2}}"#));
 }
 

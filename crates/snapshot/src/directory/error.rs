@@ -150,12 +150,12 @@ pub enum ReadError {
         /// Id of the parent.
         expected: Hash,
     },
-    /// Two snapshots that belong together, or are compared, have not the same memory.
+    /// Two snapshots that belong together have not the same memory.
     #[error("{} has other memory regions than {}", path.display(), other.display())]
     OtherMemory {
-        /// One of them: the child.
+        /// The child.
         path: PathBuf,
-        /// The other one: the parent.
+        /// The parent.
         other: PathBuf,
     },
     /// A snapshot without parent does not hold all pages.

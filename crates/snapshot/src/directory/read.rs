@@ -122,16 +122,17 @@ impl Snapshot {
         self.memory.get(region)
     }
 
-    /// Bytes that its memory files take on disk.
-    pub(super) fn disk_bytes(&self) -> Result<u64, ReadError> {
-        let mut all = 0;
-        for (file, region) in self.memory.iter().zip(&self.manifest.memory) {
-            let metadata = file.metadata();
-            let path = || self.path.join(&region.file);
-            // The unit of st_blocks is 512 bytes on Linux.
-            all += metadata.map_err(|source| ReadError::Io { path: path(), source })?.blocks() * 512;
-        }
-        Ok(all)
+    /// Bytes that the memory file of a region takes on disk.
+    pub(super) fn disk_bytes(&self, region: usize) -> Result<u64, ReadError> {
+        let (Some(file), Some(Region { file: name, .. })) =
+            (self.memory.get(region), self.manifest.memory.get(region))
+        else {
+            return Ok(0);
+        };
+        let metadata = file.metadata();
+        let metadata = metadata.map_err(|source| ReadError::Io { path: self.path.join(name), source })?;
+        // The unit of st_blocks is 512 bytes on Linux.
+        Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// Reads chunk `chunk` of a memory file into `buffer` and verifies it.
