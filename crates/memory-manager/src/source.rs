@@ -116,20 +116,20 @@ impl GuestMemorySource {
         Ok(found.map(|found| found.start - region.host..found.end - region.host))
     }
 
-    /// Fills what of `bytes` is this process's own.
-    fn read_own(&self, number: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    /// Fills `bytes` from private memory: what is this process's own from the mapping, the rest from what lies
+    /// under it.
+    fn read_private(&self, number: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         let region = self.region(number)?;
-        let end = offset.saturating_add(bytes.len() as u64);
+        let end = offset + bytes.len() as u64;
         let mut at = offset;
-        while let Some(own) = self.next_own(number, at / PAGE_SIZE * PAGE_SIZE..end)? {
-            let own = own.start.max(at)..own.end.min(end);
+        while at < end {
+            let own = self.next_own(number, at / PAGE_SIZE * PAGE_SIZE..end)?;
+            let own = own.map_or(end..end, |own| own.start.clamp(at, end)..own.end.min(end));
+            region.read_file(at, part_mut(bytes, at - offset..own.start - offset))?;
             let target = part_mut(bytes, own.start - offset..own.end - offset);
             let address = GuestAddress(region.place.gpa + own.start);
             self.memory.read_slice(target, address).map_err(io::Error::other)?;
             at = own.end;
-            if at >= end {
-                break;
-            }
         }
         Ok(())
     }
@@ -158,16 +158,23 @@ impl MemorySource for GuestMemorySource {
         if end.is_none() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        match &at.file {
-            // To read a file makes no pages, and an error is an error rather than a signal.
-            Some(file) => file.file().read_exact_at(bytes, file.start() + offset)?,
-            None => bytes.fill(0),
-        }
-        if at.shared { Ok(()) } else { self.read_own(region, offset, bytes) }
+        if at.shared { at.read_file(offset, bytes) } else { self.read_private(region, offset, bytes) }
     }
 }
 
 impl Region {
+    /// Fills `bytes` from the file; without one they are zero.
+    fn read_file(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        // To read a file makes no pages, and an error is an error rather than a signal.
+        match &self.file {
+            Some(file) => file.file().read_exact_at(bytes, file.start() + offset),
+            None => {
+                bytes.fill(0);
+                Ok(())
+            }
+        }
+    }
+
     /// The first bytes from `offset` on for which the file has something; in bytes of the region.
     fn file_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         let size = self.place.size;

@@ -20,7 +20,7 @@ use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap, PieceV1};
 use vmm_memory_manager::restore::{Fill, RestoreError, Saved};
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
 use vmm_snapshot::Schema;
-use vmm_snapshot::directory::{Chain, Increment, ReadError};
+use vmm_snapshot::directory::{Chain, Increment, MemorySource, ReadError};
 
 const SIZE: u64 = 8 * MIB;
 const BOTH: [Fill; 2] = [Fill::Lazy, Fill::Eager];
@@ -187,7 +187,8 @@ fn a_mapped_vm_knows_what_it_changed() {
 #[test]
 fn a_damaged_snapshot_is_refused_with_nothing_mapped() {
     let zones = [zone(SIZE)];
-    let damage: [(&str, fn(&File)); 3] = [
+    type Damage = (&'static str, fn(&File));
+    let damage: [Damage; 3] = [
         ("a/memory-0.bin", |file| file.set_len(7 * PAGE).unwrap()),
         ("c/memory-0.bin", |file| file.set_len(7 * PAGE).unwrap()),
         ("c/memory-0.bin", |file| file.write_all_at(b"!", 7 * PAGE + 100).unwrap()),
@@ -294,6 +295,7 @@ fn a_layout_that_cannot_be_is_refused() {
         vec![piece(half, 0, half), piece(0, half, half)],
         vec![piece(0, 0, half), piece(0, half, half)],
         vec![piece(0, half, half), piece(half, 0, half)],
+        vec![piece(PAGE, 0, SIZE)],
         vec![piece(0, (3 << 30) - PAGE, SIZE)],
         vec![piece(0, 3 << 30, SIZE)],
         vec![piece(0, 1 << 52, SIZE)],
@@ -330,6 +332,36 @@ fn fuzz_saved_layouts() {
         match MemoryMap::restore(vm(&fake), &zones, &saved, &work()) {
             Ok(restored) => assert_eq!(restored.save(), layout, "as it was, never as it would be"),
             Err(_) => assert_eq!(fake.live(), Live::default()),
+        }
+    }
+}
+
+/// With huge pages on the host their content comes back; without, an error does, and no signal.
+#[test]
+fn huge_pages_are_filled_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let map = create(&[zone(SIZE)]);
+    write(&map, 5 * MIB, b"huge");
+    save(&map, &dir.path().join("a"), None);
+    let spare = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let spare = spare.map_or(0, |pages| pages.trim().parse().unwrap());
+    for shared in [false, true] {
+        let zones = [ZoneConfig { shared, huge_page: Some(2 << 20), ..zone(SIZE) }];
+        let empty = create(&zones).source().unwrap();
+        assert_eq!(empty.next_data(0, 0).unwrap(), None, "{shared}");
+        let fake = Fake::new();
+        match restore(&fake, &map, &zones, &dir.path().join("a"), Fill::Lazy) {
+            Ok(back) => {
+                let mut read = vec![0xee; usize::try_from(SIZE).unwrap()];
+                back.source().unwrap().read(0, 0, &mut read).unwrap();
+                assert_eq!(resident(&back) + if shared { 0 } else { allocated(&back) }, 2 * MIB);
+                assert!(common::data(&back.source().unwrap()) == read && read == content(&map));
+            }
+            Err(error) => {
+                assert_eq!(spare, 0, "{error:?}");
+                assert!(matches!(error, RestoreError::Read(ReadError::Sink { region: 0, .. })), "{error:?}");
+                assert_eq!(fake.live(), Live::default());
+            }
         }
     }
 }
