@@ -4,9 +4,13 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod restore;
+mod saving;
 mod teardown;
 mod told;
+mod tracks;
 mod tree;
+pub(crate) mod writer;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -35,6 +39,10 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
+pub use restore::{LoadError, Loaded};
+pub use tracks::TrackError;
+use tracks::Tracks;
+pub use writer::{SaveError, SaveStep};
 
 /// The commands that this VMM carries out.
 pub static TABLE: [Endpoint<Vmm>; COUNT] = commands::table();
@@ -71,6 +79,10 @@ pub struct Vmm {
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
     boot: Boot,
+    save: Option<saving::Job>,
+    tracks: Tracks,
+    /// Long pieces of work begun so far.
+    jobs: u64,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
@@ -107,6 +119,9 @@ impl Vmm {
             slot: VmSlot::Empty,
             post,
             boot: Boot::default(),
+            save: None,
+            tracks: Tracks::default(),
+            jobs: 0,
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
@@ -222,6 +237,7 @@ impl Vmm {
 
     fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
+        self.tracks = Tracks::default();
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
             machine => {
@@ -239,6 +255,7 @@ impl Vmm {
     /// The same; `done` is called when nothing is left of the machine.
     fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
         self.give_up_boot();
+        self.give_up_save();
         self.stop_then(done);
         self.inputs.drop_all();
         if let (Some(_), _) = self.slot.clear() {
@@ -252,6 +269,9 @@ impl Vmm {
         if let MachineEvent::Built(result) = event {
             let (result, stages) = *result;
             return self.built(machine, result, &stages);
+        }
+        if let MachineEvent::Loaded(result) = event {
+            return self.loaded(machine, *result);
         }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
@@ -305,7 +325,8 @@ impl Vmm {
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }
             }
-            MachineEvent::Built(_) => {}
+            MachineEvent::Save(step) => self.save_says(*step),
+            MachineEvent::Built(_) | MachineEvent::Loaded(_) => {}
         }
     }
 
@@ -319,7 +340,7 @@ impl Vmm {
 
     fn info(&self) -> Result<VmInfo, ApiError> {
         let configured = self.slot.config().ok_or_else(no_vm)?;
-        let state = VmState::from_phase(self.slot.phase()).ok_or_else(no_vm)?;
+        let state = VmState::from_phase(self.slot.shown()).ok_or_else(no_vm)?;
         let machine = self.slot.machine();
         Ok(VmInfo {
             config: configured.shown(),
@@ -377,6 +398,22 @@ impl Configured {
     }
 }
 
+impl From<LoadError> for VmmError {
+    fn from(error: LoadError) -> Self {
+        Self::Load(Box::new(error))
+    }
+}
+
+impl VmmError {
+    /// The same, as the failure of a restore.
+    fn restoring(self) -> Self {
+        match self {
+            Self::Load(_) | Self::Restore { .. } => self,
+            other => Self::Restore { source: Box::new(other) },
+        }
+    }
+}
+
 /// A command failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -403,6 +440,19 @@ pub enum VmmError {
     /// The thread that builds a machine cannot be started.
     #[error("cannot start the boot thread")]
     Thread(#[source] std::io::Error),
+    /// The snapshot.
+    #[error("the snapshot was not taken")]
+    Snapshot(#[source] Box<SaveError>),
+    /// The snapshot cannot be read, or says what cannot be.
+    #[error("no VM can be made of the snapshot")]
+    Load(#[source] Box<LoadError>),
+    /// The VM cannot be restored.
+    #[error("the VM cannot be restored")]
+    Restore {
+        /// Why.
+        #[source]
+        source: Box<VmmError>,
+    },
     /// The machine has no device to tell the guest by.
     #[error("the machine has no power button")]
     NoPowerButton,

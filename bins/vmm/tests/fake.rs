@@ -194,7 +194,8 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
 
 /// A machine of saved state whose memory is blank.
 fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machine, MachineError> {
-    let memory = Box::new(|saved: SavedMemory| MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits));
+    let memory =
+        Box::new(|saved: SavedMemory| Ok(MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits)?));
     let (mailbox, _inbox) = mailbox().unwrap();
     let plan = Plan {
         hypervisor: fake,

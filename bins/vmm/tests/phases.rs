@@ -16,7 +16,9 @@ use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake};
 use vmm_platform_devices::events::{Cause, SystemEvent};
 use vmm_platform_devices::serial::COM1_PORT;
-use vmm_state::{ACTIONS, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason};
+use vmm_state::{
+    ACTIONS, Action, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason,
+};
 use vmm_tests::harness::{LIMIT, Requests, UNBOOTABLE};
 use vmm_tests::tiny::Guest;
 
@@ -52,7 +54,7 @@ impl Rig {
             Phase::Empty => &[],
             Phase::Created | Phase::Booting => &["vm.create"],
             Phase::Running => &["vm.create", "vm.boot"],
-            Phase::Paused => &["vm.create", "vm.boot", "vm.pause"],
+            Phase::Paused | Phase::Saving => &["vm.create", "vm.boot", "vm.pause"],
             Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
         };
         for name in way {
@@ -61,6 +63,9 @@ impl Rig {
         if phase == Phase::Booting {
             // Its end is not looked at.
             drop(self.begin("vm.boot"));
+        }
+        if phase == Phase::Saving {
+            drop(self.begin("vm.snapshot"));
         }
         assert_eq!(self.vmm.phase(), phase);
         self
@@ -77,7 +82,26 @@ impl Rig {
 
     /// Sends a request; its outcome may come later.
     fn begin(&mut self, name: &str) -> mpsc::Receiver<Outcome> {
-        let body = Requests::new(&self.kernel(), self.folder.path().join("disk"), self.serial).body(name);
+        let body = self.requests().body(name);
+        self.begin_with(name, body)
+    }
+
+    fn requests(&self) -> Requests {
+        Requests::new(&self.kernel(), self.folder.path().join("disk"), self.serial)
+    }
+
+    /// Makes the snapshot that a restore is from, and removes its VM.
+    fn save(&mut self) {
+        for name in ["vm.create", "vm.boot", "vm.pause"] {
+            self.ask(name).unwrap();
+        }
+        let body = self.requests().save();
+        let saved = self.begin_with("vm.snapshot", body);
+        self.wait(&saved).unwrap();
+        self.ask("vm.delete").unwrap();
+    }
+
+    fn begin_with(&mut self, name: &str, body: Vec<u8>) -> mpsc::Receiver<Outcome> {
         let (route, method) = (name.replace("set-log", "log"), Requests::method(name));
         let endpoint = TABLE.iter().find(|row| row.name() == route && row.method() == method).unwrap();
         let (sender, outcome) = mpsc::channel();
@@ -152,7 +176,11 @@ fn every_request_leads_where_the_table_says() {
     // The stream of events does not pass the control thread.
     for row in ACTIONS.iter().filter(|row| row.name != "vmm.events") {
         for phase in Phase::ALL {
-            let mut rig = Rig::in_phase(phase);
+            let mut rig = Rig::new();
+            if row.action == Action::Restore {
+                rig.save();
+            }
+            let mut rig = rig.brought_to(phase);
             let outcome = rig.begin(row.name);
             let cell = row.cell(phase);
             if cell == Cell::Wait {
@@ -170,8 +198,11 @@ fn every_request_leads_where_the_table_says() {
                 Cell::Refuse(_) => (false, phase),
             };
             let now = rig.vmm.phase();
-            // What does not wait may be overtaken by the end of the boot.
-            let after = if phase == Phase::Booting && now == Phase::Running { now } else { after };
+            // What does not wait may be overtaken by the end of the boot or snapshot.
+            let overtaken = [(Phase::Booting, Phase::Running), (Phase::Saving, Phase::Paused)];
+            let after = if overtaken.contains(&(phase, now)) { now } else { after };
+            // It comes too late, or not.
+            let success = if row.action == Action::Cancel { outcome.is_ok() } else { success };
             assert_eq!((outcome.is_ok(), now), (success, after), "{} in {phase}: {outcome:?}", row.name);
             if let Err(error) = outcome
                 && cell == Cell::Refuse(Reason::NotBuilt)

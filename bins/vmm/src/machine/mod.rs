@@ -153,6 +153,11 @@ impl Machine {
         &self.memory
     }
 
+    /// Guest memory, to track what changes in it.
+    pub fn memory_mut(&mut self) -> &mut MemoryMap {
+        &mut self.memory
+    }
+
     /// The device tree.
     pub fn nodes(&self) -> Vec<DeviceNode> {
         self.devices.nodes()
@@ -407,6 +412,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error("cannot set guest memory up")]
     Memory(#[from] ZoneError),
+    /// Guest memory cannot be had back.
+    #[error("cannot restore guest memory")]
+    RestoreMemory(#[from] vmm_memory_manager::restore::RestoreError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),

@@ -24,7 +24,8 @@ use vmm_device_model::device::Blocks;
 use vmm_hypervisor::{ClockData, Vm};
 use vmm_memory_manager::layout::{self, Range};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
-use vmm_memory_manager::zone::{ZoneConfig, ZoneError};
+use vmm_memory_manager::restore::RestoreError as MemoryError;
+use vmm_memory_manager::zone::ZoneConfig;
 use vmm_snapshot::RecordSet;
 
 use super::stages::{Stage, Stages};
@@ -48,7 +49,7 @@ pub struct Saved<'a> {
 }
 
 /// Gets the memory of a guest that is restored.
-pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, ZoneError> + Send + 'a>;
+pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, MemoryError> + Send + 'a>;
 
 /// What [`Saved::memory`] is told.
 #[derive(Debug)]

@@ -35,8 +35,9 @@ pub use machine::{
 };
 pub use requests::{
     LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig,
-    RestoredNetConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData,
-    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    RestoredConsoleConfig, RestoredDiskConfig, RestoredNetConfig, RestoredNicConfig, RestoredVsockConfig,
+    SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData, VmRemoveDevice, VmResize,
+    VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use vm::VmConfig;
 pub(crate) use vm::older_fields;
