@@ -43,6 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let source = map.source()?;
     let found = timed("scan 512 MiB, 288 MiB in use, 32 MiB of it in single pages", || runs(&source))?;
     println!("  {found} runs");
+    timed("read it", || read(&source))?;
     timed("save it (writes, hashes, syncs)", || save(&source, &dir))?;
 
     let chain = timed("open the snapshot", || Ok(Chain::open(&dir)?))?;
@@ -99,6 +100,20 @@ fn runs(source: &dyn MemorySource) -> Result<u64, Box<dyn Error>> {
         }
     }
     Ok(runs)
+}
+
+/// Reads all data, a chunk at most at a time.
+fn read(source: &dyn MemorySource) -> Result<(), Box<dyn Error>> {
+    let mut chunk = vec![0; 2 << 20];
+    for region in 0..source.places().len() {
+        let mut at = 0;
+        while let Some(data) = source.next_data(region, at)? {
+            at = data.end.min(data.start + chunk.len() as u64);
+            let bytes = chunk.get_mut(..usize::try_from(at - data.start)?).unwrap_or_default();
+            source.read(region, data.start, bytes)?;
+        }
+    }
+    Ok(())
 }
 
 fn save(source: &dyn MemorySource, dir: &Path) -> Result<(), Box<dyn Error>> {

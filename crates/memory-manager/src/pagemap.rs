@@ -32,14 +32,15 @@ impl Pagemap {
         Ok(Self { file: File::open("/proc/self/pagemap")?, scans: AtomicBool::new(true) })
     }
 
-    /// The first run of pages in `range` (host addresses) that belong to this process alone, in memory or
-    /// swapped out; at most `most` pages of it. In anonymous memory that is what was ever written, in a private
-    /// mapping of a file what was written since it was mapped.
+    /// Runs of pages in `range` (host addresses, whole pages) that belong to this process alone, in memory or
+    /// swapped out, and where they end to be told: at the end of the range, or once there are `most` pages. In
+    /// anonymous memory that is what was ever written, in a private mapping of a file what was written since it was
+    /// mapped.
     ///
     /// More pages than that may be in it, never fewer.
-    pub(crate) fn next(&self, range: Range<u64>, most: u64) -> io::Result<Option<Range<u64>>> {
+    pub(crate) fn runs(&self, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
         if range.is_empty() {
-            return Ok(None);
+            return Ok((Vec::new(), range.end));
         }
         if self.scans.load(Ordering::Relaxed) {
             match sys::scan_pages(&self.file, range.clone(), most) {
@@ -53,33 +54,34 @@ impl Pagemap {
         self.read(range, most)
     }
 
-    /// As [`next`](Self::next), from the entries themselves.
-    fn read(&self, range: Range<u64>, most: u64) -> io::Result<Option<Range<u64>>> {
-        let mut bytes = Vec::new();
-        let mut found: Option<Range<u64>> = None;
+    /// As [`runs`](Self::runs), from the entries themselves.
+    fn read(&self, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+        let (mut bytes, mut runs, mut left) = (Vec::new(), Vec::<Range<u64>>::new(), most);
         let mut at = range.start;
-        // A caller that walks from run to run looks at every entry once more; the first slice is thus small.
+        // Who walks from run to run looks at what is behind the last one again; the first slice is thus small.
         let mut slice = SLICE / 64;
         while at < range.end {
-            let pages = (range.end - at).div_ceil(PAGE_SIZE).min(slice);
+            let pages = ((range.end - at) / PAGE_SIZE).clamp(1, slice);
             slice = SLICE;
             bytes.resize(usize::try_from(pages * ENTRY).unwrap_or(0), 0);
             self.file.read_exact_at(&mut bytes, at / PAGE_SIZE * ENTRY)?;
             for entry in bytes.as_chunks::<8>().0 {
-                let end = at + PAGE_SIZE;
-                match (own(u64::from_ne_bytes(*entry)), &mut found) {
-                    (true, None) => found = Some(at..end),
-                    (true, Some(run)) => run.end = end,
-                    (false, None) => {}
-                    (false, Some(_)) => return Ok(found),
+                let page = at..at + PAGE_SIZE;
+                at = page.end;
+                if !own(u64::from_ne_bytes(*entry)) {
+                    continue;
                 }
-                if found.as_ref().is_some_and(|run| run.end - run.start >= most * PAGE_SIZE) {
-                    return Ok(found);
+                match runs.last_mut() {
+                    Some(run) if run.end == page.start => run.end = page.end,
+                    _ => runs.push(page),
                 }
-                at = end;
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    return Ok((runs, at));
+                }
             }
         }
-        Ok(found)
+        Ok((runs, range.end))
     }
 }
 
@@ -104,13 +106,22 @@ mod tests {
         (memory, host)
     }
 
-    fn walk(pagemap: &Pagemap, host: u64, most: u64) -> Vec<Range<u64>> {
-        let (mut at, mut found) = (host, Vec::new());
-        while let Some(run) = pagemap.next(at..host + PAGES * PAGE_SIZE, most).unwrap() {
-            at = run.end;
-            found.push((run.start - host) / PAGE_SIZE..(run.end - host) / PAGE_SIZE);
+    /// All runs, and the most pages that were told at once.
+    fn walk(pagemap: &Pagemap, host: u64, most: u64) -> (Vec<Range<u64>>, u64) {
+        let (mut at, mut found, mut pages) = (host, Vec::<Range<u64>>::new(), 0);
+        while at < host + PAGES * PAGE_SIZE {
+            let (runs, end) = pagemap.runs(at..host + PAGES * PAGE_SIZE, most).unwrap();
+            assert!(end > at && runs.iter().all(|run| at <= run.start && run.end <= end), "{at:#x} {end:#x}");
+            at = end;
+            pages = pages.max(runs.iter().map(|run| (run.end - run.start) / PAGE_SIZE).sum());
+            for run in runs.iter().map(|run| (run.start - host) / PAGE_SIZE..(run.end - host) / PAGE_SIZE) {
+                match found.last_mut() {
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => found.push(run),
+                }
+            }
         }
-        found
+        (found, pages)
     }
 
     #[test]
@@ -119,15 +130,21 @@ mod tests {
         let scanned = Pagemap::open().unwrap();
         let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open().unwrap() };
         for pagemap in [&scanned, &read] {
-            assert_eq!(walk(pagemap, host, 512), []);
+            assert_eq!(walk(pagemap, host, 512), (vec![], 0));
         }
-        // At both ends, across slices of the reader, and one that is longer than what is asked for.
-        for page in [0, 1, 127, 128, 8319, 8320, 39_999].into_iter().chain(20_000..20_700) {
-            memory.write_obj(1_u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+        // At both ends, across slices of the reader, longer than what is asked for, and more than a scan's runs.
+        let single = (30_000..30_400).step_by(2);
+        let pages =
+            [0, 1, 127, 128, 8319, 8320, 39_999].into_iter().chain(20_000..20_700).chain(single.clone());
+        pages.for_each(|page| memory.write_obj(1_u8, GuestAddress(page * PAGE_SIZE)).unwrap());
+        let mut expected = vec![0..2, 127..129, 8319..8321, 20_000..20_700];
+        expected.extend(single.map(|page| page..page + 1));
+        expected.push(39_999..40_000);
+        for pagemap in [&scanned, &read] {
+            let (found, most) = walk(pagemap, host, 512);
+            assert_eq!(found, expected);
+            assert_eq!(most, 512);
         }
-        let expected = [0..2, 127..129, 8319..8321, 20_000..20_512, 20_512..20_700, 39_999..40_000];
-        assert_eq!(walk(&read, host, 512), expected);
-        assert_eq!(walk(&scanned, host, 512), expected);
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
         let linux = (numbers.next().unwrap(), numbers.next().unwrap());

@@ -178,17 +178,14 @@ fn fill(memory: &GuestRam, files: &Files, chain: &Chain, work: &Work<'_>) -> Res
         let region = chain.regions().get(piece.region);
         region.map(|region| region.gpa + piece.offset).ok_or(io::ErrorKind::NotFound)
     };
-    if (0..files.len()).any(is_mapped) && chain.depth() > 1 {
-        chain.load_overlay(work, &|piece| match is_mapped(piece.region) {
-            true => put(memory, gpa(&piece)?, piece.bytes),
-            false => Ok(()),
-        })?;
+    // What has nothing to do does not start threads for it.
+    if chain.depth() > 1 && (0..files.len()).any(is_mapped) {
+        let put = |piece: Piece<'_>| put(memory, gpa(&piece)?, piece.bytes);
+        chain.load_overlay_of(&is_mapped, work, &put)?;
     }
     if !(0..files.len()).all(is_mapped) {
-        chain.load(work, &|piece| match is_mapped(piece.region) {
-            true => Ok(()),
-            false => put_used(memory, gpa(&piece)?, piece.bytes),
-        })?;
+        let put_used = |piece: Piece<'_>| put_used(memory, gpa(&piece)?, piece.bytes);
+        chain.load_of(&|region| !is_mapped(region), work, &put_used)?;
     }
     Ok(())
 }

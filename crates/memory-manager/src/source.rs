@@ -24,9 +24,12 @@ use crate::layout::PAGE_SIZE;
 use crate::map::MemoryMap;
 use crate::pagemap::Pagemap;
 
-/// Pages that one look at the page tables goes through at most once it has found some: a writer asks anew for
-/// each chunk.
-const MOST_PAGES: u64 = CHUNK / PAGE_SIZE;
+/// Pages that a look at the page tables for the next data finds at most: a writer of few pages asks for each anew.
+const NEXT_PAGES: u64 = 64;
+/// As much as that for a read of a chunk.
+const READ_PAGES: u64 = CHUNK / PAGE_SIZE;
+/// Fewer bytes between two runs of data are data, too: to find that they are zero costs less than to ask again.
+const GAP: u64 = 16 * PAGE_SIZE;
 
 /// Guest memory for another thread to read; it stays mapped for as long as this lives.
 #[derive(Debug)]
@@ -80,12 +83,10 @@ impl MemoryMap {
         for (number, region) in source.regions.iter().enumerate() {
             let mut ranges: Vec<Range<u64>> = Vec::new();
             let mut at = 0;
-            while let Some(own) = source.next_own(number, at..region.place.size)? {
-                at = own.end;
-                match ranges.last_mut() {
-                    Some(last) if last.end == own.start => last.end = own.end,
-                    _ => ranges.push(own),
-                }
+            while at < region.place.size {
+                let (runs, end) = source.own(number, at..region.place.size, READ_PAGES)?;
+                runs.into_iter().for_each(|run| join(&mut ranges, run, 0));
+                at = end;
             }
             changed.push(ranges);
         }
@@ -108,12 +109,26 @@ impl GuestMemorySource {
         self.regions.get(region).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// The first pages from `offset` on that are this process's own, at most `end`.
-    fn next_own(&self, region: usize, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+    /// The pages in `range` that are this process's own, and where they end to be told.
+    fn own(&self, region: usize, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
         let region = self.region(region)?;
         let host = |offset: u64| region.host + offset.min(region.place.size);
-        let found = self.pagemap.next(host(range.start)..host(range.end), MOST_PAGES)?;
-        Ok(found.map(|found| found.start - region.host..found.end - region.host))
+        let pages = range.start / PAGE_SIZE * PAGE_SIZE..range.end.next_multiple_of(PAGE_SIZE);
+        let (runs, end) = self.pagemap.runs(host(pages.start)..host(pages.end), most)?;
+        let offset = |host: u64| (host - region.host).clamp(range.start, range.end);
+        let runs = runs.into_iter().map(|run| offset(run.start)..offset(run.end));
+        Ok((runs.collect(), offset(end)))
+    }
+
+    /// The first of them, with little gaps.
+    fn next_own(&self, region: usize, mut range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let mut found = Vec::new();
+        while found.is_empty() && !range.is_empty() {
+            let (runs, end) = self.own(region, range.clone(), NEXT_PAGES)?;
+            runs.into_iter().for_each(|run| join(&mut found, run, GAP));
+            range.start = end;
+        }
+        Ok(found.into_iter().next())
     }
 
     /// Fills `bytes` from private memory: what is this process's own from the mapping, the rest from what lies
@@ -123,13 +138,16 @@ impl GuestMemorySource {
         let end = offset + bytes.len() as u64;
         let mut at = offset;
         while at < end {
-            let own = self.next_own(number, at / PAGE_SIZE * PAGE_SIZE..end)?;
-            let own = own.map_or(end..end, |own| own.start.clamp(at, end)..own.end.min(end));
-            region.read_file(at, part_mut(bytes, at - offset..own.start - offset))?;
-            let target = part_mut(bytes, own.start - offset..own.end - offset);
-            let address = GuestAddress(region.place.gpa + own.start);
-            self.memory.read_slice(target, address).map_err(io::Error::other)?;
-            at = own.end;
+            let (runs, told) = self.own(number, at..end, READ_PAGES)?;
+            for run in runs {
+                region.read_file(at, part_mut(bytes, at - offset..run.start - offset))?;
+                let address = GuestAddress(region.place.gpa + run.start);
+                let target = part_mut(bytes, run.start - offset..run.end - offset);
+                self.memory.read_slice(target, address).map_err(io::Error::other)?;
+                at = run.end;
+            }
+            region.read_file(at, part_mut(bytes, at - offset..told - offset))?;
+            at = told;
         }
         Ok(())
     }
@@ -193,6 +211,14 @@ impl Region {
         let Some(start) = start else { return Ok(None) };
         let end = seek(SeekFrom::Hole(file.start() + start))?.unwrap_or(size);
         Ok(Some(start..end))
+    }
+}
+
+/// Adds `run` to `runs`, to the last of them if no more than `gap` lies between.
+fn join(runs: &mut Vec<Range<u64>>, run: Range<u64>, gap: u64) {
+    match runs.last_mut() {
+        Some(last) if run.start <= last.end.saturating_add(gap) => last.end = run.end,
+        _ => runs.push(run),
     }
 }
 

@@ -6,8 +6,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use crate::layout::PAGE_SIZE;
-
 /// A memory file named `name`; with `huge_page` (bytes, a power of two) in huge pages of that size.
 pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
@@ -87,12 +85,15 @@ struct ScanArg {
 
 /// What PAGEMAP_SCAN finds (`struct page_region` of linux/fs.h).
 #[repr(C)]
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 struct PageRegion {
     start: u64,
     end: u64,
     categories: u64,
 }
+
+/// Runs that one scan finds at most.
+const MOST_RUNS: usize = 64;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
@@ -101,16 +102,18 @@ const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 
-/// The first run of pages in `range` (addresses of this process) that are its own: in memory or swapped out, no
-/// file's, not the zero page; at most `most` pages of it. `pagemap` is /proc/self/pagemap.
-pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Result<Option<Range<u64>>> {
-    let mut found = PageRegion::default();
+/// The first runs of pages in `range` (addresses of this process) that are its own: in memory or swapped out, no
+/// file's, not the zero page; at most `most` pages. And where it stopped to look, or the end of the range.
+///
+/// `pagemap` is /proc/self/pagemap.
+pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+    let mut found = [PageRegion::default(); MOST_RUNS];
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         start: range.start,
-        end: range.end.next_multiple_of(PAGE_SIZE),
-        vec: &raw mut found as u64,
-        vec_len: 1,
+        end: range.end,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: found.len() as u64,
         max_pages: most,
         category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
         category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
@@ -119,10 +122,8 @@ pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Re
         return_mask: PAGE_IS_FILE,
         ..ScanArg::default()
     };
-    // SAFETY: `arg` is as the kernel defines it, and `vec` is a place for the one region that `vec_len` allows.
-    match unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } {
-        0 => Ok(None),
-        found_any if found_any > 0 => Ok(Some(found.start..found.end)),
-        _ => Err(io::Error::last_os_error()),
-    }
+    // SAFETY: `arg` is as the kernel defines it, and `vec` is a place for the regions that `vec_len` allows.
+    let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+    let Ok(count) = usize::try_from(count) else { return Err(io::Error::last_os_error()) };
+    Ok((found.iter().take(count).map(|run| run.start..run.end).collect(), arg.walk_end))
 }
