@@ -17,7 +17,7 @@ use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
 
 use crate::exits::ExitCounter;
 use crate::set::{ExitTargets, VcpuEvent, VcpuEventKind};
-use crate::state::{StateError, VcpuV1};
+use crate::state::{StateError, Tsc, VcpuV1};
 
 /// What the owner of the VM asks a vCPU's thread.
 #[derive(Debug)]
@@ -28,8 +28,8 @@ pub(crate) enum Order {
     Park(Sender<u32>),
     /// Give the state. Parked.
     Save(Sender<(u32, Result<VcpuV1, StateError>)>),
-    /// Take the state over. Parked.
-    Restore(Box<VcpuV1>, Sender<(u32, Result<(), StateError>)>),
+    /// Take the state over, and tell the TSC's offset. Parked.
+    Restore(Box<VcpuV1>, Tsc, Sender<(u32, Result<Option<u64>, StateError>)>),
     /// Raise a non-maskable interrupt and tell.
     Nmi(Sender<(u32, Result<(), HypervisorError>)>),
     /// End.
@@ -82,8 +82,8 @@ impl Runner {
                 let _ = reply.send((self.index, VcpuV1::capture(&*self.vcpu, &self.msrs)));
                 current
             }
-            Order::Restore(state, reply) => {
-                let _ = reply.send((self.index, state.apply(&mut *self.vcpu)));
+            Order::Restore(state, tsc, reply) => {
+                let _ = reply.send((self.index, state.apply(&mut *self.vcpu, tsc)));
                 current
             }
             Order::Nmi(reply) => {

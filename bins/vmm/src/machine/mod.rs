@@ -17,6 +17,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
@@ -229,7 +230,7 @@ impl Machine {
         let vcpus = self.vcpus.save()?;
         self.devices.reset()?;
         self.devices.restore(devices.clone())?;
-        self.vcpus.restore(vcpus)?;
+        self.vcpus.restore(vcpus, TimeBase::SameVm)?;
         if self.devices.save()? != devices {
             return Err(MachineError::Changed);
         }

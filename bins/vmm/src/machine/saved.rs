@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minicbor::{Decode, Encode};
 use vmm_api::spec::MachineSpec;
-use vmm_cpu_manager::state::VcpuV1;
+use vmm_cpu_manager::state::{TimeBase, VcpuV1};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::tree::DeviceTreeV1;
 use vmm_device_model::device::Blocks;
@@ -190,7 +190,7 @@ impl Machine {
         let mut machine = frame.finish(plan, &vcpu_spec, None, stages)?;
         stages.time(Stage::State, || {
             let moved_on = clock.moved_on(choice);
-            machine.vcpus.restore(vcpus)?;
+            machine.vcpus.restore(vcpus, TimeBase::After(moved_on))?;
             // After the TSCs, on which the hypervisor bases the clock.
             Ok::<_, MachineError>(machine.vm.set_clock(&clock.after(moved_on))?)
         })?;
