@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use vmm_api::spec::{Backing, CpuSpec, Hugepages, MachineSpec, ZoneSpec};
 use vmm_cpu_manager::affinity::CoreScheduling;
+use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
@@ -465,6 +466,9 @@ pub enum MachineError {
         /// What it would have now.
         here: String,
     },
+    /// The guest was given a processor that this host does not have.
+    #[error("the processor")]
+    Processor(#[from] Lacks),
     /// The guest's memory lay elsewhere.
     #[error("guest memory")]
     Layout(#[source] RecordError),

@@ -17,10 +17,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minicbor::{Decode, Encode};
 use vmm_api::spec::MachineSpec;
+use vmm_cpu_manager::compat;
 use vmm_cpu_manager::state::{TimeBase, VcpuV1};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::tree::DeviceTreeV1;
 use vmm_device_model::device::Blocks;
+use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{ClockData, Vm};
 use vmm_memory_manager::layout::{self, Range};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
@@ -167,7 +169,10 @@ impl Machine {
         let Parts { identity, clock, layout, tree, devices, vcpus } = Parts::take(records)?;
         identity.check(plan.spec, vcpus.len())?;
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let cpuid = vcpus.iter().map(|vcpu| vcpu.cpuid.iter().map(Into::into).collect()).collect();
+            let leaves = |vcpu: &VcpuV1| vcpu.cpuid.iter().map(Into::into).collect();
+            let cpuid: Vec<Vec<CpuidEntry>> = vcpus.iter().map(leaves).collect();
+            let supported = plan.hypervisor.supported_cpuid()?;
+            cpuid.iter().try_for_each(|given| compat::check(given, &supported))?;
             let mut vcpu_spec = plan.vcpu_spec(Some(cpuid))?;
             vcpu_spec.msrs = Some(identity.msrs.as_slice().into());
             Ok::<_, MachineError>((plan.create_vm()?, vcpu_spec))
