@@ -196,7 +196,8 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
 
 /// A machine of saved state whose memory is blank.
 fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machine, MachineError> {
-    let memory = Box::new(|saved: SavedMemory| MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits));
+    let memory =
+        Box::new(|saved: SavedMemory| Ok(MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits)?));
     let (mailbox, _inbox) = mailbox().unwrap();
     let plan = Plan {
         hypervisor: fake,
@@ -327,7 +328,7 @@ fn what_cannot_be_restored_is_named() {
     refused(machine(|m| m.boot_vcpus = 1), "the guest had vCPUs 1, this VM has 2");
     refused(machine(|m| m.topology = [2, 1, 1, 1]), "topology");
     refused(machine(|m| m.mmio32.start = 0), "the guest had 32-bit PCI window at 0x0,");
-    refused(machine(|m| m.phys_bits = 40), "laid out differently");
+    refused(machine(|m| m.phys_bits = 40), "the guest had bits of physical address 40, this VM has 46");
     let layout = |l: &mut MemoryLayoutV1| l.ram[0].range.size += 4096;
     refused(with(&good, "memory-layout", layout), "laid out differently");
     let fewer = |vcpus: &mut RecordSet| drop(vcpus.take_record("1").unwrap());

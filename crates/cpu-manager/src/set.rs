@@ -381,7 +381,7 @@ fn spawn(
             Ok((vcpu, kick)) => {
                 let _ = ready.send(Ok((kick, thread_id())));
                 drop((ready, vm));
-                Runner { index, vcpu, targets, orders: inbox, msrs, exits: counted }.main();
+                Runner { index, vcpu, cpuid, targets, orders: inbox, msrs, exits: counted }.main();
             }
             Err(error) => {
                 let _ = ready.send(Err(error));

@@ -123,15 +123,16 @@ pub struct VcpuV1 {
 vmm_snapshot::schema!(VcpuV1: "vcpu" v1);
 
 impl VcpuV1 {
-    /// Captures the state of a vCPU that does not run. `msrs` are the indices that the host lists.
+    /// Captures the state of a vCPU that does not run. `cpuid` is what it was given, for KVM_GET_CPUID2 tells what became of
+    /// that by the guest's registers and, on some hosts, leaves of the host; `msrs` are the registers that count.
     ///
     /// # Errors
     /// A call failed that every host knows.
-    pub fn capture(vcpu: &dyn Vcpu, msrs: &[u32]) -> Result<Self, StateError> {
+    pub fn capture(vcpu: &dyn Vcpu, cpuid: &[CpuidEntry], msrs: &[u32]) -> Result<Self, StateError> {
         let mp_state = vcpu.mp_state()?.into();
         let events = optional(vcpu.events())?.map(|events| (&events).into());
         Ok(Self {
-            cpuid: vcpu.cpuid()?.iter().map(Into::into).collect(),
+            cpuid: cpuid.iter().map(Into::into).collect(),
             tsc_khz: optional(vcpu.tsc_khz())?,
             mp_state,
             regs: (&vcpu.regs()?).into(),
@@ -162,17 +163,18 @@ impl VcpuV1 {
         }
     }
 
-    /// Gives the state to a vCPU. Returns the offset that its TSC has got, where the host tells.
+    /// What CPUID told the guest.
+    pub fn given_cpuid(&self) -> Vec<CpuidEntry> {
+        self.cpuid.iter().map(Into::into).collect()
+    }
+
+    /// Gives the state to a vCPU that was given its [CPUID](Self::given_cpuid). Returns the offset that its TSC has got, where the host tells.
     ///
     /// # Errors
     /// The state is impossible, or this host refuses a part of it. The vCPU is of no use then.
     pub(crate) fn apply(&self, vcpu: &mut dyn Vcpu, tsc: Tsc) -> Result<Option<u64>, StateError> {
-        let Self { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, .. } = self;
+        let Self { cpuid: _, tsc_khz, mp_state, regs, sregs, xsave, xcrs, .. } = self;
         let Self { debug_regs, lapic, msrs, events, tsc_offset: _, nested, .. } = self;
-        let cpuid: Vec<_> = cpuid.iter().map(Into::into).collect();
-        if vcpu.cpuid()? != cpuid {
-            vcpu.set_cpuid(&cpuid)?;
-        }
         if let Some(khz) = tsc_khz {
             set_tsc_rate(vcpu, *khz)?;
         }
@@ -565,11 +567,11 @@ mod tests {
         first.set_regs(&Regs { rip: 0x1234, r9: u64::MAX, ..Regs::default() }).unwrap();
         first.set_msrs(&[MsrEntry { index: 0x10, value: 77 }]).unwrap();
         let msrs = fake.msr_indices().unwrap();
-        let state = VcpuV1::capture(&*first, &msrs).unwrap();
+        let state = VcpuV1::capture(&*first, &[], &msrs).unwrap();
         let state: VcpuV1 = Record::of(&state).parse().unwrap();
         let mut second = vcpu(&fake);
         state.apply(&mut *second, state.tsc(TimeBase::After(Duration::ZERO))).unwrap();
-        assert_eq!(VcpuV1::capture(&*second, &msrs).unwrap(), state);
+        assert_eq!(VcpuV1::capture(&*second, &[], &msrs).unwrap(), state);
         assert_eq!(second.regs().unwrap().rip, 0x1234);
     }
 
@@ -618,7 +620,7 @@ mod tests {
         let fake = Fake::new();
         let mut vcpu = vcpu(&fake);
         let captured = fake.calls().len();
-        let mut state = VcpuV1::capture(&*vcpu, &[0x10, MSR_TSC_DEADLINE]).unwrap();
+        let mut state = VcpuV1::capture(&*vcpu, &[], &[0x10, MSR_TSC_DEADLINE]).unwrap();
         let calls = fake.calls().split_off(captured);
         assert_eq!(calls[..2], ["KVM_GET_MP_STATE", "KVM_GET_VCPU_EVENTS"]);
         let applied = fake.calls().len();
@@ -659,17 +661,17 @@ mod tests {
         let vcpu = vcpu(&fake);
         fake.unsupported("KVM_GET_DEBUGREGS");
         fake.unsupported("KVM_GET_XCRS");
-        let state = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        let state = VcpuV1::capture(&*vcpu, &[], &[]).unwrap();
         assert_eq!((state.debug_regs, state.xcrs.is_some()), (None, false));
         fake.unsupported("KVM_GET_REGS");
-        VcpuV1::capture(&*vcpu, &[]).unwrap_err();
+        VcpuV1::capture(&*vcpu, &[], &[]).unwrap_err();
     }
 
     #[test]
     fn impossible_state_is_refused() {
         let fake = Fake::new();
         let mut vcpu = vcpu(&fake);
-        let good = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        let good = VcpuV1::capture(&*vcpu, &[], &[]).unwrap();
         let short = VcpuV1 { lapic: vec![0; 3], ..good.clone() };
         assert!(matches!(short.apply(&mut *vcpu, Tsc::Value(0)), Err(StateError::LapicSize { found: 3 })));
         let small = VcpuV1 { xsave: vec![0; 3], ..good.clone() };
@@ -696,13 +698,13 @@ mod tests {
         let fake = Fake::new();
         let mut one = vcpu(&fake);
         let before = fake.calls().len();
-        let state = VcpuV1::capture(&*one, &[0x10]).unwrap();
+        let state = VcpuV1::capture(&*one, &[], &[0x10]).unwrap();
         let captured = fake.calls().len();
         state.apply(&mut *one, Tsc::Value(0)).unwrap();
         let applied = fake.calls().len();
         for nth in 1..=captured - before {
             fake.fail_nth(nth);
-            VcpuV1::capture(&*one, &[0x10]).unwrap_err();
+            VcpuV1::capture(&*one, &[], &[0x10]).unwrap_err();
             fake.heal();
         }
         // The last one, telling the guest's clock of the pause, is a courtesy.

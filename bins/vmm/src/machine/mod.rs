@@ -409,6 +409,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error("cannot set guest memory up")]
     Memory(#[from] ZoneError),
+    /// Guest memory cannot be had with what was in it.
+    #[error("cannot restore guest memory")]
+    SavedMemory(#[from] vmm_memory_manager::restore::RestoreError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),

@@ -26,7 +26,8 @@ use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{ClockData, Vm};
 use vmm_memory_manager::layout::{self, Range};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
-use vmm_memory_manager::zone::{ZoneConfig, ZoneError};
+use vmm_memory_manager::restore::RestoreError;
+use vmm_memory_manager::zone::ZoneConfig;
 use vmm_snapshot::RecordSet;
 
 use super::stages::{Stage, Stages};
@@ -50,7 +51,7 @@ pub struct Saved<'a> {
 }
 
 /// Gets the memory of a guest that is restored.
-pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, ZoneError> + Send + 'a>;
+pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, RestoreError> + Send + 'a>;
 
 /// What [`Saved::memory`] is told.
 #[derive(Debug)]
@@ -61,7 +62,7 @@ pub struct SavedMemory {
     pub zones: Vec<ZoneConfig>,
     /// Bits of the guest's physical addresses.
     pub phys_bits: u8,
-    /// Where it lies.
+    /// Where it lies: what [`MemoryMap::restore`] wants.
     pub layout: MemoryLayoutV1,
 }
 
@@ -169,11 +170,11 @@ impl Machine {
         let Parts { identity, clock, layout, tree, devices, vcpus } = Parts::take(records)?;
         identity.check(plan.spec, vcpus.len())?;
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let leaves = |vcpu: &VcpuV1| vcpu.cpuid.iter().map(Into::into).collect();
-            let cpuid: Vec<Vec<CpuidEntry>> = vcpus.iter().map(leaves).collect();
+            let cpuid: Vec<Vec<CpuidEntry>> = vcpus.iter().map(VcpuV1::given_cpuid).collect();
             let supported = plan.hypervisor.supported_cpuid()?;
             cpuid.iter().try_for_each(|given| compat::check(given, &supported))?;
             let mut vcpu_spec = plan.vcpu_spec(Some(cpuid))?;
+            identity.check_address_space(vcpu_spec.cpuid.phys_bits(), &layout)?;
             vcpu_spec.msrs = Some(identity.msrs.as_slice().into());
             Ok::<_, MachineError>((plan.create_vm()?, vcpu_spec))
         })?;
@@ -247,6 +248,19 @@ impl MachineV1 {
             lapic: layout::LAPIC,
             hypervisor: layout::HYPERVISOR,
             msrs: msrs.to_vec(),
+        }
+    }
+
+    /// Checks that all of the guest's memory map is in its address space.
+    fn check_address_space(&self, told: u8, layout: &MemoryLayoutV1) -> Result<(), MachineError> {
+        let differs = |what, saved: String, here: String| Err(MachineError::Differs { what, saved, here });
+        if told != self.phys_bits {
+            return differs("bits of physical address", self.phys_bits.to_string(), told.to_string());
+        }
+        let end = 1_u64.checked_shl(told.into()).unwrap_or(u64::MAX);
+        match layout.mmio64.end() <= end {
+            true => Ok(()),
+            false => differs("PCI windows up to", layout.mmio64.end().to_string(), end.to_string()),
         }
     }
 
