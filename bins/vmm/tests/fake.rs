@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vm_memory::{Bytes, GuestAddress};
 use vmm::events::Events;
 use vmm::exit::chain;
 use vmm::machine::stages::Stages;
@@ -196,6 +197,15 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
 
 /// A machine of saved state whose memory is blank.
 fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machine, MachineError> {
+    restore_as(fake, spec, records, false)
+}
+
+fn restore_as(
+    fake: &Fake,
+    spec: &MachineSpec,
+    records: RecordSet,
+    another: bool,
+) -> Result<Machine, MachineError> {
     let memory =
         Box::new(|saved: SavedMemory| Ok(MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits)?));
     let (mailbox, _inbox) = mailbox().unwrap();
@@ -206,7 +216,7 @@ fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machin
         post: &EventPost::new(2, mailbox),
         threads: &(Arc::new(Unconfined) as _),
     };
-    let saved = Saved { records, memory, clock: ClockChoice::StoodStill };
+    let saved = Saved { records, memory, clock: ClockChoice::StoodStill, another };
     Machine::restore(&plan, saved, &mut Stages::default())
 }
 
@@ -281,6 +291,41 @@ fn any_call_of_a_restore_that_fails_leaves_nothing_behind() {
         assert!(result.is_err() || failed == "KVM_KVMCLOCK_CTRL", "{failed} failed unnoticed");
     }
     restore(&fake, &spec, records).unwrap();
+}
+
+/// The generation ID, and whether the event device tells of another.
+fn generation(fake: &Fake, machine: &mut Machine) -> ([u8; 16], bool) {
+    let mut id = [0; 16];
+    machine.memory().memory().read_slice(&mut id, GuestAddress(0xf_e000)).unwrap();
+    let before = fake.answers().len();
+    fake.script(0, [Exit::MmioRead { address: 0xf900_0000, size: 1 }]);
+    machine.resume().unwrap();
+    let told = wait_for(|| fake.answers().get(before).cloned());
+    machine.pause().unwrap();
+    (id, told.data == [0x10])
+}
+
+#[test]
+fn a_copy_of_a_guest_is_told_and_a_moved_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let mut machine = build(&fake, &spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    let records = machine.save().unwrap();
+    let (first, told) = generation(&fake, &mut machine);
+    assert!(first != [0; 16] && !told, "{first:?}");
+    drop(machine);
+    let mut ids = BTreeSet::from([first]);
+    for another in [true, true, false] {
+        let mut machine = restore_as(&fake, &spec, records.clone(), another).unwrap();
+        let (id, told) = generation(&fake, &mut machine);
+        assert_eq!(told, another);
+        // Its memory is blank here.
+        assert_eq!(id != [0; 16], another);
+        assert!(!another || ids.insert(id), "{id:?} was there before");
+    }
 }
 
 /// The records with one of them changed.

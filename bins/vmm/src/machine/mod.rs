@@ -38,6 +38,7 @@ use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
 use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_snapshot::{RecordError, SetError};
 use vmm_virtio_devices::rng::RngError;
 
@@ -136,7 +137,11 @@ impl Machine {
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
         })?;
         let frame = Frame::new(&plan, vm, memory, None, stages)?;
-        let entry = stages.time(Stage::Kernel, || kernel::load(spec, &frame.memory, &vcpu_spec.topology))?;
+        let entry = stages.time(Stage::Kernel, || {
+            let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
+            frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
+            Ok::<_, MachineError>(entry)
+        })?;
         frame.finish(&plan, &vcpu_spec, Some(entry), stages)
     }
 
@@ -356,6 +361,12 @@ impl Frame {
     }
 }
 
+fn generation_id() -> Result<GenerationId, MachineError> {
+    let mut id = GenerationId::default();
+    getrandom::fill(&mut id).map_err(MachineError::Random)?;
+    Ok(id)
+}
+
 fn topology(cpus: &CpuSpec) -> Topology {
     // At most 254 in all, says the spec.
     let part = |n: u32| u8::try_from(n).unwrap_or(u8::MAX);
@@ -459,6 +470,12 @@ pub enum MachineError {
     /// State is missing, left over or not what it should be.
     #[error("saved state")]
     Records(#[from] SetError),
+    /// The system has no random bytes.
+    #[error("cannot draw a generation ID")]
+    Random(#[source] getrandom::Error),
+    /// There is no memory where the generation ID is.
+    #[error("cannot write the generation ID")]
+    GenerationId(#[source] vm_memory::GuestMemoryError),
     /// The guest knows another machine.
     #[error("the guest had {what} {saved}, this VM has {here}")]
     Differs {

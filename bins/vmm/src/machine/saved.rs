@@ -31,7 +31,7 @@ use vmm_memory_manager::zone::ZoneConfig;
 use vmm_snapshot::RecordSet;
 
 use super::stages::{Stage, Stages};
-use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, topology};
+use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, generation_id, topology};
 
 const MACHINE: &str = "machine";
 const CLOCK: &str = "clock";
@@ -48,6 +48,9 @@ pub struct Saved<'a> {
     pub memory: GetMemory<'a>,
     /// What the guest's clocks show.
     pub clock: ClockChoice,
+    /// Whether the guest is told by a new generation ID that it is another than the one that was saved. Not where that one is
+    /// gone, as after a migration.
+    pub another: bool,
 }
 
 /// Gets the memory of a guest that is restored.
@@ -166,7 +169,7 @@ impl Machine {
     /// The state is not one of such a machine, or this host cannot give the guest what it had, or a part cannot be had.
     /// Nothing is left behind.
     pub fn restore(plan: &Plan<'_>, saved: Saved<'_>, stages: &mut Stages) -> Result<Self, MachineError> {
-        let Saved { records, memory, clock: choice } = saved;
+        let Saved { records, memory, clock: choice, another } = saved;
         let Parts { identity, clock, layout, tree, devices, vcpus } = Parts::take(records)?;
         identity.check(plan.spec, vcpus.len())?;
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
@@ -198,7 +201,12 @@ impl Machine {
             let moved_on = clock.moved_on(choice);
             machine.vcpus.restore(vcpus, TimeBase::After(moved_on))?;
             // After the TSCs, on which the hypervisor bases the clock.
-            Ok::<_, MachineError>(machine.vm.set_clock(&clock.after(moved_on))?)
+            machine.vm.set_clock(&clock.after(moved_on))?;
+            if another {
+                // The interrupt that tells is for the local APICs, which have their state now.
+                machine.ways.generation.renew(&generation_id()?).map_err(MachineError::GenerationId)?;
+            }
+            Ok::<_, MachineError>(())
         })?;
         Ok(machine)
     }
