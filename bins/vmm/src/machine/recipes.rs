@@ -37,6 +37,8 @@ use crate::console::End;
 
 /// The GED's event register.
 pub(super) const GED_ADDRESS: u64 = layout::PLATFORM.start;
+/// The id of the power management timer.
+pub(super) const PM_TIMER: &str = "_pm_timer";
 /// The GED's interrupt.
 pub(super) const GED_GSI: u32 = 5;
 
@@ -103,7 +105,7 @@ pub(super) fn add_all(
         Box::new(I8042::recipe("_i8042", Arc::clone(&events) as _)),
         Box::new(Cmos::recipe("_cmos", Arc::new(Utc), ram)),
         Box::new(AcpiPm::recipe("_acpi", Arc::clone(&events) as _)),
-        Box::new(PmTimer::recipe("_pm_timer", clock())),
+        Box::new(PmTimer::recipe(PM_TIMER, clock())),
         Box::new(ged),
         Box::new(generation),
         Box::new(PostPort::recipe("_post", clock(), recorder.codes())),

@@ -28,8 +28,10 @@ use vmm_memory_manager::layout::{self, Range};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
 use vmm_memory_manager::restore::RestoreError;
 use vmm_memory_manager::zone::ZoneConfig;
+use vmm_platform_devices::pm_timer::PmTimerV1;
 use vmm_snapshot::RecordSet;
 
+use super::recipes::PM_TIMER;
 use super::stages::{Stage, Stages};
 use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, generation_id, topology};
 
@@ -170,7 +172,7 @@ impl Machine {
     /// Nothing is left behind.
     pub fn restore(plan: &Plan<'_>, saved: Saved<'_>, stages: &mut Stages) -> Result<Self, MachineError> {
         let Saved { records, memory, clock: choice, another } = saved;
-        let Parts { identity, clock, layout, tree, devices, vcpus } = Parts::take(records)?;
+        let Parts { identity, clock, layout, tree, mut devices, vcpus } = Parts::take(records)?;
         identity.check(plan.spec, vcpus.len())?;
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
             let cpuid: Vec<Vec<CpuidEntry>> = vcpus.iter().map(VcpuV1::given_cpuid).collect();
@@ -192,6 +194,8 @@ impl Machine {
             let (router, board) = (Arc::clone(&frame.board.router), &mut frame.board);
             let held = router.hold();
             board.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT)?;
+            let timer: PmTimerV1 = devices.take(PM_TIMER)?;
+            devices.put(PM_TIMER, &timer.after(clock.moved_on(choice)))?;
             board.devices.restore(devices)?;
             held.commit().map_err(MachineError::Routes)?;
             board.devices.check(&tree).map_err(MachineError::Tree)
