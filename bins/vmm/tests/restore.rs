@@ -84,7 +84,7 @@ impl Place {
             }
             Ok(map)
         });
-        let saved = Saved { records, memory, clock };
+        let saved = Saved { records, memory, clock, another: true };
         self.with_plan(|plan| Machine::restore(plan, saved, &mut Stages::default()))
     }
 

@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 
 use vmm_api::spec::{Backing, CpuSpec, Hugepages, MachineSpec, ZoneSpec};
 use vmm_cpu_manager::affinity::CoreScheduling;
+use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
@@ -36,6 +38,7 @@ use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
 use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_snapshot::{RecordError, SetError};
 use vmm_virtio_devices::rng::RngError;
 
@@ -134,7 +137,11 @@ impl Machine {
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
         })?;
         let frame = Frame::new(&plan, vm, memory, None, stages)?;
-        let entry = stages.time(Stage::Kernel, || kernel::load(spec, &frame.memory, &vcpu_spec.topology))?;
+        let entry = stages.time(Stage::Kernel, || {
+            let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
+            frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
+            Ok::<_, MachineError>(entry)
+        })?;
         frame.finish(&plan, &vcpu_spec, Some(entry), stages)
     }
 
@@ -234,7 +241,7 @@ impl Machine {
         let vcpus = self.vcpus.save()?;
         self.devices.reset()?;
         self.devices.restore(devices.clone())?;
-        self.vcpus.restore(vcpus)?;
+        self.vcpus.restore(vcpus, TimeBase::SameVm)?;
         if self.devices.save()? != devices {
             return Err(MachineError::Changed);
         }
@@ -359,6 +366,12 @@ impl Frame {
     }
 }
 
+fn generation_id() -> Result<GenerationId, MachineError> {
+    let mut id = GenerationId::default();
+    getrandom::fill(&mut id).map_err(MachineError::Random)?;
+    Ok(id)
+}
+
 fn topology(cpus: &CpuSpec) -> Topology {
     // At most 254 in all, says the spec.
     let part = |n: u32| u8::try_from(n).unwrap_or(u8::MAX);
@@ -412,9 +425,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error("cannot set guest memory up")]
     Memory(#[from] ZoneError),
-    /// Guest memory cannot be had back.
+    /// Guest memory cannot be had with what was in it.
     #[error("cannot restore guest memory")]
-    RestoreMemory(#[from] vmm_memory_manager::restore::RestoreError),
+    SavedMemory(#[from] vmm_memory_manager::restore::RestoreError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),
@@ -462,6 +475,12 @@ pub enum MachineError {
     /// State is missing, left over or not what it should be.
     #[error("saved state")]
     Records(#[from] SetError),
+    /// The system has no random bytes.
+    #[error("cannot draw a generation ID")]
+    Random(#[source] getrandom::Error),
+    /// There is no memory where the generation ID is.
+    #[error("cannot write the generation ID")]
+    GenerationId(#[source] vm_memory::GuestMemoryError),
     /// The guest knows another machine.
     #[error("the guest had {what} {saved}, this VM has {here}")]
     Differs {
@@ -472,6 +491,9 @@ pub enum MachineError {
         /// What it would have now.
         here: String,
     },
+    /// The guest was given a processor that this host does not have.
+    #[error("the processor")]
+    Processor(#[from] Lacks),
     /// The guest's memory lay elsewhere.
     #[error("guest memory")]
     Layout(#[source] RecordError),

@@ -17,19 +17,23 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minicbor::{Decode, Encode};
 use vmm_api::spec::MachineSpec;
-use vmm_cpu_manager::state::VcpuV1;
+use vmm_cpu_manager::compat;
+use vmm_cpu_manager::state::{TimeBase, VcpuV1};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::tree::DeviceTreeV1;
 use vmm_device_model::device::Blocks;
+use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{ClockData, Vm};
 use vmm_memory_manager::layout::{self, Range};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
-use vmm_memory_manager::restore::RestoreError as MemoryError;
+use vmm_memory_manager::restore::RestoreError;
 use vmm_memory_manager::zone::ZoneConfig;
+use vmm_platform_devices::pm_timer::PmTimerV1;
 use vmm_snapshot::RecordSet;
 
+use super::recipes::PM_TIMER;
 use super::stages::{Stage, Stages};
-use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, topology};
+use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, generation_id, topology};
 
 const MACHINE: &str = "machine";
 const CLOCK: &str = "clock";
@@ -46,10 +50,13 @@ pub struct Saved<'a> {
     pub memory: GetMemory<'a>,
     /// What the guest's clocks show.
     pub clock: ClockChoice,
+    /// Whether the guest is told by a new generation ID that it is another than the one that was saved. Not where that one is
+    /// gone, as after a migration.
+    pub another: bool,
 }
 
 /// Gets the memory of a guest that is restored.
-pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, MemoryError> + Send + 'a>;
+pub type GetMemory<'a> = Box<dyn FnOnce(SavedMemory) -> Result<MemoryMap, RestoreError> + Send + 'a>;
 
 /// What [`Saved::memory`] is told.
 #[derive(Debug)]
@@ -60,7 +67,7 @@ pub struct SavedMemory {
     pub zones: Vec<ZoneConfig>,
     /// Bits of the guest's physical addresses.
     pub phys_bits: u8,
-    /// Where it lies.
+    /// Where it lies: what [`MemoryMap::restore`] wants.
     pub layout: MemoryLayoutV1,
 }
 
@@ -164,12 +171,15 @@ impl Machine {
     /// The state is not one of such a machine, or this host cannot give the guest what it had, or a part cannot be had.
     /// Nothing is left behind.
     pub fn restore(plan: &Plan<'_>, saved: Saved<'_>, stages: &mut Stages) -> Result<Self, MachineError> {
-        let Saved { records, memory, clock: choice } = saved;
-        let Parts { identity, clock, layout, tree, devices, vcpus } = Parts::take(records)?;
+        let Saved { records, memory, clock: choice, another } = saved;
+        let Parts { identity, clock, layout, tree, mut devices, vcpus } = Parts::take(records)?;
         identity.check(plan.spec, vcpus.len())?;
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let cpuid = vcpus.iter().map(|vcpu| vcpu.cpuid.iter().map(Into::into).collect()).collect();
+            let cpuid: Vec<Vec<CpuidEntry>> = vcpus.iter().map(VcpuV1::given_cpuid).collect();
+            let supported = plan.hypervisor.supported_cpuid()?;
+            cpuid.iter().try_for_each(|given| compat::check(given, &supported))?;
             let mut vcpu_spec = plan.vcpu_spec(Some(cpuid))?;
+            identity.check_address_space(vcpu_spec.cpuid.phys_bits(), &layout)?;
             vcpu_spec.msrs = Some(identity.msrs.as_slice().into());
             Ok::<_, MachineError>((plan.create_vm()?, vcpu_spec))
         })?;
@@ -184,6 +194,8 @@ impl Machine {
             let (router, board) = (Arc::clone(&frame.board.router), &mut frame.board);
             let held = router.hold();
             board.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT)?;
+            let timer: PmTimerV1 = devices.take(PM_TIMER)?;
+            devices.put(PM_TIMER, &timer.after(clock.moved_on(choice)))?;
             board.devices.restore(devices)?;
             held.commit().map_err(MachineError::Routes)?;
             board.devices.check(&tree).map_err(MachineError::Tree)
@@ -191,9 +203,14 @@ impl Machine {
         let mut machine = frame.finish(plan, &vcpu_spec, None, stages)?;
         stages.time(Stage::State, || {
             let moved_on = clock.moved_on(choice);
-            machine.vcpus.restore(vcpus)?;
+            machine.vcpus.restore(vcpus, TimeBase::After(moved_on))?;
             // After the TSCs, on which the hypervisor bases the clock.
-            Ok::<_, MachineError>(machine.vm.set_clock(&clock.after(moved_on))?)
+            machine.vm.set_clock(&clock.after(moved_on))?;
+            if another {
+                // The interrupt that tells is for the local APICs, which have their state now.
+                machine.ways.generation.renew(&generation_id()?).map_err(MachineError::GenerationId)?;
+            }
+            Ok::<_, MachineError>(())
         })?;
         Ok(machine)
     }
@@ -243,6 +260,19 @@ impl MachineV1 {
             lapic: layout::LAPIC,
             hypervisor: layout::HYPERVISOR,
             msrs: msrs.to_vec(),
+        }
+    }
+
+    /// Checks that all of the guest's memory map is in its address space.
+    fn check_address_space(&self, told: u8, layout: &MemoryLayoutV1) -> Result<(), MachineError> {
+        let differs = |what, saved: String, here: String| Err(MachineError::Differs { what, saved, here });
+        if told != self.phys_bits {
+            return differs("bits of physical address", self.phys_bits.to_string(), told.to_string());
+        }
+        let end = 1_u64.checked_shl(told.into()).unwrap_or(u64::MAX);
+        match layout.mmio64.end() <= end {
+            true => Ok(()),
+            false => differs("PCI windows up to", layout.mmio64.end().to_string(), end.to_string()),
         }
     }
 
