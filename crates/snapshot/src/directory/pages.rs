@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use super::draft::Workplace;
 use super::hash::{ChunkHasher, is_zero};
@@ -10,14 +11,29 @@ use super::{CHUNK, Extents, Hash, MemorySource, PAGE, Region, WriteError, chunk_
 
 /// What the threads that write memory share.
 pub(super) struct Writer<'a> {
-    pub(super) place: &'a Workplace<'a>,
-    pub(super) source: &'a dyn MemorySource,
-    pub(super) regions: &'a [Region],
-    pub(super) files: &'a [File],
+    place: &'a Workplace<'a>,
+    source: &'a dyn MemorySource,
+    regions: &'a [Region],
+    files: &'a [File],
     /// Per region what is to be written.
-    pub(super) wanted: &'a [Extents],
+    wanted: &'a [Extents],
     /// The files hold older content: zero pages are written, too, and nothing is hashed.
-    pub(super) over: bool,
+    over: bool,
+    /// Per region what is known to be data. Asking costs as much as the run of data is long.
+    known: Vec<Mutex<Range<u64>>>,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(
+        place: &'a Workplace<'a>,
+        source: &'a dyn MemorySource,
+        (regions, files): (&'a [Region], &'a [File]),
+        wanted: &'a [Extents],
+        over: bool,
+    ) -> Self {
+        let known = regions.iter().map(|_| Mutex::default()).collect();
+        Self { place, source, regions, files, wanted, over, known }
+    }
 }
 
 impl Writer<'_> {
@@ -40,13 +56,21 @@ impl Writer<'_> {
 
     /// Data from `offset` on, as whole pages.
     fn data(&self, region: usize, offset: u64) -> Result<Option<Range<u64>>, WriteError> {
+        let known = self.known.get(region).map(|known| known.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(known) = known.filter(|known| known.contains(&offset)) {
+            return Ok(Some(offset..known.end));
+        }
         let data = self.source.next_data(region, offset);
-        let data = data.map_err(|source| WriteError::Memory { region, offset, source })?;
-        Ok(data.map(|data| {
-            let start = data.start.max(offset) / PAGE * PAGE;
-            // A source that says nothing new does not hold us up.
-            start..data.end.max(start + 1).next_multiple_of(PAGE)
-        }))
+        let Some(data) = data.map_err(|source| WriteError::Memory { region, offset, source })? else {
+            return Ok(None);
+        };
+        let start = data.start.max(offset) / PAGE * PAGE;
+        // A source that says nothing new does not hold us up.
+        let data = start..data.end.max(start + 1).next_multiple_of(PAGE);
+        if let Some(known) = self.known.get(region) {
+            known.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&data);
+        }
+        Ok(Some(data))
     }
 
     /// Saves what is wanted of a chunk and gives its hash, unless all of it is zero.

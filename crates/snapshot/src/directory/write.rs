@@ -260,7 +260,7 @@ impl Filled<'_> {
 
     fn writer<'a>(&'a self, source: &'a dyn MemorySource, wanted: &'a [Extents], over: bool) -> Writer<'a> {
         let Self { place, regions, files, .. } = self;
-        Writer { place, source, regions, files, wanted, over }
+        Writer::new(place, source, (regions, files), wanted, over)
     }
 
     /// The hash of what was written of a chunk.
