@@ -34,6 +34,7 @@ use vmm_state::{GuestEvent, Reactions, VmSlot};
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
+use crate::lost_memory;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
@@ -238,6 +239,7 @@ impl Vmm {
     fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
         self.tracks = Tracks::default();
+        lost_memory::watch(Vec::new());
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
             machine => {
@@ -283,6 +285,10 @@ impl Vmm {
         }
         match event {
             MachineEvent::Vcpu(event) => {
+                if let Some(path) = lost_memory::shrunk() {
+                    log::error!("guest memory is lost: the snapshot's file {} has shrunk", path.display());
+                    return self.end(ExitCode::LostMemory);
+                }
                 let (what, level) = match &event.kind {
                     VcpuEventKind::TripleFault => {
                         (GuestEvent::TripleFault, configured.told.level("triple fault"))

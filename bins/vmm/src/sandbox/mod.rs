@@ -16,6 +16,7 @@ use vmm_api::spec::MachineSpec;
 use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 
 use landlock::LandlockError;
+pub(crate) use violation::last_words;
 pub use violation::report_violations;
 
 /// The thread that owns the VM.

@@ -15,6 +15,7 @@ use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::exit::ExitCode;
+use crate::lost_memory;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
@@ -216,6 +217,7 @@ impl Vmm {
                 return self.boot_ended(stages, Err(error));
             }
         };
+        lost_memory::watch(machine.memory().mapped_files());
         if let Some(configured) = self.slot.config_mut() {
             configured.boots += 1;
             if let Some(consoles) = &mut configured.consoles {

@@ -135,7 +135,7 @@ impl Origin {
             let bytes = SavedBytes { layout: &saved.layout, chain: &chain, fill };
             MemoryMap::restore(saved.vm, &saved.zones, &bytes, &Work::quiet(writer::threads()))
         });
-        Saved { records, memory, clock: ClockChoice::default() }
+        Saved { records, memory, clock: ClockChoice::default(), another: true }
     }
 }
 
