@@ -29,7 +29,7 @@ use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
 use vmm_platform_devices::events::SystemEvent;
-use vmm_snapshot::{RecordSet, Schema};
+use vmm_snapshot::{Record, RecordSet, Schema};
 use vmm_state::Phase;
 use vmm_tests::tiny::Guest;
 
@@ -409,6 +409,33 @@ fn what_cannot_be_restored_is_named() {
         "device \"_ged\" had Line { gsi: 6 }, here it has Line { gsi: 5 }",
     );
     restore(&fake, &spec, good).unwrap();
+}
+
+/// Every integer of the records at its edges: refused, or a machine that can be saved again.
+#[test]
+fn fuzz_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let good = save(&fake, &spec);
+    let (mut taken, mut refused) = (0, 0);
+    for owner in ["machine", "clock", "memory-layout", "device-tree"] {
+        let mut rest = good.clone();
+        let record = rest.take_record(owner).unwrap();
+        for bytes in vmm_fuzzing::hostile_records(&record.bytes) {
+            let mut records = rest.clone();
+            records.insert(owner, Record { bytes, ..record.clone() }).unwrap();
+            match restore(&fake, &spec, records) {
+                Ok(machine) => {
+                    machine.save().unwrap();
+                    taken += 1;
+                }
+                Err(_) => refused += 1,
+            }
+            assert_eq!(fake.live(), Live::default());
+        }
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
 }
 
 fn config_address(device: u8, register: u32) -> Exit {

@@ -13,7 +13,7 @@
 //!
 //! Restored are
 //!
-//! 1. CPUID, which says what the others may be, and the TSC's rate;
+//! 1. CPUID and the MSRs about VMX, which say what the others may be and cannot change once VMX is on; the TSC's rate;
 //! 2. control registers: EFER and CR4 turn on what the nested state and MSRs need, and the APIC base says how the local
 //!    APIC's page is laid out;
 //! 3. nested state: it makes the registers that follow those of the guest's guest;
@@ -178,6 +178,9 @@ impl VcpuV1 {
         if let Some(khz) = tsc_khz {
             set_tsc_rate(vcpu, *khz)?;
         }
+        let (about_vmx, msrs): (Vec<MsrV1>, Vec<MsrV1>) =
+            msrs.iter().partition(|msr| is_about_vmx(msr.index));
+        write_msrs(vcpu, &about_vmx.iter().map(Into::into).collect::<Vec<_>>())?;
         vcpu.set_sregs(&sregs.into())?;
         if let Some(nested) = nested {
             vcpu.set_nested_state(nested)?;
@@ -191,7 +194,7 @@ impl VcpuV1 {
             vcpu.set_debug_regs(&debug_regs.into())?;
         }
         vcpu.set_lapic(&lapic_page(lapic)?)?;
-        let offset = set_msrs(vcpu, msrs, tsc)?;
+        let offset = set_msrs(vcpu, &msrs, tsc)?;
         if let Some(events) = events {
             vcpu.set_events(&events.into())?;
         }
@@ -236,7 +239,15 @@ fn set_msrs(vcpu: &mut dyn Vcpu, saved: &[MsrV1], tsc: Tsc) -> Result<Option<u64
     Ok(offset)
 }
 
+/// IA32_FEATURE_CONTROL and the capabilities of VMX.
+fn is_about_vmx(index: u32) -> bool {
+    matches!(index, 0x3a | 0x480..=0x4ff)
+}
+
 fn write_msrs(vcpu: &mut dyn Vcpu, entries: &[MsrEntry]) -> Result<(), StateError> {
+    if entries.is_empty() {
+        return Ok(());
+    }
     for index in vcpu.set_msrs(entries)? {
         // Read-only ones are refused even with the value that they have. What nobody wrote need not be there.
         let wanted = entries.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.value);
@@ -620,7 +631,7 @@ mod tests {
         let fake = Fake::new();
         let mut vcpu = vcpu(&fake);
         let captured = fake.calls().len();
-        let mut state = VcpuV1::capture(&*vcpu, &[], &[0x10, MSR_TSC_DEADLINE]).unwrap();
+        let mut state = VcpuV1::capture(&*vcpu, &[], &[0x10, 0x174, 0x480, MSR_TSC_DEADLINE]).unwrap();
         let calls = fake.calls().split_off(captured);
         assert_eq!(calls[..2], ["KVM_GET_MP_STATE", "KVM_GET_VCPU_EVENTS"]);
         let applied = fake.calls().len();
@@ -629,6 +640,7 @@ mod tests {
         let calls = fake.calls().split_off(applied);
         let sets: Vec<_> = calls.into_iter().filter(|call| !call.starts_with("KVM_GET")).collect();
         let order = [
+            "KVM_SET_MSRS",
             "KVM_SET_SREGS",
             "KVM_SET_NESTED_STATE",
             "KVM_SET_REGS",
