@@ -240,7 +240,7 @@ impl Scene {
     fn is_whole(&self, context: &str) -> bool {
         let chain = match Chain::open(&self.target()) {
             Ok(chain) => chain,
-            Err(ReadError::NotASnapshot { .. }) => return false,
+            Err(ReadError::NoManifest { .. }) => return false,
             Err(ReadError::Missing { path }) if path == self.target() => return false,
             Err(error) => panic!("{context}: {error}"),
         };

@@ -255,7 +255,7 @@ fn give(sink: Sink<'_>, piece: Piece<'_>) -> Result<(), ReadError> {
 fn open_parent(newer: &[Snapshot], place: PathBuf, id: Hash) -> Result<Snapshot, ReadError> {
     let parent = match Snapshot::open(&place) {
         Ok(parent) => parent,
-        Err(ReadError::NotASnapshot { .. }) => return Err(ReadError::MissingParent { path: place, id }),
+        Err(ReadError::NoManifest { .. }) => return Err(ReadError::MissingParent { path: place, id }),
         Err(ReadError::Missing { path }) if path == place => {
             return Err(ReadError::MissingParent { path: place, id });
         }

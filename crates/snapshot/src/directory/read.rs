@@ -41,7 +41,7 @@ impl Snapshot {
         let metadata = dir.metadata().map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
         let place = path.join(MANIFEST);
         let (file, size) = open(&dir, path, MANIFEST).map_err(|error| match error {
-            ReadError::Missing { path } => ReadError::NotASnapshot { path },
+            ReadError::Missing { .. } => ReadError::NoManifest { path: path.to_owned() },
             error => error,
         })?;
         if size > MAX_MANIFEST {
@@ -203,7 +203,7 @@ fn failed(error: io::Error, path: PathBuf) -> ReadError {
     }
     match error.kind() {
         io::ErrorKind::NotFound => ReadError::Missing { path },
-        io::ErrorKind::NotADirectory => ReadError::NotASnapshot { path },
+        io::ErrorKind::NotADirectory => ReadError::NoManifest { path },
         _ => ReadError::Io { path, source: error },
     }
 }

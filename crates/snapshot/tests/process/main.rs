@@ -98,7 +98,7 @@ fn is_whole(folder: &Path, context: &str) -> bool {
     let path = target(folder);
     let chain = match Chain::open(&path) {
         Ok(chain) => chain,
-        Err(ReadError::NotASnapshot { .. }) => return false,
+        Err(ReadError::NoManifest { .. }) => return false,
         Err(ReadError::Missing { path: missing }) if missing == path => return false,
         Err(error) => panic!("{context}: {error}"),
     };
