@@ -13,7 +13,7 @@ use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
 use vmm_api::error::Code;
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_epoll::{Inbox, mailbox};
-use vmm_hypervisor::fake::{Exit, Fake};
+use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_platform_devices::events::{Cause, SystemEvent};
 use vmm_platform_devices::serial::COM1_PORT;
 use vmm_state::{
@@ -457,4 +457,120 @@ fn a_pty_that_nobody_reads_holds_nobody() {
         done.send(()).unwrap();
     });
     ended.recv_timeout(LIMIT).unwrap();
+}
+
+/// Whatever call of the hypervisor fails on the way.
+#[test]
+fn a_snapshot_that_fails_changes_nothing() {
+    for phase in [Phase::Paused, Phase::Running] {
+        let (mut reached, mut nth, mut failed) = (true, 1, 0);
+        while reached {
+            let fake = Fake::new();
+            let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(phase);
+            let before = fake.calls().len();
+            fake.fail_nth(nth);
+            let outcome = rig.ask("vm.snapshot");
+            fake.heal();
+            let calls = fake.calls();
+            reached = calls.len() - before >= nth;
+            nth += 1;
+            if calls.get(before + nth - 2) == Some(&"KVM_RUN") {
+                // The guest crashes, whether it is saved or not.
+                continue;
+            }
+            if let Err(error) = outcome {
+                assert_eq!(error.code, Code::SnapshotFailed, "call {nth}: {error}");
+                assert!(error.causes.len() > 1, "it says why: {error}");
+                let left = std::fs::read_dir(rig.folder.path()).unwrap().flatten();
+                let left: Vec<_> = left
+                    .map(|entry| entry.file_name())
+                    .filter(|name| name.to_string_lossy().starts_with("snapshot-"))
+                    .collect();
+                assert!(left.is_empty(), "call {nth}: {left:?}");
+                failed += 1;
+            }
+            assert_eq!(rig.vmm.phase(), phase, "call {nth}");
+            rig.ask("vm.snapshot").unwrap();
+            rig.ask(if phase == Phase::Paused { "vm.resume" } else { "vm.pause" }).unwrap();
+        }
+        assert!(failed > 3, "{failed} of {nth} calls in {phase} can fail");
+    }
+}
+
+/// The same of a restore: there is no VM, and nothing of it.
+#[test]
+fn a_restore_that_fails_leaves_nothing() {
+    let fake = Fake::new();
+    let mut rig = Rig::with(fake.clone(), "Null", Reactions::default());
+    rig.save();
+    assert_eq!(fake.live(), Live::default());
+    let (mut reached, mut nth, mut failed) = (true, 1, 0);
+    while reached {
+        let before = fake.calls().len();
+        fake.fail_nth(nth);
+        let outcome = rig.ask("vm.restore");
+        fake.heal();
+        reached = fake.calls().len() - before >= nth;
+        if let Err(error) = outcome {
+            assert_eq!(error.code, Code::RestoreFailed, "call {nth}: {error}");
+            assert_eq!(rig.vmm.phase(), Phase::Empty, "call {nth}");
+            assert_eq!(fake.live(), Live::default(), "call {nth}");
+            failed += 1;
+        } else {
+            assert_eq!(rig.vmm.phase(), Phase::Paused, "call {nth}");
+            rig.ask("vm.delete").unwrap();
+        }
+        nth += 1;
+    }
+    assert!(failed > 10, "{failed} of {nth} calls can fail");
+    rig.ask("vm.restore").unwrap();
+    rig.ask("vm.resume").unwrap();
+}
+
+#[test]
+fn what_waits_for_a_snapshot_is_carried_out_in_order_after_it() {
+    let mut rig = Rig::in_phase(Phase::Paused);
+    let names = ["vm.snapshot", "vm.resume", "vm.snapshot", "vm.pause", "vm.resume", "vm.delete"];
+    let outcomes = names.map(|name| rig.begin(name));
+    assert_eq!(rig.vmm.phase(), Phase::Saving);
+    for (name, outcome) in names.iter().zip(&outcomes) {
+        rig.wait(outcome).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+    assert_eq!(rig.vmm.phase(), Phase::Empty);
+}
+
+#[test]
+fn the_end_of_the_vmm_does_not_wait_for_a_snapshot() {
+    for phase in [Phase::Paused, Phase::Running] {
+        let mut rig = Rig::in_phase(phase);
+        let snapshot = rig.begin("vm.snapshot");
+        let (waiting, cancel) = (rig.begin("vm.resume"), rig.begin("vm.cancel"));
+        rig.ask("vmm.shutdown").unwrap();
+        assert_eq!(rig.wait(&snapshot).unwrap_err().code, Code::Cancelled);
+        rig.wait(&cancel).unwrap();
+        rig.wait(&waiting).unwrap_err();
+        assert!(rig.vmm.ending().is_some());
+    }
+}
+
+/// A snapshot of that moment would have nothing to go on with.
+#[test]
+fn a_guest_that_ends_while_it_is_saved_cancels_that_and_ends() {
+    let reactions = reactions(GuestEvent::Reset, Reaction::Stop);
+    let mut rig = Rig::with(Fake::new(), "Null", reactions).brought_to(Phase::Running);
+    let snapshot = rig.begin("vm.snapshot");
+    rig.guest_does(GuestEvent::Reset);
+    assert_eq!(rig.vmm.phase(), Phase::Saving, "not before the snapshot's end");
+    let error = rig.wait(&snapshot).unwrap_err();
+    assert_eq!(error.code, Code::Cancelled);
+    assert!(error.to_string().contains("the guest has ended: reset"), "{error}");
+    assert_eq!(rig.vmm.phase(), Phase::Shutdown);
+
+    // One that did so before it was paused is not saved.
+    let mut rig = Rig::with(Fake::new(), "Null", reactions).brought_to(Phase::Paused);
+    rig.guest_does(GuestEvent::Reset);
+    assert_eq!(rig.ask("vm.snapshot").unwrap_err().code, Code::Cancelled);
+    assert_eq!(rig.vmm.phase(), Phase::Paused);
+    rig.ask("vm.resume").unwrap();
+    assert_eq!(rig.vmm.phase(), Phase::Shutdown);
 }

@@ -96,6 +96,11 @@ impl Vmm {
     /// Hands a thread all that it needs.
     fn begin_save(&mut self, spec: &SnapshotSpec, pace: Pace) -> Result<Thread, SaveError> {
         let Some((configured, machine)) = self.slot.parts_mut() else { return Err(SaveError::NoMachine) };
+        // A restored VM would not know of it.
+        let ends = |event: &&GuestEvent| ends(self.policy.reactions.to(**event));
+        if let Some(event) = self.deferred.iter().find(ends) {
+            return Err(SaveError::Ended(*event));
+        }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
         let source = machine.memory().source().map_err(SaveError::Memory)?;
         let since = spec.incremental.then(|| self.tracks.since(machine.memory())).transpose()?;
@@ -203,7 +208,7 @@ impl Vmm {
 
     /// The guest did something that ends it, or may: there is nothing to go on with from a snapshot of that moment.
     pub(super) fn ends_save(&mut self, event: GuestEvent) {
-        if self.policy.reactions.to(event) != Reaction::Report {
+        if ends(self.policy.reactions.to(event)) {
             self.fail_save(SaveError::Ended(event));
         }
     }
@@ -337,6 +342,11 @@ impl Pace {
 /// The state of a machine whose guest stands still.
 fn still(machine: &Machine) -> Result<Still, SaveError> {
     Ok(Still { records: machine.save()?, at: SystemTime::now() })
+}
+
+/// Whether a guest is not the same afterwards.
+fn ends(reaction: Reaction) -> bool {
+    reaction != Reaction::Report
 }
 
 /// Of a VM that runs only a live snapshot can be taken.

@@ -230,8 +230,8 @@ pub enum SaveError {
     /// The guest cannot stand still, or not run on.
     #[error("the guest does not obey")]
     Guest(#[source] MachineError),
-    /// The guest ended while it was saved.
-    #[error("the guest ended meanwhile: {0}")]
+    /// The guest ended before it was saved, or meanwhile.
+    #[error("the guest has ended: {0}")]
     Ended(GuestEvent),
     /// It was cancelled.
     #[error("the snapshot was cancelled")]
