@@ -6,6 +6,7 @@ mod handlers;
 mod inputs;
 mod restore;
 mod saving;
+mod served;
 mod teardown;
 mod told;
 mod tracks;
@@ -22,7 +23,6 @@ use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, PanicEvent};
-use vmm_api::http::Counts;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -41,6 +41,7 @@ use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
 pub use restore::{LoadError, Loaded};
+use served::Served;
 pub use tracks::TrackError;
 use tracks::Tracks;
 pub use writer::{SaveError, SaveStep};
@@ -90,8 +91,7 @@ pub struct Vmm {
     ending: Option<ExitCode>,
     policy: Policy,
     sandbox: Sandbox,
-    /// Counts of the API's answers, where there is an API.
-    answers: Option<Arc<Counts>>,
+    served: Served,
     events: Events,
 }
 
@@ -128,7 +128,7 @@ impl Vmm {
             ending: None,
             policy,
             sandbox: Sandbox::default(),
-            answers: None,
+            served: Served::default(),
             events,
         }
     }
@@ -147,11 +147,6 @@ impl Vmm {
     /// Number of the machine that was built last; 0 before the first.
     pub fn machines(&self) -> u64 {
         self.boot.machines
-    }
-
-    /// The API's answers are counted there; metrics tell of them.
-    pub fn tell_answers(&mut self, counts: Arc<Counts>) {
-        self.answers = Some(counts);
     }
 
     /// Ends the process: the VM is switched off.
@@ -339,6 +334,7 @@ impl Vmm {
     /// Brings the control loop's sources in line with the state; after every handler.
     pub fn settle(&mut self, control: &mut Control<'_, Self>) {
         Inputs::settle(self, control);
+        self.post_info();
         if self.ending.is_some() {
             control.stop();
         }

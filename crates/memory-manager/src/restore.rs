@@ -63,6 +63,9 @@ impl MemoryMap {
         check_host(layout.ram_size())?;
         let zones: Vec<_> = zones.iter().map(restored).collect();
         let lazy: Vec<_> = zones.iter().map(|zone| is_lazy(zone, saved.fill)).collect();
+        for (zone, _) in zones.iter().zip(&lazy).filter(|(_, lazy)| saved.fill == Fill::Lazy && !**lazy) {
+            log::info!(zone = zone.id.as_str(); "memory of this kind is filled before the guest runs");
+        }
         let (regions, files) = map_all(&layout, &zones, &lazy, saved.chain)?;
         let memory = Arc::new(GuestRam::from_regions(regions).map_err(ZoneError::from)?);
         fill(&memory, &files, saved.chain, work)?;

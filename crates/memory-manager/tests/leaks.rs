@@ -46,7 +46,7 @@ fn a_hundred_cycles_leave_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let zones = [zone(8 * MIB), ZoneConfig { id: "mem1".to_owned(), shared: true, ..zone(MIB) }];
     let mut map = common::create(&zones);
-    (0..1024).for_each(|page| write(&map, page * PAGE, b"used"));
+    (0..64).for_each(|page| write(&map, page * PAGE, b"used"));
     save(&map, &dir.path().join("a"), None);
     let fake = Fake::new();
     let mut before = None;

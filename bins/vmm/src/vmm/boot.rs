@@ -285,6 +285,7 @@ impl Vmm {
     }
 
     pub(super) fn tell(&mut self, asker: Asker, result: Result<(), VmmError>) {
+        self.post_info();
         match (asker, result) {
             (Asker::Client(replier), result) => replier.reply(result.map_err(|error| match &error {
                 VmmError::Load(_) | VmmError::Restore { .. } => restore::refusal(&error),

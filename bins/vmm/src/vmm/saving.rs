@@ -241,6 +241,7 @@ impl Vmm {
             }
             Err(error) => Err(self.save_failed(number, error)),
         };
+        self.post_info();
         for cancel in cancels {
             cancel.reply(if result.is_ok() { Err(too_late(self.slot.phase())) } else { Ok(()) });
         }
