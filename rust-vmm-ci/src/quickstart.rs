@@ -9,7 +9,7 @@ use vmm_tests::error::{Error, Result, describe};
 use vmm_tests::hostkvm::KvmAbility;
 use vmm_tests::image::{initramfs, rootfs};
 use vmm_tests::kernels::{Kernel, KernelVersion};
-use vmm_tests::nested::{Nested, VMM_ARGUMENTS};
+use vmm_tests::nested::Nested;
 use vmm_tests::progress::Step;
 use vmm_tests::toolbox::Toolbox;
 
@@ -59,9 +59,7 @@ fn quickstart(vmm: Option<PathBuf>, interactive: bool) -> Result<u8> {
     let nested = match &ability {
         KvmAbility::Full => false,
         KvmAbility::None(reason) | KvmAbility::TinyGuestsOnly(reason) => {
-            eprintln!(
-                "KVM here cannot run Linux, so a nested one in QEMU will (slower, and without filters of system calls): {reason}"
-            );
+            eprintln!("KVM here cannot run Linux, so a nested one in QEMU will (slower): {reason}");
             true
         }
     };
@@ -72,10 +70,7 @@ fn quickstart(vmm: Option<PathBuf>, interactive: bool) -> Result<u8> {
     let initramfs = initramfs::guest(&cache, &tools, &kernel)?;
     let image = rootfs::image(&cache, &tools)?;
     let disk = Disk::copy_of(&cache, &image)?;
-    let mut command = command_line(&vmm, &kernel, &initramfs, &disk.path, interactive);
-    if nested {
-        command.extend(VMM_ARGUMENTS.map(str::to_owned));
-    }
+    let command = command_line(&vmm, &kernel, &initramfs, &disk.path, interactive);
     eprintln!("=> {}", command.join(" "));
     if interactive {
         eprintln!("=> the guest logs you in by itself; `poweroff` there ends it");

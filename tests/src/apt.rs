@@ -25,6 +25,8 @@ pub enum Suite {
     Bookworm,
     /// Debian 13.
     Trixie,
+    /// Newer packages for Debian 13, together with its own.
+    TrixieBackports,
 }
 
 impl Suite {
@@ -34,6 +36,15 @@ impl Suite {
         match self {
             Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",
+            Self::TrixieBackports => "trixie-backports",
+        }
+    }
+
+    /// The release that this one adds to.
+    fn base(self) -> Option<Self> {
+        match self {
+            Self::Bookworm | Self::Trixie => None,
+            Self::TrixieBackports => Some(Self::Trixie),
         }
     }
 }
@@ -105,7 +116,8 @@ impl PrivateApt {
             fs::create_dir_all(&path).map_err(Error::io("create", &path))?;
         }
         let sources = folder.join("sources.list");
-        fs::write(&sources, mirror.source_line(suite) + "\n").map_err(Error::io("write", &sources))?;
+        let lines = suite.base().into_iter().chain([suite]).map(|suite| mirror.source_line(suite) + "\n");
+        fs::write(&sources, lines.collect::<String>()).map_err(Error::io("write", &sources))?;
         let config = folder.join("apt.conf");
         fs::write(&config, configuration(&folder)).map_err(Error::io("write", &config))?;
         let apt = Self { config, suite };
@@ -135,7 +147,8 @@ impl PrivateApt {
         debs(folder)
     }
 
-    /// Downloads `packages` and everything that they depend on into `folder`, as if nothing were installed.
+    /// Downloads `packages` and everything that they depend on into `folder`, as if nothing were installed; from a release that
+    /// adds to another, what it has.
     ///
     /// # Errors
     /// When apt fails.
@@ -146,6 +159,7 @@ impl PrivateApt {
             .command("apt-get")
             .arg("-o")
             .arg(format!("Dir::Cache::archives={}", folder.display()))
+            .args(["-t", self.suite.name()])
             .args(["-y", "--no-install-recommends", "--download-only", "install"])
             .args(packages))?;
         debs(folder)

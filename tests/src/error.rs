@@ -90,6 +90,14 @@ pub enum Error {
         /// The end of its console.
         console: String,
     },
+    /// The nested machine stands still.
+    #[error("the L1 machine has given no sign of life for {} s; end of its console:\n{console}", limit.as_secs())]
+    L1Stalled {
+        /// How long was waited.
+        limit: Duration,
+        /// The end of its console.
+        console: String,
+    },
     /// The command in the nested machine took too long.
     #[error("the command in L1 did not end within {} s and was killed", limit.as_secs())]
     L1Timeout {

@@ -1,4 +1,4 @@
-//! Programs of Debian 13 in the cache: QEMU, virtiofsd, busybox, decompressors, mke2fs, mmdebstrap, iasl.
+//! Programs of Debian 13 in the cache: QEMU (of its backports), virtiofsd, busybox, decompressors, mke2fs, mmdebstrap, iasl.
 //!
 //! They come with every library that they need, the C library included, and run through their own dynamic loader. So they work
 //! the same on any x86-64 distribution, and nothing is installed on the machine.
@@ -9,7 +9,7 @@ use std::process::Command;
 
 use crate::apt::{self, PrivateApt, Suite};
 use crate::cache::Cache;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, describe};
 use crate::progress::Step;
 
 /// What is in it. libarchive lets mke2fs read a tar archive.
@@ -20,13 +20,22 @@ const PACKAGES: &[&str] = &[
     "libarchive13t64",
     "lz4",
     "mmdebstrap",
-    "qemu-system-x86",
     "virtiofsd",
     "xz-utils",
     "zstd",
 ];
+/// Where from, at best: QEMU 10.0 changes the bits of pending interrupts in two threads without a lock, later ones do not.
+const QEMU: (&str, Suite) = ("qemu-system-x86", Suite::TrixieBackports);
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const PROGRAM_FOLDERS: &[&str] = &["usr/bin", "usr/sbin", "usr/libexec"];
+
+/// Unpacks `packages` and what they need in `folder`.
+fn add(apt: &PrivateApt, packages: &[&str], folder: &Path) -> Result<()> {
+    let archives = folder.join("archives");
+    let debs = apt.download_closure(packages, &archives)?;
+    debs.iter().try_for_each(|deb| apt::extract(deb, folder))?;
+    fs::remove_dir_all(&archives).map_err(Error::io("remove", &archives))
+}
 
 /// The unpacked programs.
 #[derive(Debug, Clone)]
@@ -35,20 +44,21 @@ pub struct Toolbox {
 }
 
 impl Toolbox {
-    /// Fetches the programs (about 75 MB) unless they are there.
+    /// Fetches the programs (about 100 MB) unless they are there.
     ///
     /// # Errors
     /// When apt or dpkg fails.
     pub fn open(cache: &Cache) -> Result<Self> {
-        let recipe = format!("1 {} {PACKAGES:?}", Suite::Trixie.name());
+        let recipe = format!("2 {} {PACKAGES:?} {QEMU:?}", Suite::Trixie.name());
         let root = cache.entry("toolbox", &recipe, |folder| {
             let _step = Step::begin("fetching QEMU and other tools from Debian 13 into the cache");
-            let apt = PrivateApt::open(cache, Suite::Trixie)?;
-            let archives = folder.join("archives");
-            for deb in apt.download_closure(PACKAGES, &archives)? {
-                apt::extract(&deb, folder)?;
-            }
-            fs::remove_dir_all(&archives).map_err(Error::io("remove", &archives))
+            add(&PrivateApt::open(cache, Suite::Trixie)?, PACKAGES, folder)?;
+            let (qemu, suite) = QEMU;
+            let fetched = PrivateApt::open(cache, suite).and_then(|apt| add(&apt, &[qemu], folder));
+            fetched.or_else(|error| {
+                eprintln!("no QEMU from {}, so an older one: {}", suite.name(), describe(&error));
+                add(&PrivateApt::open(cache, Suite::Trixie)?, &[qemu], folder)
+            })
         })?;
         Ok(Self { root })
     }

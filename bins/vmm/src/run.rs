@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use vmm_api::command::ApiRequest;
+use vmm_api::commands::vm;
 use vmm_api::events::{Event, EventRoute, Journal};
-use vmm_api::http::{self, ApiSocket, Counts, Server, ServerError, ServerHandle, SocketError};
+use vmm_api::http::{self, ApiSocket, Board, Counts, Server, ServerError, ServerHandle, SocketError};
 use vmm_device_model::thread::ThreadHook;
 use vmm_epoll::{ControlLoop, LoopError, Mailbox, mailbox};
 use vmm_hypervisor::kvm::{Kvm, OpenError};
@@ -52,10 +53,12 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
     startup.publish();
     let (post, machines) = mailbox().map_err(RunError::Mailbox)?;
     let (requests, inbox) = mailbox::<ApiRequest<Vmm>>().map_err(RunError::Mailbox)?;
-    let stream = events.stream();
+    let (stream, board) = (events.stream(), Board::new());
     let server = options
         .api_socket
-        .map(|socket| serve(socket, requests, stream, options.unknown_fields, Arc::clone(&threads)))
+        .map(|socket| {
+            serve(socket, requests, (stream, board.clone()), options.unknown_fields, Arc::clone(&threads))
+        })
         .transpose()?;
     let (server, answers) = server.unzip();
 
@@ -72,7 +75,7 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
     let sandbox = Sandbox::new(Arc::clone(&threads), paths);
     let mut vmm = Vmm::new(hypervisor, post, policy, events.clone()).confined(sandbox);
     if let Some(answers) = answers {
-        vmm.tell_answers(answers);
+        vmm.serve(answers, board);
     }
     let mut control_loop = ControlLoop::new(vmm)?;
     control_loop.on_error(|_, error| log::error!("{}", crate::exit::chain(error)));
@@ -138,7 +141,7 @@ fn start_events(
 fn serve(
     socket: ApiSocketArg,
     requests: Mailbox<ApiRequest<Vmm>>,
-    events: Journal,
+    (events, info): (Journal, Board<vm::Info>),
     unknown_fields: vmm_api::config::UnknownFields,
     threads: Arc<dyn ThreadHook>,
 ) -> Result<(ServerHandle, Arc<Counts>), RunError> {
@@ -150,7 +153,8 @@ fn serve(
         }
     };
     let config = http::Config { unknown_fields, ..http::Config::default() };
-    let server = Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events));
+    let server =
+        Server::new(socket, &TABLE, requests, config)?.with_stream(EventRoute(events)).with_board(info);
     let counts = server.counts();
     Ok((server.start(move || threads.begin(API_THREAD))?, counts))
 }

@@ -4,6 +4,7 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod served;
 mod teardown;
 mod told;
 mod tree;
@@ -18,7 +19,6 @@ use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, PanicEvent};
-use vmm_api::http::Counts;
 use vmm_api::info::{VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
@@ -35,6 +35,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
+use served::Served;
 
 /// The commands that this VMM carries out.
 pub static TABLE: [Endpoint<Vmm>; COUNT] = commands::table();
@@ -77,8 +78,7 @@ pub struct Vmm {
     ending: Option<ExitCode>,
     policy: Policy,
     sandbox: Sandbox,
-    /// Counts of the API's answers, where there is an API.
-    answers: Option<Arc<Counts>>,
+    served: Served,
     events: Events,
 }
 
@@ -112,7 +112,7 @@ impl Vmm {
             ending: None,
             policy,
             sandbox: Sandbox::default(),
-            answers: None,
+            served: Served::default(),
             events,
         }
     }
@@ -131,11 +131,6 @@ impl Vmm {
     /// Number of the machine that was built last; 0 before the first.
     pub fn machines(&self) -> u64 {
         self.boot.machines
-    }
-
-    /// The API's answers are counted there; metrics tell of them.
-    pub fn tell_answers(&mut self, counts: Arc<Counts>) {
-        self.answers = Some(counts);
     }
 
     /// Ends the process: the VM is switched off.
@@ -312,6 +307,7 @@ impl Vmm {
     /// Brings the control loop's sources in line with the state; after every handler.
     pub fn settle(&mut self, control: &mut Control<'_, Self>) {
         Inputs::settle(self, control);
+        self.post_info();
         if self.ending.is_some() {
             control.stop();
         }

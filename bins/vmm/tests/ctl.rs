@@ -15,6 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm::cli::CONTRACT_VERSION;
@@ -294,7 +295,10 @@ fn a_guest_that_powers_off_is_waited_for() {
     let mut vmm = Vmm::with_api(&scratch, [""; 0]);
     create(&vmm, &flags(&scratch, Guest::Echo).0);
     done(&vmm, &["boot"]);
+    let _ = vmm.holdings_at_rest();
     let mut waiter = ctl(vmm.socket(), &["wait", "ended"]).spawn().unwrap();
+    let connected = || vmm.descriptors().iter().filter(|name| *name == "socket").count() == 2;
+    wait_until(Duration::from_secs(60), || connected().then_some(()), || "the waiter to connect".to_owned());
     assert!(waiter.try_wait().unwrap().is_none());
     done(&vmm, &["shutdown-vmm"]);
     assert!(waiter.wait().unwrap().success());
@@ -398,7 +402,7 @@ fn a_terminal_sees_the_time_that_a_long_call_takes() {
     assert!(peer.read(&mut [0; 4096]).unwrap() > 0);
     let text = || std::fs::read_to_string(&shown).unwrap_or_default();
     wait_until(
-        std::time::Duration::from_secs(60),
+        Duration::from_secs(60),
         || text().contains("vm.boot ... 0 s").then_some(()),
         || format!("the line; there is {:?}", text()),
     );

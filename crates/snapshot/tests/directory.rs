@@ -115,6 +115,18 @@ fn a_chain_gives_the_newest_page() {
         })
         .unwrap();
     assert!(same(&mapped.into_inner().unwrap(), &memory));
+    for region in [0, 1] {
+        let pieces = Mutex::new(0);
+        let count = |piece: vmm_snapshot::directory::Piece<'_>| {
+            *pieces.lock().unwrap() += 1;
+            assert_eq!(piece.region, region);
+            Ok(())
+        };
+        chain.load_of(&|wanted| wanted == region, &work(), &count).unwrap();
+        chain.load_overlay_of(&|wanted| wanted == region, &work(), &count).unwrap();
+        // Chunks 0 and 1 of the first region are in use, and chunk 0 of the second; it changed by 0, 1, 700 and by 5.
+        assert_eq!(pieces.into_inner().unwrap(), [2 + 2, 1 + 1][region]);
+    }
     assert_eq!(chain.overlay().iter().map(Extents::bytes).sum::<u64>(), 4 * PAGE);
 
     merge(&path("c"), &HostStorage, &path("m"), &work()).unwrap();

@@ -27,6 +27,9 @@ impl Host for Toy {
 
     /// Nothing boots here; a request that is dropped is answered with an error.
     fn park(&mut self, _request: ApiRequest<Self>) {}
+
+    /// There are no boards.
+    fn publish(&mut self) {}
 }
 
 impl Handle<vmm::Ping> for Toy {

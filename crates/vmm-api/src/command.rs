@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use vmm_state::{Action, Admission, Phase, Reason, admit};
 
 /// The HTTP methods of the contract.
@@ -144,6 +145,9 @@ pub trait Host: Sized {
 
     /// Keeps a request that cannot be decided while a boot is under way; to be dispatched again when it has ended.
     fn park(&mut self, request: ApiRequest<Self>);
+
+    /// Posts what has changed on the [boards](crate::http::board). Called before a handler's replies go out.
+    fn publish(&mut self);
 }
 
 /// A host that can carry out `C`. It is called only in a phase that admits `C`.
@@ -243,7 +247,12 @@ impl<H: Host + 'static> ApiRequest<H> {
     /// Asks for admission and carries the request out, or answers the refusal. Only here are phases looked at.
     pub fn dispatch(self, host: &mut H) {
         match admit(host.phase(), self.endpoint.action) {
-            Admission::Run(_) => (self.call)(host, self.slot),
+            Admission::Run(_) => {
+                let (slot, held) = self.slot.held();
+                (self.call)(host, slot);
+                host.publish();
+                held.release();
+            }
             Admission::Nothing => self.slot.send(Ok(Body::NONE)),
             Admission::Wait => host.park(self),
             Admission::Refused(refusal) => self.slot.send(Err(refusal.into())),
@@ -290,6 +299,16 @@ impl ReplySlot {
         self.deliver(outcome);
     }
 
+    /// The same slot, whose outcome is kept back until it is released.
+    fn held(self) -> (Self, Held) {
+        let gate = Arc::new(Mutex::new(Gate::Closed(self, None)));
+        let slot = Self::new({
+            let gate = Arc::clone(&gate);
+            move |outcome| Gate::send(&gate, outcome)
+        });
+        (slot, Held(gate))
+    }
+
     fn deliver(&mut self, outcome: Outcome) {
         if let Some(deliver) = self.0.take() {
             deliver(outcome);
@@ -301,6 +320,43 @@ impl Drop for ReplySlot {
     fn drop(&mut self) {
         if self.0.is_some() {
             self.deliver(Err(ApiError::new(Code::Internal, "the VMM ended the request without an answer")));
+        }
+    }
+}
+
+/// What stands between a handler and the client while the handler runs.
+enum Gate {
+    Closed(ReplySlot, Option<Outcome>),
+    Open(ReplySlot),
+    /// The outcome has gone through.
+    Spent,
+}
+
+impl Gate {
+    fn send(gate: &Mutex<Self>, outcome: Outcome) {
+        let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *gate, Self::Spent) {
+            Self::Closed(slot, _) => *gate = Self::Closed(slot, Some(outcome)),
+            Self::Open(slot) => slot.send(outcome),
+            Self::Spent => {}
+        }
+    }
+}
+
+/// Lets an outcome go, at the latest when it is dropped.
+struct Held(Arc<Mutex<Gate>>);
+
+impl Held {
+    fn release(self) {}
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut gate = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *gate, Gate::Spent) {
+            Gate::Closed(slot, Some(outcome)) => slot.send(outcome),
+            Gate::Closed(slot, None) => *gate = Gate::Open(slot),
+            other => *gate = other,
         }
     }
 }

@@ -199,6 +199,31 @@ fn a_parked_request_keeps_its_connection_in_order_and_others_free() {
 }
 
 #[test]
+fn info_is_answered_from_the_board_while_the_host_is_busy_and_is_never_older_than_an_answer() {
+    let rig = rig();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("go on");
+    let mut busy = rig.client();
+    for _ in 0..100 {
+        busy.call::<vm::Create>(&create(&format!("until {}", file.display()))).unwrap();
+        assert_eq!(busy.call::<vm::Info>(&()).unwrap().state, VmState::Created);
+        busy.call::<vm::Delete>(&()).unwrap();
+        assert!(busy.call::<vm::Info>(&()).is_err(), "there is no VM");
+    }
+    busy.call::<vm::Create>(&create(&format!("until {}", file.display()))).unwrap();
+    let boot = std::thread::spawn(move || busy.call::<vm::Boot>(&()));
+    let mut other = rig.client();
+    for _ in 0..10 {
+        assert_eq!(other.call::<vm::Info>(&()).unwrap().state, VmState::Created);
+    }
+    std::fs::write(file, "").unwrap();
+    boot.join().unwrap().unwrap();
+    assert_eq!(other.call::<vm::Info>(&()).unwrap().state, VmState::Running);
+    let counted = |(name, status, count)| name == "vm.info" && status == 200 && count == 111;
+    assert!(rig.counts.get().into_iter().any(counted), "{:?}", rig.counts.get());
+}
+
+#[test]
 fn a_client_that_leaves_before_its_answer_harms_nobody() {
     let rig = rig();
     let mut wire = rig.wire();

@@ -12,7 +12,6 @@ use super::linux::note_crash;
 use super::terminal::Terminal;
 use super::{Api, LIMIT, Output, Pending, Scratch, binary, wait_until};
 use crate::confine::confine;
-use crate::nested::{self, Nested};
 
 /// How long what is gone may be listed. Only failures wait for it.
 const LEAK_LIMIT: Duration = Duration::from_secs(5);
@@ -66,7 +65,6 @@ impl Vmm {
     }
 
     fn start(mut command: Command) -> Self {
-        command.args(nested::VMM_ARGUMENTS.iter().filter(|_| Nested::is_inside()));
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

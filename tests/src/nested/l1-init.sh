@@ -1,7 +1,7 @@
 #!/bin/sh
 # First process of L1, the machine inside QEMU that offers a KVM: mounts the host's root, runs one command in it, tells its exit
 # status in a file and on the console, and powers off. Words of the kernel command line:
-#   vmm.work=BASE64   the folder (a path of the host) with command.sh; stdout, stderr, ready and status are made there
+#   vmm.work=BASE64   the folder (a path of the host) with command.sh; stdout, stderr, ready, alive and status are made there
 #   vmm.tmp=host      the host's /tmp is seen instead of an empty one
 #   vmm.tty=1         the command talks to the console instead of files
 export PATH=/bin
@@ -45,6 +45,8 @@ hostname l1
 ip link set lo up
 ulimit -n 65536
 : >"/host$work/ready"
+# A machine that stands still does not grow this file.
+while sleep 5; do echo >>"/host$work/alive"; done &
 echo "VMM-L1: ready"
 if [ -n "$tty" ]; then
     # The terminal is the caller's: no kernel messages there.

@@ -22,6 +22,8 @@ const POLL: Duration = Duration::from_millis(50);
 const SHARE_LIMIT: Duration = Duration::from_secs(20);
 /// How long L1 may take to power off after its command.
 const OFF_LIMIT: Duration = Duration::from_secs(30);
+/// How long a machine that is ready may give no sign of life; it gives one in five seconds of its own.
+const STALL_LIMIT: Duration = Duration::from_secs(180);
 const CONSOLE_LINES: usize = 30;
 
 /// A running L1. Dropping it kills it.
@@ -46,7 +48,8 @@ impl Machine {
             "none",
             "-no-reboot",
             "-accel",
-            "tcg,thread=multi,tb-size=512",
+            // Room for all translated code of a run: throwing it away stops both processors at any point.
+            "tcg,thread=multi,tb-size=2047",
         ])
         .args(["-machine", "q35,memory-backend=ram", "-cpu", "EPYC-Milan"])
         .args(["-smp", &nested.settings.cpus.to_string(), "-m", &format!("{memory}M")])
@@ -83,6 +86,7 @@ impl Machine {
     pub(super) fn wait(&mut self, settings: &Settings) -> Result<ExitStatus> {
         let start = Instant::now();
         let mut ready = false;
+        let mut alive = Alive::default();
         let mut ended: Option<Instant> = None;
         loop {
             let running = self.qemu.is_running()?;
@@ -98,6 +102,10 @@ impl Machine {
             ready = ready || self.work.join("ready").exists();
             if !ready && start.elapsed() > settings.boot_limit {
                 return Err(Error::L1NotReady { limit: settings.boot_limit, console: self.console() });
+            }
+            let sign = fs::metadata(self.work.join("alive")).map_or(0, |meta| meta.len());
+            if ready && status.is_none() && alive.silent(sign, Instant::now()) > STALL_LIMIT {
+                return Err(Error::L1Stalled { limit: STALL_LIMIT, console: self.console() });
             }
             if status.is_none() && start.elapsed() > settings.boot_limit + settings.run_limit {
                 return Err(Error::L1Timeout { limit: settings.run_limit });
@@ -117,6 +125,25 @@ impl Machine {
         let read = |name: &str| fs::read(self.work.join(name)).unwrap_or_default();
         let text = [read("qemu.log"), read("console")].concat();
         tail(&String::from_utf8_lossy(&text), CONSOLE_LINES)
+    }
+}
+
+/// When a machine's last sign of life came.
+#[derive(Default)]
+struct Alive {
+    last: Option<(u64, Instant)>,
+}
+
+impl Alive {
+    /// How long the sign of life has been what it is now.
+    fn silent(&mut self, sign: u64, now: Instant) -> Duration {
+        match self.last {
+            Some((last, since)) if last == sign => now.duration_since(since),
+            _ => {
+                self.last = Some((sign, now));
+                Duration::ZERO
+            }
+        }
     }
 }
 
@@ -253,6 +280,16 @@ mod tests {
         }
         tail.pass_on();
         assert_eq!(*sink.0.lock().unwrap(), b"one two");
+    }
+
+    #[test]
+    fn silence_is_counted_from_the_last_sign() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut alive = Alive::default();
+        assert_eq!(alive.silent(0, start), Duration::ZERO);
+        assert_eq!(alive.silent(0, start + 7 * second), 7 * second);
+        assert_eq!(alive.silent(1, start + 8 * second), Duration::ZERO);
+        assert_eq!(alive.silent(1, start + 9 * second), second);
     }
 
     #[test]

@@ -24,9 +24,8 @@ use machine::Machine;
 
 const INIT: &str = include_str!("l1-init.sh");
 
-/// What a VMM in L1 is started with. A filter of system calls is compiled by L1's kernel while a guest runs, and that
-/// makes the emulator corrupt guests: with filters five of 55 boots died or hung, without them one of 36.
-pub const VMM_ARGUMENTS: [&str; 2] = ["--seccomp", "false"];
+/// How many L1s are tried for one command.
+const MOST_MACHINES: u32 = 4;
 
 /// How large L1 is and how long it may take.
 #[derive(Debug, Clone, Copy)]
@@ -111,11 +110,11 @@ impl Nested {
 
     /// Boots one L1, runs `job` in it and returns how that ended. Its output appears as it comes. L1 dies with this process.
     ///
-    /// An L1 that does not come up, or whose kernel panics, is the emulator's fault, seen once in some dozens of guests: then the
-    /// whole command is run once more, and that is said.
+    /// An L1 that does not come up, whose kernel panics, or that stands still is the emulator's fault, seen once in some dozens of
+    /// guests: then the whole command is run again, at most four times in all, and that is said.
     ///
     /// # Errors
-    /// When L1 does not come up twice, dies, or a limit passes.
+    /// When no L1 comes up, the last one dies, or a limit passes.
     pub fn run(&self, job: &Job) -> Result<ExitStatus> {
         self.run_prepared(|| Ok(job.clone()))
     }
@@ -125,14 +124,16 @@ impl Nested {
     /// # Errors
     /// As [`run`](Self::run), and those of `prepare`.
     pub fn run_prepared(&self, mut prepare: impl FnMut() -> Result<Job>) -> Result<ExitStatus> {
-        let job = prepare()?;
-        match self.run_once(&job) {
-            Err(error) if is_emulators_fault(&error) && !job.interactive => {
-                eprintln!("{error}\nthis is a fault of the emulated machine: running the command once more");
-                self.run_once(&prepare()?)
+        for _ in 1..MOST_MACHINES {
+            let job = prepare()?;
+            match self.run_once(&job) {
+                Err(error) if is_emulators_fault(&error) && !job.interactive => {
+                    eprintln!("{error}\nthis is a fault of the emulated machine: running the command again");
+                }
+                other => return other,
             }
-            other => other,
         }
+        self.run_once(&prepare()?)
     }
 
     fn run_once(&self, job: &Job) -> Result<ExitStatus> {
@@ -164,7 +165,7 @@ impl Nested {
 
 fn is_emulators_fault(error: &Error) -> bool {
     match error {
-        Error::L1NotReady { .. } => true,
+        Error::L1NotReady { .. } | Error::L1Stalled { .. } => true,
         Error::L1Died { console } => console.contains("Kernel panic - not syncing"),
         _ => false,
     }
@@ -292,6 +293,7 @@ mod tests {
         assert!(is_emulators_fault(&died("[ 1.0] Kernel panic - not syncing: corrupted stack end")));
         assert!(!is_emulators_fault(&died("VMM-L1: no command")));
         assert!(is_emulators_fault(&Error::L1NotReady { limit: Duration::ZERO, console: String::new() }));
+        assert!(is_emulators_fault(&Error::L1Stalled { limit: Duration::ZERO, console: String::new() }));
         assert!(!is_emulators_fault(&Error::L1Timeout { limit: Duration::ZERO }));
     }
 

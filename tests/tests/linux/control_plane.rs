@@ -102,6 +102,8 @@ pub(crate) fn nmi_arrives(bench: &Bench) {
 
 const CRASH: &str = r#"
 echo "VMM-TEST: pvpanic=$(ls /sys/bus/pci/drivers/pvpanic-pci | grep -c 0000)"
+# The line is to be on the console before the kernel has none.
+sleep 2
 echo c >/proc/sysrq-trigger
 "#;
 

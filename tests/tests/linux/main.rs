@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 mod control_plane;
+mod serial;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::fs;
@@ -61,8 +63,8 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         return run_nested(&cache, &images);
     }
     let (place, disks) = match std::env::var_os(DISKS) {
-        Some(folder) => ("the nested KVM, without filters of system calls", Disks::at(folder.into())),
-        None => ("this machine's KVM", Disks::prepare(&cache, &images)?),
+        Some(folder) => ("the nested KVM", Disks::at(folder.into())),
+        None => ("this machine's KVM", Disks::prepare(&cache)?.filled(&images)?),
     };
     // One after the other: they have the processors for themselves, and deadlines.
     arguments.test_threads = Some(1);
@@ -72,53 +74,65 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         .map(|(name, case)| {
             let bench = Arc::clone(&bench);
             Trial::test(*name, move || {
-                attempt(name, *case, &bench);
+                if !bench.disks.has_passed(name) {
+                    attempt(name, *case, &bench);
+                    bench.disks.note_passed(name);
+                }
                 Ok::<(), Failed>(())
             })
         })
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    let again = bench.again.load(Ordering::SeqCst);
     println!(
-        "Linux guests: {} tests ran on {place}; {again} ran twice, as their guest had crashed or hung in the emulator",
-        conclusion.num_passed + conclusion.num_failed
+        "Linux guests: {} tests ran on {place}; {} times a case ran again, as its guest had crashed or hung in the emulator",
+        conclusion.num_passed + conclusion.num_failed,
+        bench.again.load(Ordering::SeqCst)
     );
     Ok(conclusion.exit_code())
 }
 
 /// Runs `case`. The nested KVM's emulator crashes or hangs a guest once in some dozens of boots (panics and triple faults, with
-/// stacks and segment bases that no code of the guest's has set); its own kernel goes the same way. Such a case is run once
-/// more, which is said; what fails otherwise, twice, or with more than [`MOST_AGAIN`] others has failed.
+/// stacks and segment bases that no code of the guest's has set); its own kernel goes the same way. Such a case is run again,
+/// which is said; what fails otherwise, more than [`MOST_TRIES`] times, or with more than [`MOST_AGAIN`] others has failed.
 fn attempt(name: &str, case: Case, bench: &Bench) {
-    bench.disks.given.lock().unwrap().clear();
-    let Err(panic) = catch_unwind(AssertUnwindSafe(|| case(bench))) else { return };
-    let may_again = Nested::is_inside() && bench.again.load(Ordering::SeqCst) < MOST_AGAIN;
-    let hung = panic.downcast_ref::<String>().is_some_and(|text| text.starts_with("waited "));
-    if !((take_crash() || hung) && may_again && bench.disks.renew()) {
-        resume_unwind(panic);
+    for tried in 1.. {
+        bench.disks.given.lock().unwrap().clear();
+        let Err(panic) = catch_unwind(AssertUnwindSafe(|| case(bench))) else { return };
+        let hung = panic.downcast_ref::<String>().is_some_and(|text| text.starts_with("waited "));
+        let may_again =
+            Nested::is_inside() && tried < MOST_TRIES && bench.again.load(Ordering::SeqCst) < MOST_AGAIN;
+        if !((take_crash() || hung) && may_again && bench.disks.renew()) {
+            resume_unwind(panic);
+        }
+        bench.again.fetch_add(1, Ordering::SeqCst);
+        println!("\n{name}: its guest crashed or hung in the emulated machine; it is run again");
     }
-    bench.again.fetch_add(1, Ordering::SeqCst);
-    println!("\n{name}: its guest crashed or hung in the emulated machine; it is run once more");
-    case(bench);
 }
 
-/// Cases of one run that may be run twice.
-const MOST_AGAIN: usize = 3;
+/// How often one case may be run.
+const MOST_TRIES: usize = 3;
+/// How often cases of one nested machine may be run again.
+const MOST_AGAIN: usize = 5;
 
 fn run_nested(cache: &Cache, images: &Images) -> Result<ExitCode> {
     let nested = Nested::prepare(cache, Settings::default())?;
-    let mut disks = None;
+    let disks = Disks::prepare(cache)?;
     let status = nested.run_prepared(|| {
-        let fresh = Disks::prepare(cache, images)?;
+        let passed = disks.passed();
+        if !passed.is_empty() {
+            println!(
+                "these passed before that machine crashed, and are not run again: {}",
+                passed.join(", ")
+            );
+        }
+        disks.fill(images)?;
         let mut job = Job::new(std::env::args_os().collect())?;
         if let Ok(program) = std::env::current_exe() {
             job.command[0] = program.into();
         }
-        job.env.push((OsString::from(DISKS), fresh.folder.clone().into()));
-        disks = Some(fresh);
+        job.env.push((OsString::from(DISKS), disks.folder.clone().into()));
         Ok(job)
     })?;
-    drop(disks);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
@@ -126,7 +140,7 @@ fn run_nested(cache: &Cache, images: &Images) -> Result<ExitCode> {
 struct Bench {
     images: Images,
     disks: Disks,
-    /// How many cases were run once more.
+    /// How often cases were run again.
     again: AtomicUsize,
 }
 
@@ -138,21 +152,48 @@ struct Disks {
     _mine: Option<tempfile::TempDir>,
 }
 
-const ROOT_DISKS: [&str; 4] = ["command-line", "api", "stress", "button"];
+const ROOT_DISKS: [&str; 5] = ["command-line", "api", "stress", "button", "snapshots"];
 /// Root disks that take the place of one whose guest crashed.
-const SPARE_DISKS: [&str; 2] = ["spare-1", "spare-2"];
+const SPARE_DISKS: [&str; MOST_AGAIN] = ["spare-1", "spare-2", "spare-3", "spare-4", "spare-5"];
+/// The file in their folder that names, a line each, the cases that have passed.
+const PASSED: &str = "passed";
 
 impl Disks {
-    fn prepare(cache: &Cache, images: &Images) -> Result<Self> {
+    fn prepare(cache: &Cache) -> Result<Self> {
         // By the number in its name the nested runner knows what a killed process left.
         let work = cache.folder("work")?;
         let prefix = format!("{}-linux-", std::process::id());
         let failed = |source| Error::Io { action: "create a folder in", path: work.clone(), source };
         let mine = tempfile::Builder::new().prefix(&prefix).tempdir_in(&work).map_err(failed)?;
-        for name in ROOT_DISKS.iter().chain(&SPARE_DISKS) {
-            rootfs::copy(images.rootfs(), &mine.path().join(name))?;
-        }
         Ok(Self { folder: mine.path().to_owned(), given: Mutex::default(), _mine: Some(mine) })
+    }
+
+    fn filled(self, images: &Images) -> Result<Self> {
+        self.fill(images)?;
+        Ok(self)
+    }
+
+    /// Makes all root disks anew.
+    fn fill(&self, images: &Images) -> Result<()> {
+        let mut names = ROOT_DISKS.iter().chain(&SPARE_DISKS);
+        names.try_for_each(|name| rootfs::copy(images.rootfs(), &self.folder.join(name)))
+    }
+
+    /// The cases that have passed, in this nested machine or one that crashed.
+    fn passed(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.folder.join(PASSED)).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn has_passed(&self, name: &str) -> bool {
+        self.passed().iter().any(|passed| passed == name)
+    }
+
+    fn note_passed(&self, name: &str) {
+        use std::io::Write;
+        let mut file = fs::File::options().create(true).append(true).open(self.folder.join(PASSED)).unwrap();
+        writeln!(file, "{name}").unwrap();
+        file.sync_all().unwrap();
     }
 
     fn at(folder: PathBuf) -> Self {
@@ -164,6 +205,13 @@ impl Disks {
         let path = self.folder.join(format!("{name}-console"));
         fs::remove_file(&path).ok();
         Console::new(path)
+    }
+
+    /// A folder that is not there yet.
+    fn folder(&self, name: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        fs::remove_dir_all(&path).ok();
+        path
     }
 
     fn root(&self, name: &str) -> PathBuf {
@@ -210,6 +258,9 @@ const ALL: &[(&str, Case)] = &[
     ("reboot_loop", control_plane::reboot_loop),
     ("nmi_arrives", control_plane::nmi_arrives),
     ("panic_is_reported", control_plane::panic_is_reported),
+    ("snapshots_survived", snapshot::snapshots_survived),
+    ("serial_port_over_a_pty", |bench| serial::carries(bench, "Pty")),
+    ("serial_port_over_a_socket", |bench| serial::carries(bench, "Socket")),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

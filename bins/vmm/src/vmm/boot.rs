@@ -235,6 +235,7 @@ impl Vmm {
     }
 
     fn tell(&mut self, asker: Asker, result: Result<(), VmmError>) {
+        self.post_info();
         match (asker, result) {
             (Asker::Client(replier), result) => {
                 replier.reply(result.map_err(|error| ApiError::from_error(Code::BootFailed, &error)));

@@ -26,6 +26,10 @@ impl Host for Vmm {
     fn park(&mut self, request: ApiRequest<Self>) {
         self.wait_for_boot(request);
     }
+
+    fn publish(&mut self) {
+        self.post_info();
+    }
 }
 
 /// A command whose work is one fallible step.
@@ -186,7 +190,7 @@ impl Handle<vm::BootTrace> for Vmm {
 
 impl Handle<vmm::Metrics> for Vmm {
     fn handle(&mut self, (): (), replier: Replier<OpenMetrics>) {
-        let text = metrics::page(self.slot.machine(), self.answers.as_deref()).text();
+        let text = metrics::page(self.slot.machine(), self.served.answers.as_deref()).text();
         let failed = |error| ApiError::from_error(Code::Internal, &error);
         replier.reply(text.map(OpenMetrics).map_err(failed));
     }

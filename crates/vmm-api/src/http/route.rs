@@ -81,6 +81,8 @@ mod tests {
         }
 
         fn park(&mut self, _: ApiRequest<Self>) {}
+
+        fn publish(&mut self) {}
     }
 
     impl Handle<vmm::Ping> for Toy {

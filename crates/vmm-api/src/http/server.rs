@@ -1,8 +1,9 @@
 //! The API thread.
 
-use crate::command::{ApiRequest, Endpoint, Incoming, Outcome, ReplySlot};
+use crate::command::{ApiRequest, Command, Endpoint, Incoming, Outcome, ReplySlot};
 use crate::config::UnknownFields;
 use crate::error::{ApiError, Code};
+use crate::http::board::{Board, Posted};
 use crate::http::connection::{Connection, Step};
 use crate::http::counts::{Counts, UNKNOWN};
 use crate::http::parser::{Limits, Manner, Request};
@@ -87,6 +88,7 @@ pub struct Server<H: 'static> {
     config: Config,
     table: &'static [Endpoint<H>],
     streams: Streams,
+    boards: Vec<Box<dyn Posted>>,
     requests: Mailbox<ApiRequest<H>>,
     counts: Arc<Counts>,
     notes: Mailbox<Note>,
@@ -176,6 +178,7 @@ impl<H: 'static> Server<H> {
             config,
             table,
             streams: Streams { routes: Vec::new(), ready: Arc::new(ready) },
+            boards: Vec::new(),
             requests,
             counts: Arc::default(),
             notes,
@@ -198,6 +201,13 @@ impl<H: 'static> Server<H> {
     #[must_use]
     pub fn with_stream(mut self, stream: impl StreamRoute + 'static) -> Self {
         self.streams.routes.push(Box::new(stream));
+        self
+    }
+
+    /// The server answers `C` from a board, where the host has posted its answer. `C` takes nothing.
+    #[must_use]
+    pub fn with_board<C: Command<Request = (), Reply: Sync>>(mut self, board: Board<C>) -> Self {
+        self.boards.push(Box::new(board));
         self
     }
 
@@ -316,6 +326,10 @@ impl<H: 'static> Server<H> {
         match route(self.table, manner.verb, &request.path) {
             Ok(endpoint) => {
                 log::debug!("API request {}", endpoint.name());
+                let board = self.boards.iter().find(|board| board.name() == endpoint.name());
+                if let Some(body) = board.and_then(|board| board.look()) {
+                    return self.finish(id, endpoint.name(), &Ok(body), manner, now);
+                }
                 let (notes, counts, name) = (self.notes.clone(), Arc::clone(&self.counts), endpoint.name());
                 let slot = ReplySlot::new(move |outcome| {
                     counts.count(name, status(&outcome));
@@ -330,6 +344,14 @@ impl<H: 'static> Server<H> {
                 }
             }
             Err(misrouted) => self.refuse(id, &request.path, &misrouted, manner, now),
+        }
+    }
+
+    /// Answers a request that the host was not asked.
+    fn finish(&mut self, id: u64, name: &'static str, outcome: &Outcome, manner: Manner, now: Instant) {
+        self.counts.count(name, status(outcome));
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.finish(answer(outcome, manner), manner, now);
         }
     }
 

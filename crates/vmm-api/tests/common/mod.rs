@@ -18,17 +18,19 @@ use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{EventRoute, Journal};
-use vmm_api::http::{ApiSocket, Config, Counts, Server, ServerHandle};
+use vmm_api::http::{ApiSocket, Board, Config, Counts, Server, ServerHandle};
 use vmm_api::info::{PingReply, VmInfo, VmState};
 use vmm_epoll::{ControlLoop, Mailbox, Stopper, mailbox};
 use vmm_state::{Phase, VmSlot};
 
-/// A VMM without a machine. What `vm.boot` does is the guest's command line: `slow` parks `vm.boot` until [`Rig::release`].
+/// A VMM without a machine. What `vm.boot` does is the guest's command line: `slow` parks `vm.boot` until [`Rig::release`],
+/// `until PATH` keeps the host's thread until the file is there.
 #[derive(Default)]
 pub(crate) struct Toy {
     slot: VmSlot<vm::CreateRequest, ()>,
     parked: Vec<Replier<()>>,
     waiting: Vec<ApiRequest<Self>>,
+    board: Board<vm::Info>,
     ends: bool,
 }
 
@@ -40,6 +42,10 @@ impl Host for Toy {
     /// It waits as long as a parked boot does.
     fn park(&mut self, request: ApiRequest<Self>) {
         self.waiting.push(request);
+    }
+
+    fn publish(&mut self) {
+        self.board.post(self.info());
     }
 }
 
@@ -76,6 +82,11 @@ impl Handle<vm::Boot> for Toy {
         if command_line == "fails" {
             return replier.reply(Err(ApiError::new(Code::BootFailed, "no kernel").context("cannot boot")));
         }
+        if let Some(path) = command_line.strip_prefix("until ") {
+            while !std::path::Path::new(path).exists() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         if command_line == "slow" {
             self.slot.begin_boot().unwrap();
             return self.parked.push(replier);
@@ -89,6 +100,19 @@ impl Handle<vm::Boot> for Toy {
 }
 
 impl Toy {
+    fn info(&self) -> Option<VmInfo> {
+        let request = self.slot.config()?;
+        Some(VmInfo {
+            config: request.config.clone().into(),
+            state: VmState::from_phase(self.slot.phase())?,
+            memory_actual_size: request.fds.len() as u64,
+            device_tree: None,
+            phase: self.slot.phase().to_string(),
+            boots: 1,
+            last_guest_event: None,
+        })
+    }
+
     fn start(&mut self) {
         self.slot.begin_boot().unwrap();
         self.slot.start(()).unwrap();
@@ -115,18 +139,7 @@ refuse!(device::AddVsock, device::RemoveDevice);
 /// It tells the number of descriptors as the size of memory.
 impl Handle<vm::Info> for Toy {
     fn handle(&mut self, _: (), replier: Replier<VmInfo>) {
-        let request = self.slot.config().unwrap();
-        let config = request.config.clone();
-        let state = VmState::from_phase(self.slot.phase()).unwrap();
-        replier.reply(Ok(VmInfo {
-            config: config.into(),
-            state,
-            memory_actual_size: request.fds.len() as u64,
-            device_tree: None,
-            phase: self.slot.phase().to_string(),
-            boots: 1,
-            last_guest_event: None,
-        }));
+        replier.reply(Ok(self.info().unwrap()));
     }
 }
 
@@ -197,8 +210,10 @@ impl Rig {
         let (requests, inbox) = mailbox::<ApiRequest<Toy>>().unwrap();
         let (releases, release_inbox) = mailbox::<()>().unwrap();
         let (stoppers, stopper) = mpsc::channel();
+        let board = Board::new();
+        let toy = Toy { board: board.clone(), ..Toy::default() };
         let host = std::thread::spawn(move || {
-            let mut control_loop = ControlLoop::new(Toy::default()).unwrap();
+            let mut control_loop = ControlLoop::new(toy).unwrap();
             control_loop.control(|_, control| {
                 control
                     .add_mailbox("api", inbox, |toy: &mut Toy, control, request| {
@@ -212,6 +227,7 @@ impl Rig {
                 control
                     .add_mailbox("release", release_inbox, |toy: &mut Toy, _, ()| {
                         toy.slot.start(()).unwrap();
+                        toy.publish();
                         toy.parked.drain(..).for_each(|replier| replier.reply(Ok(())));
                         std::mem::take(&mut toy.waiting)
                             .into_iter()
@@ -225,7 +241,7 @@ impl Rig {
         });
         let socket = ApiSocket::bind(&path).unwrap();
         let server = Server::new(socket, &TABLE, requests, config).unwrap();
-        let server = server.with_stream(EventRoute(journal.clone()));
+        let server = server.with_stream(EventRoute(journal.clone())).with_board(board);
         let counts = server.counts();
         let server = server.start(|| Ok(())).unwrap();
         let stopper = stopper.recv().unwrap();

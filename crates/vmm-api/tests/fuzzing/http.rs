@@ -87,6 +87,8 @@ impl Host for Toy {
     }
 
     fn park(&mut self, _: ApiRequest<Self>) {}
+
+    fn publish(&mut self) {}
 }
 
 impl Handle<Take> for Toy {
