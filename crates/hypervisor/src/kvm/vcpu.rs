@@ -54,6 +54,7 @@ pub(super) struct KvmVcpu {
 }
 
 /// What this host can do with a vCPU, by KVM's capabilities.
+#[derive(Clone, Copy)]
 pub(super) struct Can {
     /// KVM_CAP_XSAVE2, in bytes.
     pub(super) xsave_size: i32,

@@ -30,7 +30,7 @@ pub(super) struct KvmVm {
 
 impl KvmVm {
     pub(super) fn create(kvm: &KvmFd, options: &VmOptions) -> Result<Self> {
-        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let fd = create(kvm).map_err(failed("KVM_CREATE_VM"))?;
         let bad_address = || HypervisorError::from_errno("KVM_SET_TSS_ADDR", libc::EINVAL);
         let tss = usize::try_from(options.tss_address).map_err(|_| bad_address())?;
         // The page of the identity map comes before the three of the TSS; before any vCPU, says the API.
@@ -48,6 +48,20 @@ impl KvmVm {
         enable_if_there(&fd, KVM_CAP_EXCEPTION_PAYLOAD)?;
         let tells_triple_fault = enable_if_there(&fd, KVM_CAP_X86_TRIPLE_FAULT_EVENT)?;
         Ok(Self { fd: Arc::new(fd), tells_triple_fault })
+    }
+}
+
+/// Most times that a VM is tried to be created when signals are in the way.
+const CREATE_TRIES: u32 = 100;
+
+/// KVM gives up with EINTR when anything wants the thread's attention meanwhile, be it work of io_uring's.
+fn create(kvm: &KvmFd) -> std::result::Result<VmFd, kvm_ioctls::Error> {
+    let mut tries = 1;
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
+            done => return done,
+        }
     }
 }
 
