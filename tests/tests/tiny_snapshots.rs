@@ -539,3 +539,80 @@ fn a_snapshot_that_shrinks_under_its_vm_is_told_by_name() {
     let log = vmm.stderr.text();
     assert!(log.contains("guest memory is lost") && log.contains("memory-0.bin"), "{log}");
 }
+
+/// Names of the VMM's events about its VM, without stages and progress.
+fn told(vmm: &Vmm) -> Vec<String> {
+    let events = Client::connect(vmm.socket()).unwrap().events_so_far(1).unwrap();
+    let name = |item: StreamItem| match item {
+        StreamItem::Event(event) => Some(event.name()),
+        StreamItem::Lost { .. } => None,
+    };
+    let all = events.filter_map(|item| name(item.unwrap()));
+    let of_it = ["vm/boot-stage", "job/progress"];
+    all.filter(|name| !name.starts_with("vmm/") && !of_it.contains(&name.as_str())).collect()
+}
+
+#[test]
+fn what_happens_is_told_in_the_contracts_words_and_in_order() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = ticker(&scratch);
+    let saved = scratch.path("saved");
+    vmm.api().puts(&["vm.pause"]);
+    vmm.api().done("vm.snapshot", &to(&saved));
+    assert_eq!(vmm.api().put_json("vm.snapshot", &to(&saved)).status, 500);
+    let expected = "vm/created vm/booting vm/booted vm/pausing vm/paused \
+        vm/snapshotting job/started job/finished vm/snapshotted \
+        vm/snapshotting job/started job/finished vm/snapshot-failed";
+    assert_eq!(told(&vmm), expected.split_whitespace().collect::<Vec<_>>());
+
+    let monitor = scratch.path("events");
+    let other = Vmm::with_api(&scratch, ["--event-monitor", &format!("path={}", monitor.display())]);
+    assert_eq!(other.api().put_json("vm.restore", &to(&saved)).status, 400, "it lacks its URL");
+    assert_eq!(
+        other.api().put_json("vm.restore", &json!({ "source_url": url(scratch.folder()) })).status,
+        404
+    );
+    let mut body = from(&saved, &serial);
+    body["memory_restore_mode"] = json!("Copy");
+    other.api().done("vm.restore", &body);
+    let expected = "vm/restoring vm/restore-failed vm/restoring vm/restored vm/resuming vm/resumed";
+    assert_eq!(told(&other), expected.split_whitespace().collect::<Vec<_>>());
+    let lines = fs::read_to_string(&monitor).unwrap();
+    let of_monitor = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let words: Vec<String> = of_monitor.map(|line| line["event"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(words, ["starting", "restoring", "restoring", "restored", "resuming", "resumed"]);
+}
+
+#[test]
+fn landlock_allows_a_snapshot_where_the_vm_says_so() {
+    let scratch = Scratch::new();
+    let (allowed, forbidden) = (scratch.path("allowed"), scratch.path("forbidden"));
+    fs::create_dir(&allowed).unwrap();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Ticker), serial.path());
+    config["landlock_enable"] = json!(true);
+    config["landlock_rules"] = json!([{ "path": allowed, "access": "rw" }]);
+    vmm.api().create(&config);
+    vmm.api().puts(&["vm.boot"]);
+    serial.wait_for("00000001\n");
+    vmm.api().puts(&["vm.pause"]);
+    let track = |folder: &Path, incremental: bool| json!({ "destination_url": url(folder), "track": true, "incremental": incremental });
+    refused(&vmm.api().put_json("vm.snapshot", &track(&forbidden, false)), 500, "landlock");
+    vmm.api().done("vm.snapshot", &track(&allowed.join("one"), false));
+    vmm.api().done("vm.snapshot", &track(&allowed.join("two"), true));
+    vmm.api().puts(&["vmm.shutdown"]);
+
+    // What is restored can be read, its parents too, and nothing else.
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    vmm.api().done("vm.restore", &from(&allowed.join("two"), &other));
+    goes_on(&serial, &other);
+    let more = json!({ "destination_url": url(&allowed.join("three")), "live": true, "incremental": true });
+    vmm.api().done("vm.snapshot", &more);
+    refused(
+        &vmm.api().put_json("vm.snapshot", &json!({ "destination_url": url(&forbidden), "live": true })),
+        500,
+        "landlock",
+    );
+}

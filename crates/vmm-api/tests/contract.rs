@@ -51,6 +51,7 @@ const DIFFERENCES: &[(&str, &str)] = &[
         "RestoreConfig.memory_restore_mode: default \"Copy\", here null",
         "default of `RestoreConfig.memory_restore_mode`",
     ),
+    ("RestoreConfig.clock is beyond", "overrides in `vm.restore`"),
     ("RestoreConfig.console is beyond", "overrides in `vm.restore`"),
     ("RestoreConfig.debug_console is beyond", "overrides in `vm.restore`"),
     ("RestoreConfig.disks is beyond", "overrides in `vm.restore`"),

@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::Builder;
 use std::time::Instant;
 
-use vmm_api::config::{Fault, RestoreConfig};
+use vmm_api::config::{Fault, GuestClock, RestoreConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::Event;
 use vmm_api::spec::{Checked, RestoreSpec};
@@ -16,7 +18,7 @@ use vmm_snapshot::directory::{Chain, ReadError, Work};
 
 use super::boot::{Asker, Job};
 use super::tracks::{TrackError, Tracks};
-use super::writer::{self, ARCHITECTURE};
+use super::writer::{self, ARCHITECTURE, Watch};
 use super::{Configured, Vmm, VmmError};
 use crate::machine::{ClockChoice, EventPost, Machine, MachineEvent, Saved};
 
@@ -33,6 +35,8 @@ pub(super) struct Origin {
     chain: Chain,
     records: RecordSet,
     fill: Fill,
+    clock: ClockChoice,
+    watch: Watch,
 }
 
 /// A restore under way.
@@ -81,11 +85,18 @@ impl Vmm {
         // Admission keeps this from failing.
         let _ = self.slot.begin_restore();
         self.boot.restore = Some(Restore { spec: spec.clone(), start: Instant::now() });
+        self.jobs += 1;
+        let watch = Watch {
+            job: self.jobs,
+            machine: number,
+            events: self.events.clone(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+        };
         if !self.policy.serves_clients {
-            return self.take_over(load(&spec), asker);
+            return self.take_over(load(&spec, watch), asker);
         }
         let post = EventPost::new(number, self.post.clone());
-        let work = move || post.post(MachineEvent::Loaded(Box::new(load(&spec))));
+        let work = move || post.post(MachineEvent::Loaded(Box::new(load(&spec, watch))));
         match Builder::new().name("boot".to_owned()).spawn(work) {
             Ok(thread) => self.boot.job = Some(Job { asker, fresh: true, thread }),
             Err(source) => self.give_back(VmmError::Thread(source), asker),
@@ -130,24 +141,31 @@ impl Origin {
 
     /// In the form that a machine takes.
     pub(super) fn saved(self) -> Saved<'static> {
-        let Self { chain, records, fill } = self;
+        let Self { chain, records, fill, clock, watch } = self;
         let memory = Box::new(move |saved: crate::machine::SavedMemory| {
             let bytes = SavedBytes { layout: &saved.layout, chain: &chain, fill };
-            MemoryMap::restore(saved.vm, &saved.zones, &bytes, &Work::quiet(writer::threads()))
+            watch.over(|told| {
+                let work = Work { threads: writer::threads(), watch: told };
+                MemoryMap::restore(saved.vm, &saved.zones, &bytes, &work)
+            })
         });
-        Saved { records, memory, clock: ClockChoice::default(), another: true }
+        Saved { records, memory, clock, another: true }
     }
 }
 
 /// Looks at a snapshot; its memory is left alone.
-fn load(spec: &RestoreSpec) -> Result<Loaded, LoadError> {
+fn load(spec: &RestoreSpec, watch: Watch) -> Result<Loaded, LoadError> {
     let chain = Chain::open(&spec.folder)?;
     chain.manifest().check_architecture(ARCHITECTURE)?;
     let records = chain.state()?;
     let checked = spec.configure(chain.manifest().config.get().as_bytes());
     let checked = checked.map_err(|faults| LoadError::Config { faults })?;
     let fill = if spec.eager { Fill::Eager } else { Fill::Lazy };
-    Ok(Loaded { checked, origin: Origin { chain, records, fill } })
+    let clock = match spec.clock {
+        GuestClock::MovedOn => ClockChoice::MovedOn,
+        GuestClock::StoodStill => ClockChoice::StoodStill,
+    };
+    Ok(Loaded { checked, origin: Origin { chain, records, fill, clock, watch } })
 }
 
 /// A snapshot that no VM can be made of.
@@ -179,9 +197,9 @@ pub(super) fn refusal(error: &VmmError) -> ApiError {
     let VmmError::Load(load) = error else { return ApiError::from_error(Code::RestoreFailed, error) };
     match &**load {
         LoadError::Config { faults } => faults.clone().into(),
-        LoadError::Snapshot(ReadError::NotASnapshot { .. } | ReadError::Missing { .. }) => {
-            ApiError::from_error(Code::NoSnapshot, error)
-        }
+        LoadError::Snapshot(
+            ReadError::NoManifest { .. } | ReadError::NotASnapshot { .. } | ReadError::Missing { .. },
+        ) => ApiError::from_error(Code::NoSnapshot, error),
         LoadError::Snapshot(_) => ApiError::from_error(Code::RestoreFailed, error),
     }
 }

@@ -128,11 +128,11 @@ impl Writer {
     }
 
     fn write(&self, still: Option<Still>) -> Result<Hash, SaveError> {
-        let (told, watch) = (Mutex::new(Instant::now()), &self.watch);
-        let watch = |progress| watch.told(&told, progress);
-        let work = Work { threads: self.threads, watch: &watch };
         let since = self.since.as_ref().map(|Since { parent, changed }| Increment { parent, changed });
-        let filled = Draft::begin(&HostStorage, &self.folder)?.memory(&self.source, since.as_ref(), &work)?;
+        let filled = self.watch.over(|told| {
+            let work = Work { threads: self.threads, watch: told };
+            Draft::begin(&HostStorage, &self.folder)?.memory(&self.source, since.as_ref(), &work)
+        })?;
         let (filled, still) = match still {
             Some(still) => (filled, still),
             None => self.catch_up(filled)?,
@@ -184,6 +184,12 @@ fn bytes(changed: &Changed) -> u64 {
 impl Watch {
     fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
+    }
+
+    /// Does work that is watched: what it is given tells how far it is.
+    pub(super) fn over<R>(&self, work: impl FnOnce(&(dyn Fn(Progress) -> ControlFlow<()> + Sync)) -> R) -> R {
+        let last = Mutex::new(Instant::now());
+        work(&|progress| self.told(&last, progress))
     }
 
     /// Is called by one thread at a time.

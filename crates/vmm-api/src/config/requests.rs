@@ -80,6 +80,16 @@ choice! {
     }
 }
 
+choice! {
+    /// What the clocks of a restored guest show.
+    pub enum GuestClock {
+        /// Time has passed since it was saved.
+        MovedOn = "MovedOn" | "moved-on",
+        /// Time stood still.
+        StoodStill = "StoodStill" | "stood-still",
+    }
+}
+
 object! {
     /// Descriptors that take the place of a network device's, after a restore.
     pub struct RestoredNetConfig {
@@ -159,6 +169,8 @@ object! {
         [current] resume: bool = false,
         /// Keep track of what changes from now on, for an incremental snapshot.
         [current] track: bool = false,
+        /// What the guest's clocks show.
+        [current] clock: GuestClock = GuestClock::MovedOn,
         /// Descriptors for network devices.
         [later] net_fds: Option<Vec<RestoredNetConfig>> = None,
         /// Memory zones that move on the host.

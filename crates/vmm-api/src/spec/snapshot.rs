@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::{Checked, MachineSpec, fill_ids, parse_and_check};
 use crate::config::wire::Walk;
 use crate::config::{
-    ConsoleMode, Fault, FaultKind, MemoryRestoreMode, RestoreConfig, RestoredConsoleConfig,
+    ConsoleMode, Fault, FaultKind, GuestClock, MemoryRestoreMode, RestoreConfig, RestoredConsoleConfig,
     RestoredDiskConfig, UnknownFields, VmConfig, VmSnapshotConfig,
 };
 
@@ -49,6 +49,8 @@ pub struct RestoreSpec {
     pub resume: bool,
     /// Changes are kept track of from the start.
     pub track: bool,
+    /// What the guest's clocks show.
+    pub clock: GuestClock,
     overrides: Overrides,
 }
 
@@ -81,9 +83,9 @@ impl RestoreSpec {
             debug_console: config.debug_console.clone(),
         };
         let eager = config.prefault || config.memory_restore_mode == Some(MemoryRestoreMode::Copy);
-        let (resume, track) = (config.resume, config.track);
+        let (resume, track, clock) = (config.resume, config.track, config.clock);
         match folder {
-            Ok(folder) if faults.is_empty() => Ok(Self { folder, eager, resume, track, overrides }),
+            Ok(folder) if faults.is_empty() => Ok(Self { folder, eager, resume, track, clock, overrides }),
             _ => Err(faults),
         }
     }
