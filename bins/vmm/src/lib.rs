@@ -14,6 +14,7 @@ pub mod logger;
 mod lost_memory;
 pub mod machine;
 pub mod metrics;
+pub mod migration;
 pub mod preflight;
 mod progress;
 pub mod run;

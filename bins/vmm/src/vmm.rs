@@ -4,8 +4,10 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod receiving;
 mod restore;
 mod saving;
+mod sending;
 mod served;
 mod teardown;
 mod told;
@@ -36,6 +38,7 @@ use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
 use crate::lost_memory;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
+use crate::migration::{ReceiveError, SendError};
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
@@ -82,6 +85,8 @@ pub struct Vmm {
     post: Mailbox<MachineMessage>,
     boot: Boot,
     save: Option<saving::Job>,
+    send: Option<sending::Job>,
+    receive: receiving::Receiving,
     tracks: Tracks,
     /// Long pieces of work begun so far.
     jobs: u64,
@@ -121,6 +126,8 @@ impl Vmm {
             post,
             boot: Boot::default(),
             save: None,
+            send: None,
+            receive: receiving::Receiving::default(),
             tracks: Tracks::default(),
             jobs: 0,
             deferred: Vec::new(),
@@ -151,6 +158,7 @@ impl Vmm {
 
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
+        self.give_up_receive();
         self.remove();
         self.boot.before.wait();
         if self.ending.is_none() {
@@ -253,6 +261,7 @@ impl Vmm {
     fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
         self.give_up_boot();
         self.give_up_save();
+        self.give_up_send();
         self.stop_then(done);
         self.inputs.drop_all();
         if let (Some(_), _) = self.slot.clear() {
@@ -265,10 +274,13 @@ impl Vmm {
         let MachineMessage { machine, event } = message;
         if let MachineEvent::Built(result) = event {
             let (result, stages) = *result;
-            return self.built(machine, result, &stages);
+            return self.built(machine, result, stages);
         }
         if let MachineEvent::Loaded(result) = event {
             return self.loaded(machine, *result);
+        }
+        if let MachineEvent::Receive(step) = event {
+            return self.receive_says(machine, *step);
         }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
@@ -327,7 +339,8 @@ impl Vmm {
                 }
             }
             MachineEvent::Save(step) => self.save_says(*step),
-            MachineEvent::Built(_) | MachineEvent::Loaded(_) => {}
+            MachineEvent::Send(step) => self.send_says(*step),
+            MachineEvent::Built(_) | MachineEvent::Loaded(_) | MachineEvent::Receive(_) => {}
         }
     }
 
@@ -455,6 +468,15 @@ pub enum VmmError {
         #[source]
         source: Box<VmmError>,
     },
+    /// The VM is not given away.
+    #[error("the VM is not given away")]
+    Send(#[source] Box<SendError>),
+    /// No VM is received.
+    #[error("no VM is received")]
+    Receive(#[source] Box<ReceiveError>),
+    /// The VM that arrived stays where it was.
+    #[error("the migration was given up")]
+    GivenUp,
     /// The machine has no device to tell the guest by.
     #[error("the machine has no power button")]
     NoPowerButton,

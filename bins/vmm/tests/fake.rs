@@ -12,8 +12,8 @@ use vmm::events::Events;
 use vmm::exit::chain;
 use vmm::machine::stages::Stages;
 use vmm::machine::{
-    ClockChoice, EventPost, Machine, MachineError, MachineEvent, MachineMessage, MachineV1, Plan, Ports,
-    Saved, SavedMemory,
+    ClockChoice, EventPost, Locks, Machine, MachineError, MachineEvent, MachineMessage, MachineV1, Plan,
+    Ports, Saved, SavedMemory,
 };
 use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm::vmm::{Policy, Vmm};
@@ -215,6 +215,7 @@ fn restore_as(
         ports: &Ports::default(),
         post: &EventPost::new(2, mailbox),
         threads: &(Arc::new(Unconfined) as _),
+        locks: Locks::Now,
     };
     let saved = Saved { records, memory, clock: ClockChoice::StoodStill, another };
     Machine::restore(&plan, saved, &mut Stages::default())

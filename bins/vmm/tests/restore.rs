@@ -10,7 +10,8 @@ use vmm::console::{Console, Consoles};
 use vmm::exit::chain;
 use vmm::machine::stages::Stages;
 use vmm::machine::{
-    ClockChoice, ClockV1, EventPost, Machine, MachineError, MachineEvent, MachineMessage, Plan, Ports, Saved,
+    ClockChoice, ClockV1, EventPost, Locks, Machine, MachineError, MachineEvent, MachineMessage, Plan, Ports,
+    Saved,
 };
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::{MachineSpec, parse_and_check};
@@ -64,14 +65,20 @@ impl Place {
             debug: self.consoles.debug.as_ref().map(Console::end),
         };
         let (hypervisor, spec) = (Kvm::open().unwrap(), spec(&self.config));
-        let plan =
-            Plan { hypervisor: &hypervisor, spec: &spec, ports: &ports, post: &self.post, threads: &threads };
+        let plan = Plan {
+            hypervisor: &hypervisor,
+            spec: &spec,
+            ports: &ports,
+            post: &self.post,
+            threads: &threads,
+            locks: Locks::Now,
+        };
         work(&plan)
     }
 
     fn start(&self) -> Machine {
         let mut machine = self.with_plan(|plan| {
-            let Plan { hypervisor, spec, ports, post, threads } = *plan;
+            let Plan { hypervisor, spec, ports, post, threads, .. } = *plan;
             Machine::build(hypervisor, spec, ports, post, threads, &mut Stages::default()).unwrap()
         });
         machine.start();

@@ -27,6 +27,8 @@ pub struct OpenOptions {
     pub direct: bool,
     /// What to lock.
     pub lock: LockMode,
+    /// Leave that to [`Disk::reacquire_lock`](crate::Disk::reacquire_lock): another process has the lock still.
+    pub lock_later: bool,
     /// The format of the image.
     pub image_type: ImageType,
 }
@@ -39,6 +41,7 @@ impl OpenOptions {
             read_only: false,
             direct: false,
             lock: LockMode::default(),
+            lock_later: false,
             image_type: ImageType::Raw,
         }
     }
@@ -180,10 +183,12 @@ fn open_raw(options: &OpenOptions) -> Result<RawDisk, OpenError> {
     let locking = Locking::new(options.lock, options.read_only, size);
     let parts = RawParts { file, path: path(), size, topology, locking, dio };
     let raw = Raw::new(parts, options.read_only, block_device);
-    raw.lock().map_err(|source| match source.kind() {
-        io::ErrorKind::WouldBlock => OpenError::Locked { path: path() },
-        _ => OpenError::Lock { path: path(), source },
-    })?;
+    if !options.lock_later {
+        raw.lock().map_err(|source| match source.kind() {
+            io::ErrorKind::WouldBlock => OpenError::Locked { path: path() },
+            _ => OpenError::Lock { path: path(), source },
+        })?;
+    }
     raw.probe();
     Ok(RawDisk::new(raw))
 }

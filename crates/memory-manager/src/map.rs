@@ -26,6 +26,55 @@ pub struct MemoryMap {
     files: Vec<Option<PathBuf>>,
 }
 
+/// RAM that no VM has yet: a migration fills it before there is a machine.
+#[derive(Debug)]
+pub struct HostMemory {
+    layout: Layout,
+    zones: Vec<String>,
+    memory: Arc<GuestRam>,
+}
+
+impl HostMemory {
+    /// Gets the memory of `zones` from the host. Files that zones name aside, it is zero.
+    ///
+    /// # Errors
+    /// The host refuses; nothing is left mapped.
+    pub fn create(zones: &[ZoneConfig], phys_bits: u8) -> Result<Self, ZoneError> {
+        let sizes: Vec<_> = zones.iter().map(|zone| zone.size).collect();
+        let layout = Layout::new(&sizes, phys_bits)?;
+        check_host(layout.ram_size())?;
+        let backings = zones.iter().map(Backing::open).collect::<Result<Vec<_>, _>>()?;
+        let mut regions = Vec::with_capacity(layout.ram.len());
+        for piece in &layout.ram {
+            if let Some(backing) = backings.get(piece.zone) {
+                regions.push(backing.map(piece, piece.offset)?);
+            }
+        }
+        let memory = Arc::new(GuestRam::from_regions(regions)?);
+        let zones = zones.iter().map(|zone| zone.id.clone()).collect();
+        Ok(Self { layout, zones, memory })
+    }
+
+    /// The RAM itself.
+    pub fn memory(&self) -> &Arc<GuestRam> {
+        &self.memory
+    }
+
+    /// Where it lies: the zone, the guest physical address and the bytes of each region.
+    pub fn regions(&self) -> impl Iterator<Item = (&str, u64, u64)> {
+        let zone = |number: usize| self.zones.get(number).map_or("", String::as_str);
+        self.layout.ram.iter().map(move |piece| (zone(piece.zone), piece.range.start, piece.range.size))
+    }
+
+    /// Gives it to the guest of `vm`.
+    ///
+    /// # Errors
+    /// The hypervisor refuses.
+    pub fn give_to(self, vm: Arc<dyn Vm>) -> Result<MemoryMap, ZoneError> {
+        MemoryMap::assemble(vm, self.layout, self.zones, self.memory, Vec::new())
+    }
+}
+
 /// A snapshot's file that guest memory is a mapping of.
 ///
 /// An access to `addresses` that raises SIGBUS says that the file has shrunk, or cannot be read.
@@ -43,19 +92,7 @@ impl MemoryMap {
     /// # Errors
     /// The host or the hypervisor refuses; nothing is left mapped.
     pub fn create(vm: Arc<dyn Vm>, zones: &[ZoneConfig], phys_bits: u8) -> Result<Self, ZoneError> {
-        let sizes: Vec<_> = zones.iter().map(|zone| zone.size).collect();
-        let layout = Layout::new(&sizes, phys_bits)?;
-        check_host(layout.ram_size())?;
-        let backings = zones.iter().map(Backing::open).collect::<Result<Vec<_>, _>>()?;
-        let mut regions = Vec::with_capacity(layout.ram.len());
-        for piece in &layout.ram {
-            if let Some(backing) = backings.get(piece.zone) {
-                regions.push(backing.map(piece, piece.offset)?);
-            }
-        }
-        let memory = Arc::new(GuestRam::from_regions(regions)?);
-        let zones = zones.iter().map(|zone| zone.id.clone()).collect();
-        Self::assemble(vm, layout, zones, memory, Vec::new())
+        HostMemory::create(zones, phys_bits)?.give_to(vm)
     }
 
     /// Gives `memory`, a region per piece of `layout`, to the guest. `files` are the files of a snapshot that

@@ -62,6 +62,8 @@ pub enum Code {
     NoSnapshot,
     /// The snapshot could not be restored.
     RestoreFailed,
+    /// The VM did not get from one VMM to the other.
+    MigrationFailed,
     /// It was cancelled.
     Cancelled,
     /// Anything else that failed in the VMM.
@@ -70,7 +72,7 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::NoVm,
         Self::VmExists,
         Self::WrongPhase,
@@ -98,6 +100,7 @@ impl Code {
         Self::SnapshotFailed,
         Self::NoSnapshot,
         Self::RestoreFailed,
+        Self::MigrationFailed,
         Self::Cancelled,
         Self::Internal,
     ];
@@ -133,6 +136,7 @@ impl Code {
             Self::SnapshotFailed => "snapshot_failed",
             Self::NoSnapshot => "no_snapshot",
             Self::RestoreFailed => "restore_failed",
+            Self::MigrationFailed => "migration_failed",
             Self::Cancelled => "cancelled",
             Self::Internal => "internal",
         }
@@ -155,7 +159,11 @@ impl Code {
             Self::InvalidConfig | Self::FixedDevice => 422,
             Self::GuestBusy => 429,
             Self::HeadTooLarge => 431,
-            Self::BootFailed | Self::SnapshotFailed | Self::RestoreFailed | Self::Internal => 500,
+            Self::BootFailed
+            | Self::SnapshotFailed
+            | Self::RestoreFailed
+            | Self::MigrationFailed
+            | Self::Internal => 500,
             Self::NotBuilt | Self::UnsupportedCoding => 501,
             Self::TooManyStreams => 503,
             Self::UnsupportedVersion => 505,

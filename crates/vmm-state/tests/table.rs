@@ -29,7 +29,7 @@ vm.pause                  novm   notbooted  wait      PR         ispaused  wait 
 vm.resume                 novm   notbooted  wait      isrunning  RP        wait      notbooted
 vm.snapshot               novm   notbooted  wait      RR         PP        wait      notbooted
 vm.restore                PE     exists     exists    exists     exists    exists    exists
-vm.cancel                 novm   nojob      nojob     nojob      nojob     PP        nojob
+vm.cancel                 novm   nojob      EB        nojob      nojob     PP        nojob
 vm.power-button           novm   notbooted  wait      RR         PP        wait      notbooted
 vm.nmi                    novm   notbooted  wait      RR         PP        wait      notbooted
 vm.add-device             novm   CC         wait      later      later     later     SS
@@ -46,8 +46,8 @@ vm.resize                 novm   later      later     later      later     later
 vm.resize-disk            novm   later      later     later      later     later     later
 vm.resize-zone            novm   later      later     later      later     later     later
 vm.coredump               novm   notbooted  later     later      later     later     notbooted
-vm.receive-migration      later  exists     exists    exists     exists    exists    exists
-vm.send-migration         novm   notbooted  later     later      later     later     notbooted
+vm.receive-migration      PE     exists     exists    exists     exists    exists    exists
+vm.send-migration         novm   notbooted  wait      ER         EP        wait      notbooted
 ";
 
 const GOLDEN_EVENTS: &str = "

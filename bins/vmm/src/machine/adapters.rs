@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::stages::Stages;
 use super::{Machine, MachineError};
+use crate::migration::{ReceiveStep, SendStep};
 use crate::vmm::{LoadError, Loaded, SaveStep};
 
 /// What a machine's threads tell the control thread.
@@ -40,6 +41,10 @@ pub enum MachineEvent {
     Loaded(Box<Result<Loaded, LoadError>>),
     /// The thread that writes a snapshot tells something.
     Save(Box<SaveStep>),
+    /// The thread that gives the VM away asks or tells something.
+    Send(Box<SendStep>),
+    /// The thread that gets a VM does.
+    Receive(Box<ReceiveStep>),
 }
 
 /// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.

@@ -85,6 +85,17 @@ pub struct Plan<'a> {
     pub post: &'a EventPost,
     /// What all its threads begin with.
     pub threads: &'a Arc<dyn ThreadHook>,
+    /// When the images of its disks are locked.
+    pub locks: Locks,
+}
+
+/// When the images of disks are locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locks {
+    /// As they are opened.
+    Now,
+    /// By [`Machine::take_disks`]: another process has them still.
+    Later,
 }
 
 impl fmt::Debug for Plan<'_> {
@@ -127,7 +138,7 @@ impl Machine {
         threads: &Arc<dyn ThreadHook>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
-        let plan = Plan { hypervisor, spec, ports, post, threads };
+        let plan = Plan { hypervisor, spec, ports, post, threads, locks: Locks::Now };
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
             let vm = plan.create_vm()?;
             Ok::<_, MachineError>((vm, plan.vcpu_spec(None)?))
@@ -163,6 +174,31 @@ impl Machine {
     /// Guest memory, to track what changes in it.
     pub fn memory_mut(&mut self) -> &mut MemoryMap {
         &mut self.memory
+    }
+
+    /// Bits of the guest's physical addresses.
+    pub fn phys_bits(&self) -> u8 {
+        self.identity.phys_bits
+    }
+
+    /// Gives up the locks of the disks, which stay open; the guest is paused.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn release_disks(&mut self) -> Result<(), MachineError> {
+        self.ways.disks.iter().try_for_each(|disk| disk.release_lock()).map_err(MachineError::Locks)
+    }
+
+    /// Takes the locks of the disks; those that are held stay so.
+    ///
+    /// # Errors
+    /// Another process has one: none is held then.
+    pub fn take_disks(&mut self) -> Result<(), MachineError> {
+        let taken = self.ways.disks.iter().try_for_each(|disk| disk.reacquire_lock());
+        taken.map_err(|error| {
+            let _ = self.release_disks();
+            MachineError::Locks(error)
+        })
     }
 
     /// The device tree.
@@ -315,9 +351,13 @@ impl Plan<'_> {
     }
 
     fn zones(&self) -> Result<Vec<ZoneConfig>, MachineError> {
-        let memory = &self.spec.memory;
-        memory.zones.iter().map(|zone| zone_config(zone, memory.thp)).collect()
+        zones(self.spec)
     }
+}
+
+/// The zones of guest memory.
+pub(crate) fn zones(spec: &MachineSpec) -> Result<Vec<ZoneConfig>, MachineError> {
+    spec.memory.zones.iter().map(|zone| zone_config(zone, spec.memory.thp)).collect()
 }
 
 impl Frame {
@@ -335,7 +375,8 @@ impl Frame {
             if let Some(tree) = tree {
                 board.devices.keep(tree).map_err(MachineError::Tree)?;
             }
-            let ways = recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, &mut recorder)?;
+            let ways =
+                recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, plan.locks, &mut recorder)?;
             Ok::<_, MachineError>((board, ways))
         })?;
         Ok(Self { board, ways, memory, vm, recorder })
@@ -506,6 +547,9 @@ pub enum MachineError {
     /// State cannot be taken over.
     #[error("cannot restore the devices' state")]
     Restore(#[from] RestoreError),
+    /// The locks of disks cannot be given up, or not be had.
+    #[error("the locks of the disks")]
+    Locks(#[source] std::io::Error),
     /// State is not what it was after a restore.
     #[error("the devices' state changed by a reset and restore")]
     Changed,

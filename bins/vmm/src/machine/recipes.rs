@@ -31,7 +31,7 @@ use vmm_virtio_devices::rng::RngDevice;
 use vmm_virtio_devices::transport::VirtioPciRecipe;
 
 use super::kernel::GENERATION_ID;
-use super::{Board, EventPost, MachineError};
+use super::{Board, EventPost, Locks, MachineError};
 use crate::boot_trace::Recorder;
 use crate::console::End;
 
@@ -60,6 +60,8 @@ pub(super) struct Ways {
     pub(super) ged: Ged,
     /// Tells the guest that it is another.
     pub(super) generation: Generation,
+    /// The disks' images, for their locks.
+    pub(super) disks: Vec<Arc<dyn Disk>>,
     /// Where consoles write, by device.
     pub(super) outputs: Vec<(String, ConsoleOutput)>,
 }
@@ -89,8 +91,10 @@ pub(super) fn add_all(
     spec: &MachineSpec,
     ports: &Ports,
     post: &EventPost,
+    locks: Locks,
     recorder: &mut Recorder,
 ) -> Result<Ways, MachineError> {
+    let mut disks = Vec::with_capacity(spec.disks.len());
     let ged = GedRecipe::new("_ged", GED_ADDRESS, GED_GSI);
     let raise = ged.ged();
     let generation = VmGenerationRecipe::new("_vm_generation", GENERATION_ID.start, ged.ged());
@@ -125,8 +129,13 @@ pub(super) fn add_all(
     }
     for disk in &spec.disks {
         let failed = |source| MachineError::Disk { id: disk.identity.id.clone(), source };
-        let recipe = recorder.time(format!("open {}", disk.identity.id), || disk_recipe(disk));
-        recipes.push(Box::new(recipe.map_err(failed)?));
+        let made = recorder.time(format!("open {}", disk.identity.id), || {
+            let image = open_image(disk, locks)?;
+            Ok((Arc::clone(&image), disk_recipe(disk, image)?))
+        });
+        let (image, recipe) = made.map_err(failed)?;
+        disks.push(image);
+        recipes.push(Box::new(recipe));
     }
     recipes.push(Box::new(rng_recipe(&spec.rng)?));
     if let (Some(end), Some(console)) = (&ports.console, &spec.console) {
@@ -139,11 +148,11 @@ pub(super) fn add_all(
     for recipe in recipes {
         recorder.time(recipe.id().to_owned(), || board.devices.add(recipe))?;
     }
-    Ok(Ways { ged: raise, generation: another, outputs })
+    Ok(Ways { ged: raise, generation: another, disks, outputs })
 }
 
-/// Opens and locks the image of a disk.
-pub(super) fn open_image(spec: &DiskSpec) -> Result<Arc<dyn Disk>, vmm_disk_image::OpenError> {
+/// Opens the image of a disk, and locks it if `locks` says so.
+pub(super) fn open_image(spec: &DiskSpec, locks: Locks) -> Result<Arc<dyn Disk>, vmm_disk_image::OpenError> {
     let DiskFormat::Raw = spec.image.format;
     let lock = match spec.image.lock {
         LockGranularity::ByteRange => LockMode::ByteRange,
@@ -154,12 +163,12 @@ pub(super) fn open_image(spec: &DiskSpec) -> Result<Arc<dyn Disk>, vmm_disk_imag
         read_only: spec.image.readonly,
         direct: spec.image.direct,
         lock,
+        lock_later: locks == Locks::Later,
         image_type: ImageType::Raw,
     })
 }
 
-fn disk_recipe(spec: &DiskSpec) -> Result<VirtioPciRecipe, DiskError> {
-    let disk = open_image(spec)?;
+fn disk_recipe(spec: &DiskSpec, disk: Arc<dyn Disk>) -> Result<VirtioPciRecipe, DiskError> {
     let device = BlockDevice::new(BlockOptions {
         id: spec.identity.id.clone(),
         disk,

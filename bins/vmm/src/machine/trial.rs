@@ -7,6 +7,7 @@ use vmm_api::spec::{DiskSpec, MachineSpec};
 use vmm_disk_image::Disk;
 use vmm_memory_manager::layout::Layout;
 
+use super::Locks;
 use super::kernel::{BootError, Payload, load_kernel};
 use super::recipes::open_image;
 
@@ -36,5 +37,5 @@ pub(crate) fn payload(spec: &MachineSpec) -> Vec<(&'static str, BootError)> {
 
 /// Opens and locks a disk's image, until what comes back is dropped.
 pub(crate) fn disk(spec: &DiskSpec) -> Result<Arc<dyn Disk>, vmm_disk_image::OpenError> {
-    open_image(spec)
+    open_image(spec, Locks::Now)
 }

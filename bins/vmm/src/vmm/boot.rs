@@ -10,6 +10,7 @@ use vmm_api::events::{Event, RebootCause};
 use vmm_device_model::thread::ThreadHook;
 use vmm_state::Phase;
 
+use super::receiving::Held;
 use super::restore::{self, Origin, Restore};
 use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
@@ -17,7 +18,7 @@ use crate::console::{Console, Consoles};
 use crate::exit::ExitCode;
 use crate::lost_memory;
 use crate::machine::stages::{Stage, Stages};
-use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Plan, Ports};
+use crate::machine::{EventPost, Locks, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
 
 /// A boot under way, and who waits for its end.
@@ -55,6 +56,8 @@ pub(super) enum Asker {
     Guest,
     /// Who started the process.
     CommandLine,
+    /// The driver of a migration.
+    Migration,
 }
 
 impl Vmm {
@@ -83,7 +86,7 @@ impl Vmm {
             }
             if !self.policy.serves_clients {
                 let (result, stages) = build.run();
-                return self.settle_boot(result, &stages, fresh).map(|()| None);
+                return self.settle_boot(result, stages, fresh).map(|()| None);
             }
             let post = build.post.clone();
             let work = move || post.post(MachineEvent::Built(Box::new(build.run())));
@@ -107,7 +110,7 @@ impl Vmm {
     pub(super) fn reboot_for(&mut self, asker: Asker) {
         let cause = match &asker {
             Asker::Client(_) => RebootCause::Client,
-            Asker::Guest | Asker::CommandLine => RebootCause::Guest,
+            Asker::Guest | Asker::CommandLine | Asker::Migration => RebootCause::Guest,
         };
         self.note(&Event::Rebooting { cause });
         self.boot.replaces = self.slot.machine().map(Machine::number);
@@ -121,7 +124,7 @@ impl Vmm {
     }
 
     /// A boot thread is done. What is not waited for any more is dropped.
-    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: &Stages) {
+    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: Stages) {
         if self.slot.phase() != Phase::Booting || number != self.boot.machines {
             return;
         }
@@ -203,20 +206,29 @@ impl Vmm {
     fn settle_boot(
         &mut self,
         result: Result<Machine, MachineError>,
-        stages: &Stages,
+        stages: Stages,
         fresh: bool,
     ) -> Result<(), VmmError> {
         // Without one of its paths the machine was not built, which said more of the reason.
         let confined = self.sandbox.confined();
         let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
-        let mut machine = match built {
+        let machine = match built {
             Ok(machine) => machine,
             Err(error) => {
                 let _ = self.slot.fail_boot();
                 self.close_consoles(fresh);
-                return self.boot_ended(stages, Err(error));
+                return self.boot_ended(&stages, Err(error));
             }
         };
+        match self.hold(Held { machine, stages, fresh }) {
+            Some(held) => self.show(held),
+            None => Ok(()),
+        }
+    }
+
+    /// The machine is this VMM's.
+    pub(super) fn show(&mut self, Held { mut machine, stages, .. }: Held) -> Result<(), VmmError> {
+        let stages = &stages;
         lost_memory::watch(machine.memory().mapped_files());
         if let Some(configured) = self.slot.config_mut() {
             configured.boots += 1;
@@ -274,7 +286,7 @@ impl Vmm {
     }
 
     /// After a failed boot: consoles that were opened for it are closed, others wait for the next.
-    fn close_consoles(&mut self, fresh: bool) {
+    pub(super) fn close_consoles(&mut self, fresh: bool) {
         let Some(configured) = self.slot.config_mut() else { return };
         if let Some(consoles) = &mut configured.consoles {
             consoles.detach();
@@ -291,6 +303,7 @@ impl Vmm {
                 VmmError::Load(_) | VmmError::Restore { .. } => restore::refusal(&error),
                 _ => ApiError::from_error(Code::BootFailed, &error),
             })),
+            (Asker::Migration, result) => self.arrived(result),
             (Asker::Guest | Asker::CommandLine, Ok(())) => {}
             (Asker::Guest, Err(error)) => self.lost(&error),
             (Asker::CommandLine, Err(error)) => {
@@ -333,6 +346,7 @@ impl Build {
             ports: &self.ports,
             post: &self.post,
             threads: &self.threads,
+            locks: self.origin.as_ref().map_or(Locks::Now, Origin::locks),
         };
         let result = match self.origin {
             Some(origin) => Machine::restore(&plan, origin.saved(), stages),

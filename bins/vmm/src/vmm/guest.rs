@@ -18,6 +18,7 @@ impl Vmm {
         }
         if self.slot.phase() == Phase::Saving {
             self.ends_save(event);
+            self.ends_send(event);
         }
         match cell {
             EventCell::Defer if !self.deferred.contains(&event) => self.deferred.push(event),

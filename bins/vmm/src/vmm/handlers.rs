@@ -6,7 +6,10 @@ use log::LevelFilter;
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
 use vmm_api::commands::{operations, vm, vmm};
-use vmm_api::config::{LogLevel, LogLevelConfig, RestoreConfig, VmRemoveDevice, VmSnapshotConfig};
+use vmm_api::config::{
+    LogLevel, LogLevelConfig, ReceiveMigrationData, RestoreConfig, SendMigrationData, VmRemoveDevice,
+    VmSnapshotConfig,
+};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::openapi::document;
@@ -93,6 +96,18 @@ impl Handle<vm::Snapshot> for Vmm {
 impl Handle<vm::Cancel> for Vmm {
     fn handle(&mut self, (): (), replier: Replier<()>) {
         self.cancel_save(replier);
+    }
+}
+
+impl Handle<vm::SendMigration> for Vmm {
+    fn handle(&mut self, request: SendMigrationData, replier: Replier<()>) {
+        self.send_for(&request, replier);
+    }
+}
+
+impl Handle<vm::ReceiveMigration> for Vmm {
+    fn handle(&mut self, request: ReceiveMigrationData, replier: Replier<()>) {
+        self.receive_for(&request, replier);
     }
 }
 

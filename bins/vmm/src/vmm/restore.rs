@@ -11,7 +11,7 @@ use vmm_api::config::{Fault, GuestClock, RestoreConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::Event;
 use vmm_api::spec::{Checked, RestoreSpec};
-use vmm_memory_manager::map::MemoryMap;
+use vmm_memory_manager::map::{HostMemory, MemoryMap};
 use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
 use vmm_snapshot::RecordSet;
 use vmm_snapshot::directory::{Chain, ReadError, Work};
@@ -20,7 +20,7 @@ use super::boot::{Asker, Job};
 use super::tracks::{TrackError, Tracks};
 use super::writer::{self, ARCHITECTURE, Watch};
 use super::{Configured, Vmm, VmmError};
-use crate::machine::{ClockChoice, EventPost, Machine, MachineEvent, Saved};
+use crate::machine::{ClockChoice, EventPost, Locks, Machine, MachineEvent, Saved};
 
 /// What a thread found in a snapshot.
 #[derive(Debug)]
@@ -31,7 +31,16 @@ pub struct Loaded {
 
 /// What a machine is made of.
 #[derive(Debug)]
-pub(super) struct Origin {
+pub(super) enum Origin {
+    /// A snapshot.
+    Snapshot(Box<Snapshot>),
+    /// What a migration brought.
+    Arrived { records: RecordSet, memory: HostMemory },
+}
+
+/// A snapshot that was looked at.
+#[derive(Debug)]
+pub(super) struct Snapshot {
     chain: Chain,
     records: RecordSet,
     fill: Fill,
@@ -42,14 +51,20 @@ pub(super) struct Origin {
 /// A restore under way.
 #[derive(Debug)]
 pub(super) struct Restore {
-    spec: RestoreSpec,
+    /// `None`: a VM arrives by migration.
+    spec: Option<RestoreSpec>,
     start: Instant,
 }
 
 impl Restore {
+    /// A VM that arrives, waited for since `start`.
+    pub(super) fn arrival(start: Instant) -> Self {
+        Self { spec: None, start }
+    }
+
     /// Whether the guest is to run.
     pub(super) fn resumes(&self) -> bool {
-        self.spec.resume
+        self.spec.as_ref().is_some_and(|spec| spec.resume)
     }
 
     /// When it began.
@@ -59,7 +74,10 @@ impl Restore {
 
     /// Changes since the snapshot are known from now on.
     pub(super) fn track(&self, tracks: &mut Tracks, machine: &mut Machine) -> Result<(), TrackError> {
-        tracks.restored(machine.memory_mut(), &self.spec.folder, self.spec.track)
+        match &self.spec {
+            Some(spec) => tracks.restored(machine.memory_mut(), &spec.folder, spec.track),
+            None => Ok(()),
+        }
     }
 }
 
@@ -84,7 +102,7 @@ impl Vmm {
         self.events.tell(number, &Event::Restoring);
         // Admission keeps this from failing.
         let _ = self.slot.begin_restore();
-        self.boot.restore = Some(Restore { spec: spec.clone(), start: Instant::now() });
+        self.boot.restore = Some(Restore { spec: Some(spec.clone()), start: Instant::now() });
         self.jobs += 1;
         let watch = Watch {
             job: self.jobs,
@@ -136,12 +154,33 @@ impl Vmm {
 impl Origin {
     /// Folders of the snapshots that the machine is made of.
     pub(super) fn folders(&self) -> Vec<PathBuf> {
-        self.chain.layers().map(|layer| layer.path().to_owned()).collect()
+        match self {
+            Self::Snapshot(snapshot) => {
+                snapshot.chain.layers().map(|layer| layer.path().to_owned()).collect()
+            }
+            Self::Arrived { .. } => Vec::new(),
+        }
+    }
+
+    /// When the images of its disks are locked.
+    pub(super) fn locks(&self) -> Locks {
+        match self {
+            Self::Snapshot(_) => Locks::Now,
+            Self::Arrived { .. } => Locks::Later,
+        }
     }
 
     /// In the form that a machine takes.
     pub(super) fn saved(self) -> Saved<'static> {
-        let Self { chain, records, fill, clock, watch } = self;
+        let snapshot = match self {
+            Self::Snapshot(snapshot) => snapshot,
+            Self::Arrived { records, memory } => {
+                let memory =
+                    Box::new(move |saved: crate::machine::SavedMemory| Ok(memory.give_to(saved.vm)?));
+                return Saved { records, memory, clock: ClockChoice::MovedOn, another: false };
+            }
+        };
+        let Snapshot { chain, records, fill, clock, watch } = *snapshot;
         let memory = Box::new(move |saved: crate::machine::SavedMemory| {
             let bytes = SavedBytes { layout: &saved.layout, chain: &chain, fill };
             watch.over(|told| {
@@ -165,7 +204,10 @@ fn load(spec: &RestoreSpec, watch: Watch) -> Result<Loaded, LoadError> {
         GuestClock::MovedOn => ClockChoice::MovedOn,
         GuestClock::StoodStill => ClockChoice::StoodStill,
     };
-    Ok(Loaded { checked, origin: Origin { chain, records, fill, clock, watch } })
+    Ok(Loaded {
+        checked,
+        origin: Origin::Snapshot(Box::new(Snapshot { chain, records, fill, clock, watch })),
+    })
 }
 
 /// A snapshot that no VM can be made of.

@@ -301,6 +301,8 @@ impl Vmm {
 
     /// Cancels the snapshot under way; `asker` is told when nothing is left of it.
     pub(super) fn cancel_save(&mut self, asker: Replier<()>) {
+        let Some(asker) = self.cancel_send(asker) else { return };
+        let Some(asker) = self.cancel_receive(asker) else { return };
         match &mut self.save {
             Some(job) => {
                 job.cancels.push(asker);
@@ -357,9 +359,10 @@ fn not_paused() -> Refusal {
 }
 
 /// There is nothing to cancel any more.
-fn too_late(phase: Phase) -> ApiError {
+pub(super) fn too_late(phase: Phase) -> ApiError {
     match admit(phase, Action::Cancel) {
         Admission::Refused(refusal) => refusal.into(),
+        // A boot is not for cancelling.
         _ => ApiError::new(Code::WrongPhase, Reason::NoJob.text()),
     }
 }

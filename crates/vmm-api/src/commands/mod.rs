@@ -74,6 +74,8 @@ commands! {
         vm::Snapshot,
         vm::Restore,
         vm::Cancel,
+        vm::ReceiveMigration,
+        vm::SendMigration,
         vm::PowerButton,
         vm::Nmi,
         device::AddDevice,
@@ -92,7 +94,5 @@ commands! {
         vm::ResizeDisk,
         vm::ResizeZone,
         vm::Coredump,
-        vm::ReceiveMigration,
-        vm::SendMigration,
     }
 }

@@ -97,7 +97,7 @@ command! {
 }
 
 command! {
-    /// Cancels the snapshot that is being written. The VM is as it was.
+    /// Cancels the snapshot or migration under way. The VM is as it was.
     Cancel(()) -> (), Put "vm.cancel", Cancel
 }
 
@@ -112,13 +112,13 @@ command! {
 }
 
 command! {
-    /// Waits for a VM from another VMM.
-    ReceiveMigration(ReceiveMigrationData) -> (), Put "vm.receive-migration", ReceiveMigration
+    /// Waits for a VM from another VMM, and answers when it is here.
+    ReceiveMigration(ReceiveMigrationData) -> (), Put "vm.receive-migration", ReceiveMigration, InvalidConfig, NotBuilt, MigrationFailed, Cancelled
 }
 
 command! {
-    /// Gives the VM to another VMM.
-    SendMigration(SendMigrationData) -> (), Put "vm.send-migration", SendMigration
+    /// Gives the VM to another VMM, and ends when it is there.
+    SendMigration(SendMigrationData) -> (), Put "vm.send-migration", SendMigration, InvalidConfig, NotBuilt, MigrationFailed, Cancelled
 }
 
 /// The request of `vm.validate`: the document, read.

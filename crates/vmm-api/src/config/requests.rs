@@ -216,11 +216,19 @@ object! {
         /// Where to listen: `unix:/path` or `tcp:host:port`.
         [current, required] receiver_url: String = String::new(),
         /// Folder of the certificates, for TLS.
-        [current] tls_dir: Option<PathBuf> = None,
+        [later] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
-        [current] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        [later] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        /// Images of disks, by their ids; where none is given, the path is the source's.
+        [current; key = ""] disks: Option<Vec<RestoredDiskConfig>> = None,
+        /// Where the serial port goes.
+        [current; key = ""] serial: Option<RestoredConsoleConfig> = None,
+        /// Where virtio-console goes.
+        [current; key = ""] console: Option<RestoredConsoleConfig> = None,
+        /// Where the debug console goes.
+        [current; key = ""] debug_console: Option<RestoredConsoleConfig> = None,
     }
 }
 
@@ -230,7 +238,7 @@ object! {
         /// Where to: `unix:/path` or `tcp:host:port`.
         [current, required] destination_url: String = String::new(),
         /// Pass memory by descriptors to a VMM on this host.
-        [current] local: bool = false,
+        [later] local: bool = false,
         /// How long the guest may stand still, in milliseconds.
         [current] downtime_ms: u64 = 300,
         /// How long all of it may take, in seconds.
@@ -240,7 +248,7 @@ object! {
         /// Number of TCP connections, 1 to 128.
         [current] connections: u64 = 1,
         /// Folder of the certificates, for TLS.
-        [current] tls_dir: Option<PathBuf> = None,
+        [later] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
     }

@@ -44,6 +44,9 @@ impl Code {
                 "The snapshot could not be restored: it is damaged or not for this host, or a file, a socket, memory or the \
                  hypervisor refused."
             }
+            Self::MigrationFailed => {
+                "The VM did not get from one VMM to the other: one of them refused, or the link was lost."
+            }
             Self::Cancelled => "It was cancelled by another request, or by the end of its guest.",
             Self::Internal => "Something failed in the VMM.",
         }
@@ -86,6 +89,9 @@ impl Code {
             }
             Self::NoSnapshot => "Look for the directory that has a `manifest.json`.",
             Self::RestoreFailed => "Read `causes`, put it right, and try again; there is no VM.",
+            Self::MigrationFailed => {
+                "Read `causes` on both sides, put it right, and try again; the VM is where and as it was before, unless they say that this is in doubt."
+            }
             Self::Cancelled => "Nothing: the VM is as it was before, and nothing is left of what was begun.",
             Self::Internal => "Read `causes` and the VMM's log; report it if they do not help.",
         }

@@ -12,6 +12,7 @@ mod edit;
 mod ids;
 mod landlock;
 mod memory;
+mod migration;
 mod payload;
 mod snapshot;
 
@@ -24,6 +25,7 @@ use crate::config::{Fault, FaultKind, UnknownFields, VmConfig, Warning, read_vm_
 use check::Checker;
 pub use edit::{with_device, without_device};
 pub use ids::fill_ids;
+pub use migration::{MigrationAddress, ReceiveSpec, SendSpec};
 pub use snapshot::{RestoreSpec, SnapshotSpec};
 
 /// The largest number of vCPUs: beyond it, APIC ids need the extended destination format.

@@ -54,13 +54,13 @@ pub struct RestoreSpec {
     overrides: Overrides,
 }
 
-/// What replaces parts of the saved configuration.
+/// What replaces parts of a configuration that comes with a VM.
 #[derive(Clone, Debug, PartialEq)]
-struct Overrides {
-    disks: Vec<RestoredDiskConfig>,
-    serial: Option<RestoredConsoleConfig>,
-    console: Option<RestoredConsoleConfig>,
-    debug_console: Option<RestoredConsoleConfig>,
+pub(super) struct Overrides {
+    pub(super) disks: Vec<RestoredDiskConfig>,
+    pub(super) serial: Option<RestoredConsoleConfig>,
+    pub(super) console: Option<RestoredConsoleConfig>,
+    pub(super) debug_console: Option<RestoredConsoleConfig>,
 }
 
 impl RestoreSpec {
@@ -95,9 +95,16 @@ impl RestoreSpec {
     /// # Errors
     /// What is wrong with the document, or with what is to replace parts of it.
     pub fn configure(&self, saved: &[u8]) -> Result<Checked, Vec<Fault>> {
-        let checked = parse_and_check(saved, UnknownFields::Refuse)?;
+        self.overrides.configure(saved)
+    }
+}
+
+impl Overrides {
+    /// The configuration of the VM here: `document` came with it.
+    pub(super) fn configure(&self, document: &[u8]) -> Result<Checked, Vec<Fault>> {
+        let checked = parse_and_check(document, UnknownFields::Refuse)?;
         let (mut config, mut faults) = (checked.config, Vec::new());
-        self.overrides.apply(&mut config, &mut faults);
+        self.apply(&mut config, &mut faults);
         if !faults.is_empty() {
             return Err(faults);
         }
@@ -105,9 +112,7 @@ impl RestoreSpec {
         fill_ids(&mut config);
         Ok(Checked { config, spec })
     }
-}
 
-impl Overrides {
     fn apply(&self, config: &mut VmConfig, faults: &mut Vec<Fault>) {
         self.disks(config, faults);
         if let Some(to) = present("serial", self.serial.as_ref(), config.serial.mode, faults) {

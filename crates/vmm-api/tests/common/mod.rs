@@ -132,7 +132,7 @@ macro_rules! refuse {
 }
 
 refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
-refuse!(vm::Cancel);
+refuse!(vm::Cancel, vm::ReceiveMigration, vm::SendMigration);
 refuse!(vm::Validate, vm::Counters, vm::BootTrace, vm::PowerButton, vm::Nmi);
 refuse!(device::AddDevice, device::AddUserDevice, device::AddDisk, device::AddFs);
 refuse!(device::AddGenericVhostUser, device::AddPmem, device::AddNet, device::AddVdpa);

@@ -1,0 +1,493 @@
+//! The thread that gets a VM: it listens, drives the protocol's [`Destination`], and answers what became of sessions.
+
+use std::collections::BTreeMap;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use vmm_api::spec::{Checked, ReceiveSpec};
+use vmm_device_model::thread::{self, ThreadHook};
+use vmm_memory_manager::map::HostMemory;
+use vmm_migration_protocol::{
+    Command, Destination, DestinationAction, DestinationInput, DestinationOutcome, DestinationStep,
+    DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits, Message, Missing, MissingKind, Offer,
+    Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
+};
+use vmm_snapshot::{Record, RecordSet};
+
+use super::landing::{Ground, Said, Target, read};
+use super::link::{Listener, Socket};
+use super::{Clock, LINGER, THREAD};
+use crate::exit::chain;
+use crate::machine;
+
+/// How long a frame may take to be written. They are small, and a socket has room for them.
+const WRITE: Duration = Duration::from_secs(1);
+
+/// Connections at one time.
+const MOST_CONNECTIONS: usize = 32;
+
+/// A VM whose memory and state have arrived.
+#[derive(Debug)]
+pub struct Arrival {
+    pub(crate) checked: Checked,
+    pub(crate) records: RecordSet,
+    pub(crate) memory: HostMemory,
+}
+
+/// What the driver tells the control thread, and asks of it.
+#[derive(Debug)]
+pub enum ReceiveStep {
+    /// Make a machine of it, which nobody sees; answer with Done or Failed.
+    Restore(Box<Arrival>),
+    /// Take the locks of its disks; answer likewise.
+    TakeLocks,
+    /// The VM is here: show it, and run it; answer likewise.
+    Run,
+    /// Drop all of it; answer likewise.
+    Discard,
+    /// Give the locks back; answer likewise.
+    ReleaseLocks,
+    /// It is over.
+    Over(Result<DestinationOutcome, ReceiveError>),
+}
+
+/// A VM did not arrive.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// It cannot be waited for there.
+    #[error("cannot listen for the source")]
+    Listen(#[source] std::io::Error),
+    /// A thread cannot be had.
+    #[error("cannot start a thread of the migration")]
+    Thread(#[source] std::io::Error),
+    /// One end gave up, or the link is lost.
+    #[error("the VM did not arrive")]
+    Failed(#[source] Failure),
+    /// The VM is here, and does not run.
+    #[error("the VM is here, but its guest does not run on: {0}")]
+    Trouble(Fault),
+    /// It was cancelled before a source came.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl ReceiveError {
+    /// Whether somebody wanted it to end.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        match self {
+            Self::Cancelled => true,
+            Self::Failed(failure) => failure.fault.reason() == Reason::Cancelled,
+            _ => false,
+        }
+    }
+}
+
+/// What the thread hears.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// From a connection.
+    Said(Spoken),
+    /// The control thread's answer to a step.
+    Answer(DestinationInput),
+    /// An operator wants it to end.
+    Cancel,
+}
+
+/// What came on which connection.
+#[derive(Debug)]
+pub(crate) struct Spoken(u64, Said);
+
+impl From<(u64, Said)> for Heard {
+    fn from((number, said): (u64, Said)) -> Self {
+        Self::Said(Spoken(number, said))
+    }
+}
+
+/// All that the thread needs.
+pub(crate) struct Incoming {
+    pub(crate) spec: ReceiveSpec,
+    pub(crate) most_vcpus: u32,
+    pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
+    pub(crate) threads: Arc<dyn ThreadHook>,
+    pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
+    /// It is not wanted any more.
+    pub(crate) gone: Arc<AtomicBool>,
+}
+
+impl Incoming {
+    /// Waits for a VM, and after that for sources that ask what became of it.
+    pub(crate) fn run(self) {
+        let listener = match Listener::bind(&self.spec.address) {
+            Ok(listener) => Arc::new(listener),
+            Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Listen(error)))),
+        };
+        let ground = Arc::new(Ground::default());
+        let (to, heard) = self.heard;
+        let accepting = Accepting {
+            listener: Arc::clone(&listener),
+            ground: Arc::clone(&ground),
+            to,
+            threads: Arc::clone(&self.threads),
+        };
+        if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-all", move || accepting.run()) {
+            listener.close();
+            return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Thread(error))));
+        }
+        let mut driver = Driver {
+            clock: Clock::start(),
+            spec: self.spec,
+            most_vcpus: self.most_vcpus,
+            desk: self.desk,
+            ground,
+            outcomes: Outcomes::new(),
+            live: None,
+            vm: Vm::default(),
+            queries: BTreeMap::new(),
+            told: false,
+        };
+        driver.run(&heard, &self.gone);
+        listener.close();
+        driver.ground.close();
+        if let Some(live) = driver.live {
+            live.socket.shutdown(Shutdown::Both);
+        }
+        driver.queries.values().for_each(|(socket, _)| socket.shutdown(Shutdown::Both));
+    }
+}
+
+/// Takes connections, and starts a thread for each.
+struct Accepting {
+    listener: Arc<Listener>,
+    ground: Arc<Ground>,
+    to: Sender<Heard>,
+    threads: Arc<dyn ThreadHook>,
+}
+
+impl Accepting {
+    fn run(self) {
+        let alive = Arc::new(());
+        let mut number = 0;
+        while let Ok(socket) = self.listener.accept() {
+            if Arc::strong_count(&alive) > MOST_CONNECTIONS || socket.set_timeouts(None, Some(WRITE)).is_err()
+            {
+                log::warn!("migration: too many connections, one more is closed");
+                continue;
+            }
+            number += 1;
+            let (to, socket, token) = (self.to.clone(), Arc::new(socket), Arc::clone(&alive));
+            let ground = Arc::clone(&self.ground);
+            let work = move || {
+                read(number, &socket, &ground, &to);
+                drop(token);
+            };
+            if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-in", work) {
+                log::warn!("migration: a connection is closed: {error}");
+            }
+        }
+    }
+}
+
+/// The session under way.
+struct Live {
+    machine: Destination,
+    connection: u64,
+    socket: Arc<Socket>,
+    /// Read on until then, at most.
+    until: Option<Instant>,
+}
+
+/// What is there of the VM.
+#[derive(Default)]
+struct Vm {
+    checked: Option<Checked>,
+    memory: Option<HostMemory>,
+    /// The control thread has it.
+    handed_over: bool,
+}
+
+struct Driver {
+    clock: Clock,
+    spec: ReceiveSpec,
+    most_vcpus: u32,
+    desk: Box<dyn Fn(ReceiveStep) + Send>,
+    ground: Arc<Ground>,
+    outcomes: Outcomes,
+    live: Option<Live>,
+    vm: Vm,
+    /// Connections that asked.
+    queries: BTreeMap<u64, (Arc<Socket>, SessionId)>,
+    /// The control thread knows how it ended.
+    told: bool,
+}
+
+impl Driver {
+    fn run(&mut self, heard: &Receiver<Heard>, gone: &AtomicBool) {
+        while !gone.load(Ordering::SeqCst) && !self.is_done() {
+            let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
+            match heard.recv_timeout(self.clock.until(wake)) {
+                Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
+                Ok(Heard::Answer(input)) => self.handle(input),
+                Ok(Heard::Cancel) if self.live.is_some() => {
+                    self.handle(DestinationInput::Cancel("by this end's operator".to_owned()));
+                }
+                Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
+                Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Whether nobody needs the thread any more.
+    fn is_done(&mut self) -> bool {
+        if let Some(live) = self.live.take_if(|live| live.until.is_some_and(|until| until <= Instant::now()))
+        {
+            live.socket.shutdown(Shutdown::Both);
+        }
+        let now = self.clock.now();
+        let known = |session| self.outcomes.answer(now, session) != SessionOutcome::Unknown;
+        self.told && self.live.is_none() && !self.outcomes.sessions().any(known)
+    }
+
+    fn said(&mut self, number: u64, said: Said) {
+        let ours = self.live.as_ref().is_some_and(|live| live.connection == number);
+        match said {
+            Said::First(socket, frame) => self.first(number, socket, frame),
+            Said::Lost(text) if ours => {
+                let live = self.live.as_mut().and_then(|live| live.until.as_mut());
+                if let Some(until) = live {
+                    *until = Instant::now();
+                }
+                self.handle(DestinationInput::Lost(text));
+            }
+            Said::Frame(frame) if ours => self.handle(DestinationInput::Frame(frame)),
+            Said::Garbage(text) if ours => self.handle(DestinationInput::Garbage(text)),
+            Said::Landed { pass, last } if ours => self.handle(DestinationInput::Landed { pass, last }),
+            Said::Damaged(range) if ours => self.handle(DestinationInput::Damaged(range)),
+            Said::Failed(fault) if ours => self.handle(DestinationInput::Failed(fault)),
+            Said::Frame(frame) => {
+                let asked = self.queries.get(&number).map(|(_, session)| *session);
+                if let (Some(session), Ok(Message::Ack(Command::Outcome))) = (asked, Message::decode(frame)) {
+                    self.outcomes.settle(session);
+                }
+            }
+            _ => {
+                if let Some((socket, _)) = self.queries.remove(&number) {
+                    socket.shutdown(Shutdown::Both);
+                }
+            }
+        }
+    }
+
+    fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+        if frame.command() == Command::Query {
+            return self.asked(number, socket, frame);
+        }
+        if self.live.is_some() || self.told {
+            let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
+            if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
+                let _ = socket.send(&nack);
+            }
+            return socket.shutdown(Shutdown::Write);
+        }
+        let offer = Offer {
+            versions: Versions::OURS,
+            features: Features::NONE,
+            connections: 1,
+            program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
+        self.live = Some(Live { machine, connection: number, socket, until: None });
+        self.handle(DestinationInput::Frame(frame));
+    }
+
+    /// A source asks what became of its session.
+    fn asked(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+        let Ok(Message::Query(session)) = Message::decode(frame) else {
+            return socket.shutdown(Shutdown::Both);
+        };
+        let undecided = self.live.as_ref().is_some_and(|live| {
+            let is_its = live.machine.hello().is_some_and(|hello| hello.session == session);
+            is_its && live.machine.state().is_before_commit()
+        });
+        if undecided {
+            self.handle(DestinationInput::Query);
+        }
+        let outcome = self.outcomes.answer(self.clock.now(), session);
+        if let Ok(frame) = (Message::Outcome(session, outcome)).encode() {
+            let _ = socket.send(&frame);
+        }
+        socket.shutdown(Shutdown::Write);
+        if self.queries.len() < MOST_CONNECTIONS {
+            self.queries.insert(number, (socket, session));
+        }
+    }
+
+    /// Gives the machine an input, and does what it then wants.
+    fn handle(&mut self, input: DestinationInput) {
+        let now = self.clock.now();
+        let Some(live) = &mut self.live else { return };
+        live.machine.handle(now, input);
+        while let Some(action) = self.live.as_mut().and_then(|live| live.machine.poll()) {
+            self.act(action);
+        }
+        let takes = self.live.as_ref().is_some_and(|live| live.machine.state().takes_memory());
+        if !takes && self.vm.memory.is_none() {
+            self.ground.close();
+        }
+    }
+
+    fn act(&mut self, action: DestinationAction) {
+        match action {
+            DestinationAction::Send(frame) => {
+                let Some(live) = &self.live else { return };
+                if let Err(error) = live.socket.send(&frame) {
+                    // What the source said before it closed is read first.
+                    log::debug!("migration: {:?} is not sent: {error}", frame.command());
+                }
+            }
+            DestinationAction::Run(step) => self.step(step),
+            DestinationAction::Undo(undo) => self.undo(undo),
+            // Steps here are short, or cannot be ended.
+            DestinationAction::Interrupt => {}
+            DestinationAction::Remember(session, outcome) => {
+                self.outcomes.remember(self.clock.now(), session, outcome);
+            }
+            DestinationAction::Settle(session) => self.outcomes.settle(session),
+            DestinationAction::Close => {
+                if let Some(live) = &mut self.live {
+                    live.socket.shutdown(Shutdown::Write);
+                    live.until = Some(Instant::now() + LINGER);
+                }
+            }
+            DestinationAction::Report(DestinationOutcome::Checked) => {}
+            DestinationAction::Report(outcome) => self.over(Ok(outcome)),
+        }
+    }
+
+    fn over(&mut self, result: Result<DestinationOutcome, ReceiveError>) {
+        if !std::mem::replace(&mut self.told, true) {
+            (self.desk)(ReceiveStep::Over(result));
+        }
+    }
+
+    fn step(&mut self, step: DestinationStep) {
+        let result = match step {
+            DestinationStep::Check(config) => {
+                self.check(&config).map(|checked| self.vm.checked = Some(checked))
+            }
+            DestinationStep::Build => self.build(),
+            DestinationStep::Restore(state) => match self.arrival(&state) {
+                Ok(arrival) => {
+                    self.vm.handed_over = true;
+                    return (self.desk)(ReceiveStep::Restore(Box::new(arrival)));
+                }
+                Err(fault) => Err(fault),
+            },
+            DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
+            DestinationStep::Run => return (self.desk)(ReceiveStep::Run),
+            DestinationStep::MapMemory(_) => {
+                Err(Fault::new(Reason::Features, "descriptors were not agreed on"))
+            }
+        };
+        self.answer(result);
+    }
+
+    fn undo(&mut self, undo: DestinationUndo) {
+        match undo {
+            DestinationUndo::Discard => {
+                self.ground.close();
+                let handed_over = std::mem::take(&mut self.vm).handed_over;
+                if handed_over {
+                    return (self.desk)(ReceiveStep::Discard);
+                }
+                self.answer(Ok(()));
+            }
+            DestinationUndo::ReleaseLocks => (self.desk)(ReceiveStep::ReleaseLocks),
+        }
+    }
+
+    /// The answer to a step that is done here. Its actions come after those that are there.
+    fn answer(&mut self, result: Result<(), Fault>) {
+        let input = match result {
+            Ok(()) => DestinationInput::Done(Output::Nothing),
+            Err(fault) => DestinationInput::Failed(fault),
+        };
+        let now = self.clock.now();
+        if let Some(live) = &mut self.live {
+            live.machine.handle(now, input);
+        }
+    }
+
+    /// Whether a VM of this configuration can run here.
+    fn check(&self, config: &[u8]) -> Result<Checked, Fault> {
+        let checked = self.spec.configure(config).map_err(|faults| {
+            let texts: Vec<_> =
+                faults.iter().map(|fault| format!("{}: {}", fault.path, fault.message)).collect();
+            Fault::new(Reason::Incompatible, &format!("the configuration is refused: {}", texts.join("; ")))
+        })?;
+        let hello = self.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
+        let mut missing = Vec::new();
+        if checked.spec.cpus.max > self.most_vcpus {
+            let name = format!("{} vCPUs, {} are possible", checked.spec.cpus.max, self.most_vcpus);
+            missing.push(Missing::new(MissingKind::Cpu, &name));
+        }
+        let zones: u64 = checked.spec.memory.total().get();
+        if zones != hello.memory.bytes() {
+            let name = format!("{} bytes, the configuration has {zones}", hello.memory.bytes());
+            missing.push(Missing::new(MissingKind::Memory, &name));
+        }
+        for disk in &checked.spec.disks {
+            if let Err(error) = std::fs::metadata(&disk.image.path) {
+                let name = format!("{}: {error}", disk.image.path.display());
+                missing.push(Missing::new(MissingKind::Resource, &name));
+            }
+        }
+        if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
+    }
+
+    fn hello(&self) -> Option<&Hello> {
+        self.live.as_ref().and_then(|live| live.machine.hello())
+    }
+
+    /// Gets the memory, which is where the source says that it is, or not at all.
+    fn build(&mut self) -> Result<(), Fault> {
+        let (Some(checked), Some(live)) = (&self.vm.checked, &self.live) else {
+            return Err(Fault::new(Reason::Failed, "there is no configuration"));
+        };
+        let failed = |error: &dyn std::error::Error| Fault::new(Reason::Failed, &chain(error));
+        let hello = live.machine.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
+        let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
+        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
+        let here = memory.regions().map(|(zone, gpa, length)| (zone.to_owned(), gpa, length));
+        let there =
+            hello.memory.regions().iter().map(|region| (region.zone.clone(), region.gpa, region.length));
+        if !here.eq(there) {
+            let missing = Missing::new(MissingKind::Memory, "memory where the guest has it");
+            return Err(Fault::incompatible(vec![missing]));
+        }
+        let target = Target {
+            memory: Arc::clone(memory.memory()),
+            layout: hello.memory.clone(),
+            connection: live.connection,
+        };
+        self.ground.open(target);
+        self.vm.memory = Some(memory);
+        Ok(())
+    }
+
+    fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {
+        // Nothing may write to it any more.
+        self.ground.close();
+        let (Some(checked), Some(memory)) = (self.vm.checked.take(), self.vm.memory.take()) else {
+            return Err(Fault::new(Reason::Failed, "there is no memory"));
+        };
+        let record: Record = minicbor::decode(state)
+            .map_err(|error| Fault::new(Reason::Violation, &format!("the state: {error}")))?;
+        let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
+        Ok(Arrival { checked, records, memory })
+    }
+}

@@ -1,0 +1,245 @@
+//! Sockets, and frames out of them.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_api::spec::MigrationAddress;
+use vmm_migration_protocol::{Decoder, Frame, Item};
+
+/// Bytes read from a socket at a time, but for the contents of memory.
+const BUFFER: usize = 64 << 10;
+
+/// A connection.
+#[derive(Debug)]
+pub(super) enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    pub(super) fn connect(address: &MigrationAddress) -> io::Result<Self> {
+        match address {
+            MigrationAddress::Unix(path) => UnixStream::connect(path).map(Self::Unix),
+            MigrationAddress::Tcp(address) => {
+                let stream = TcpStream::connect(address)?;
+                stream.set_nodelay(true)?;
+                Ok(Self::Tcp(stream))
+            }
+        }
+    }
+
+    pub(super) fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => {
+                stream.set_read_timeout(read)?;
+                stream.set_write_timeout(write)
+            }
+            Self::Tcp(stream) => {
+                stream.set_read_timeout(read)?;
+                stream.set_write_timeout(write)
+            }
+        }
+    }
+
+    /// Where it is closed already, there is nothing to do.
+    pub(super) fn shutdown(&self, how: Shutdown) {
+        let _ = match self {
+            Self::Unix(stream) => stream.shutdown(how),
+            Self::Tcp(stream) => stream.shutdown(how),
+        };
+    }
+
+    /// Writes a frame, within the timeout.
+    pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
+        let mut to = self;
+        to.write_all(&frame.encode())
+    }
+
+    /// Whether the process at the other end is this user's, or root's.
+    fn is_ours(&self, user: u32) -> io::Result<bool> {
+        match self {
+            Self::Unix(stream) => {
+                let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+                Ok(peer == user || peer == 0)
+            }
+            Self::Tcp(_) => Ok(true),
+        }
+    }
+}
+
+impl Read for &Socket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Unix(stream) => (&mut &*stream).read(bytes),
+            Socket::Tcp(stream) => (&mut &*stream).read(bytes),
+        }
+    }
+}
+
+impl Write for &Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Socket::Unix(stream) => (&mut &*stream).write(bytes),
+            Socket::Tcp(stream) => (&mut &*stream).write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A receiver's address.
+#[derive(Debug)]
+pub(super) enum Listener {
+    /// With the socket's path and owner.
+    Unix(UnixListener, PathBuf, u32),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// A socket that another process has left behind is replaced.
+    pub(super) fn bind(address: &MigrationAddress) -> io::Result<Self> {
+        match address {
+            MigrationAddress::Unix(path) => {
+                let listener = match UnixListener::bind(path) {
+                    Err(error) if error.kind() == ErrorKind::AddrInUse && is_left_behind(path) => {
+                        fs::remove_file(path)?;
+                        UnixListener::bind(path)?
+                    }
+                    other => other?,
+                };
+                let owner = fs::symlink_metadata(path)?.uid();
+                Ok(Self::Unix(listener, path.clone(), owner))
+            }
+            MigrationAddress::Tcp(address) => TcpListener::bind(address).map(Self::Tcp),
+        }
+    }
+
+    /// The next connection. One of another user's process is closed.
+    pub(super) fn accept(&self) -> io::Result<Socket> {
+        match self {
+            Self::Unix(listener, _, owner) => loop {
+                let socket = Socket::Unix(listener.accept()?.0);
+                if socket.is_ours(*owner)? {
+                    return Ok(socket);
+                }
+                log::warn!("migration: a process of another user has tried to connect");
+            },
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nodelay(true)?;
+                Ok(Socket::Tcp(stream))
+            }
+        }
+    }
+
+    /// Ends it: [`accept`](Self::accept) fails from now on, also where it waits.
+    pub(super) fn close(&self) {
+        let fd = match self {
+            Self::Unix(listener, path, _) => {
+                let _ = fs::remove_file(path);
+                listener.as_fd()
+            }
+            Self::Tcp(listener) => listener.as_fd(),
+        };
+        let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Whether `path` is a socket that nobody listens at.
+fn is_left_behind(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+        && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+}
+
+/// Why there are no more frames.
+#[derive(Debug)]
+pub(super) enum End {
+    /// What came is no frame.
+    Garbage(String),
+    /// The connection is gone.
+    Lost(String),
+}
+
+/// Frames that arrive on a connection.
+#[derive(Debug)]
+pub(super) struct Frames {
+    from: BufReader<Half>,
+    decoder: Decoder,
+}
+
+#[derive(Debug)]
+struct Half(Arc<Socket>);
+
+impl Read for Half {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        (&mut &*self.0).read(bytes)
+    }
+}
+
+impl Frames {
+    pub(super) fn of(socket: &Arc<Socket>) -> Self {
+        Self { from: BufReader::with_capacity(BUFFER, Half(Arc::clone(socket))), decoder: Decoder::new() }
+    }
+
+    /// The next frame, or the beginning of one with memory.
+    pub(super) fn next(&mut self) -> Result<Item, End> {
+        loop {
+            let available = match self.from.fill_buf() {
+                Ok(available) => available,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(End::Lost(error.to_string())),
+            };
+            if available.is_empty() {
+                let decoder = std::mem::take(&mut self.decoder);
+                let text = match decoder.finish() {
+                    Ok(()) => "the other end has closed the connection".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                return Err(End::Lost(text));
+            }
+            let mut rest = available;
+            let item = self.decoder.push(&mut rest);
+            let taken = available.len() - rest.len();
+            self.from.consume(taken);
+            match item {
+                Ok(Some(item)) => return Ok(item),
+                Ok(None) => {}
+                Err(error) => return Err(End::Garbage(error.to_string())),
+            }
+        }
+    }
+
+    /// The contents that follow the beginning of a frame with memory.
+    pub(super) fn contents(&mut self, bytes: &mut [u8]) -> Result<(), End> {
+        self.from.read_exact(bytes).map_err(|error| End::Lost(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_nobody_listens_at_is_replaced_and_one_in_use_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let address = MigrationAddress::Unix(path.clone());
+        drop(UnixListener::bind(&path).unwrap());
+        let listener = Listener::bind(&address).unwrap();
+        assert_eq!(Listener::bind(&address).unwrap_err().kind(), ErrorKind::AddrInUse);
+        listener.close();
+        assert!(listener.accept().is_err() && !path.exists());
+        fs::write(&path, "a file").unwrap();
+        assert!(Listener::bind(&address).is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+}

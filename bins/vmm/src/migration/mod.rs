@@ -1,0 +1,54 @@
+//! Live migration: sockets, threads and the clock around the machines of `vmm-migration-protocol`, which decide.
+//!
+//! | module | thread | what |
+//! |---|---|---|
+//! | [`outgoing`] | `migration` | drives the source |
+//! | `sender` | `migration-out` | writes frames and memory, so that the driver never waits for the link |
+//! | [`incoming`] | `migration` | drives the destination, and answers what became of sessions |
+//! | `landing` | `migration-in` | reads a connection; memory lands from here |
+//! | `link` | | sockets, and frames out of them |
+//!
+//! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
+
+mod aside;
+pub(crate) mod incoming;
+mod landing;
+mod link;
+pub(crate) mod outgoing;
+mod sender;
+
+use std::time::{Duration, Instant};
+
+use vmm_device_model::thread::ThreadKind;
+
+pub(crate) use aside::Aside;
+pub use incoming::{Arrival, ReceiveError, ReceiveStep};
+pub use outgoing::{SendError, SendStep};
+
+/// The threads of a migration.
+pub(crate) const THREAD: ThreadKind = ThreadKind("migration");
+
+/// How often a driver looks whether it is still wanted, at least.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long a closed connection is read on.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What the machines' time is counted from.
+#[derive(Debug, Clone, Copy)]
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    /// How long to wait for a machine that wants to be woken at `wake`.
+    fn until(&self, wake: Option<Duration>) -> Duration {
+        wake.map_or(LOOK, |wake| wake.saturating_sub(self.now()).min(LOOK))
+    }
+}

@@ -1,0 +1,352 @@
+//! The thread that gives a VM away: it drives the protocol's [`Source`].
+
+use std::fmt;
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use vmm_api::events::Event;
+use vmm_api::spec::MigrationAddress;
+use vmm_device_model::thread::{self, ThreadHook};
+use vmm_memory_manager::source::GuestMemorySource;
+use vmm_migration_protocol::{
+    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
+    SourceInput, SourceOutcome, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+};
+
+use super::link::{End, Frames, Socket};
+use super::sender::{Out, PATIENCE, Pass, Shared, Writer};
+use super::{Aside, Clock, LINGER, THREAD};
+use crate::events::Events;
+
+/// The least time between two events of progress.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// How long an answer to Query may take.
+const ASK: Duration = Duration::from_secs(5);
+
+/// What the driver tells the control thread, and asks of it.
+#[derive(Debug)]
+pub enum SendStep {
+    /// Do it, and answer with Done or Failed.
+    Run(SourceStep),
+    /// Undo it, and answer likewise.
+    Undo(SourceUndo),
+    /// Nobody knows where the VM is.
+    InDoubt(Failure),
+    /// It is over, and what is left of it is the thread. `Ok`: the VM is elsewhere.
+    Over(Result<(), SendError>),
+}
+
+/// A VM was not given away.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The other end is not to be reached.
+    #[error("cannot connect to the receiver")]
+    Connect(#[source] std::io::Error),
+    /// The configuration does not fit the wire.
+    #[error("the VM's configuration")]
+    Setup(#[source] FrameError),
+    /// A thread cannot be had.
+    #[error("cannot start a thread of the migration")]
+    Thread(#[source] std::io::Error),
+    /// One end gave up, or the link is lost.
+    #[error("the migration failed{}", Stuck(.stuck))]
+    Failed {
+        /// Why.
+        #[source]
+        failure: Failure,
+        /// What could not be undone.
+        stuck: Vec<SourceUndo>,
+    },
+    /// The link was lost during the hand-over.
+    #[error("it is in doubt where the VM is: the guest stays paused here")]
+    InDoubt(#[source] Failure),
+    /// Something of the VM stands against it.
+    #[error("the VM cannot be migrated")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+struct Stuck<'a>(&'a [SourceUndo]);
+
+impl fmt::Display for Stuck<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, ", and this could not be undone: {:?}", self.0) }
+    }
+}
+
+impl SendError {
+    /// Whether somebody wanted it to end.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Failed { failure, .. } if failure.fault.reason() == Reason::Cancelled)
+    }
+}
+
+/// Tells the control thread.
+pub(crate) type Desk = Box<dyn Fn(SendStep) + Send>;
+
+/// All that the thread needs.
+pub(crate) struct Outgoing {
+    pub(crate) address: MigrationAddress,
+    pub(crate) setup: SourceSetup,
+    pub(crate) memory: GuestMemorySource,
+    pub(crate) aside: Arc<Aside>,
+    pub(crate) desk: Desk,
+    pub(crate) told: Told,
+    pub(crate) threads: Arc<dyn ThreadHook>,
+    pub(crate) inputs: (Sender<SourceInput>, Receiver<SourceInput>),
+    /// The VM is gone, and nobody answers any more.
+    pub(crate) gone: Arc<AtomicBool>,
+}
+
+/// Whom to tell of progress.
+pub(crate) struct Told {
+    pub(crate) job: u64,
+    pub(crate) machine: u64,
+    pub(crate) events: Events,
+}
+
+impl Outgoing {
+    /// Drives the migration to its end.
+    pub(crate) fn run(self) {
+        let socket = Socket::connect(&self.address).and_then(|socket| {
+            socket.set_timeouts(None, Some(PATIENCE))?;
+            Ok(Arc::new(socket))
+        });
+        let socket = match socket {
+            Ok(socket) => socket,
+            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Connect(error)))),
+        };
+        let clock = Clock::start();
+        let session = self.setup.hello.session;
+        let machine = match Source::new(clock.now(), self.setup) {
+            Ok(machine) => machine,
+            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
+        };
+        let shared = Arc::new(Shared::default());
+        let (queue, queued) = channel();
+        let (answers, inputs) = self.inputs;
+        let (reads, read) = channel();
+        let writer = Writer {
+            socket: Arc::clone(&socket),
+            memory: self.memory,
+            queue: queued,
+            answers: answers.clone(),
+            shared: Arc::clone(&shared),
+            read,
+            broken: false,
+        };
+        let (frames, heard) = (Frames::of(&socket), answers.clone());
+        let reading = move || {
+            listen(frames, &heard);
+            drop(reads);
+        };
+        let started = thread::spawn(&self.threads, THREAD, "migration-in", reading)
+            .and_then(|_| thread::spawn(&self.threads, THREAD, "migration-out", move || writer.run()));
+        if let Err(error) = started {
+            socket.shutdown(Shutdown::Both);
+            return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
+        }
+        let driver = Driver {
+            address: self.address,
+            session,
+            clock,
+            machine,
+            socket,
+            queue,
+            shared,
+            aside: self.aside,
+            desk: self.desk,
+            answers,
+            threads: self.threads,
+        };
+        driver.run(&inputs, &self.told, &self.gone);
+    }
+}
+
+/// Gives what arrives to the driver.
+fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
+    loop {
+        let input = match frames.next() {
+            Ok(Item::Frame(frame)) => SourceInput::Frame(frame),
+            Ok(Item::Bulk(_)) => SourceInput::Garbage("memory comes the wrong way".to_owned()),
+            Err(End::Garbage(text)) => SourceInput::Garbage(text),
+            Err(End::Lost(text)) => SourceInput::Lost(text),
+        };
+        let goes_on = matches!(input, SourceInput::Frame(_));
+        if heard.send(input).is_err() || !goes_on {
+            return;
+        }
+    }
+}
+
+struct Driver {
+    address: MigrationAddress,
+    session: SessionId,
+    clock: Clock,
+    machine: Source,
+    socket: Arc<Socket>,
+    queue: Sender<Out>,
+    shared: Arc<Shared>,
+    aside: Arc<Aside>,
+    desk: Desk,
+    answers: Sender<SourceInput>,
+    threads: Arc<dyn ThreadHook>,
+}
+
+impl Driver {
+    fn run(mut self, inputs: &Receiver<SourceInput>, told: &Told, gone: &AtomicBool) {
+        let (mut over, mut last) = (None, Instant::now());
+        while over.is_none() && !gone.load(Ordering::SeqCst) {
+            while let Some(action) = self.machine.poll() {
+                if let Some(end) = self.act(action) {
+                    over = Some(end);
+                }
+            }
+            if over.is_none() {
+                let input = match inputs.recv_timeout(self.clock.until(self.machine.next_wake())) {
+                    Ok(input) => input,
+                    Err(RecvTimeoutError::Timeout) => SourceInput::Tick,
+                    Err(RecvTimeoutError::Disconnected) => break,
+                };
+                self.take(input);
+                if last.elapsed() >= PERIOD {
+                    last = Instant::now();
+                    self.tell(told);
+                }
+            }
+        }
+        match over {
+            // The process may end as soon as that is known, so first it is seen to that the other end knows.
+            Some(Ok(())) => {
+                self.linger(inputs);
+                (self.desk)(SendStep::Over(Ok(())));
+            }
+            Some(error) => {
+                (self.desk)(SendStep::Over(error));
+                self.linger(inputs);
+            }
+            None => {}
+        }
+        self.shared.over.store(true, Ordering::SeqCst);
+        self.socket.shutdown(Shutdown::Both);
+    }
+
+    fn take(&mut self, input: SourceInput) {
+        if matches!(input, SourceInput::Done(_) | SourceInput::Failed(_)) {
+            self.shared.interrupted.store(false, Ordering::SeqCst);
+        }
+        self.machine.note_sent(self.shared.sent.load(Ordering::Relaxed));
+        self.machine.handle(self.clock.now(), input);
+    }
+
+    fn tell(&self, told: &Told) {
+        let sent = self.machine.progress().sent;
+        let event = Event::JobProgress { job: told.job, done: sent.bytes, total: None };
+        told.events.tell(told.machine, &event);
+    }
+
+    /// Reads on until the other end has closed.
+    fn linger(&self, inputs: &Receiver<SourceInput>) {
+        let until = Instant::now() + LINGER;
+        loop {
+            match inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(SourceInput::Lost(_) | SourceInput::Garbage(_)) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Does what the machine wants; gives the end, if that is it.
+    fn act(&mut self, action: SourceAction) -> Option<Result<(), SendError>> {
+        match action {
+            SourceAction::Send(frame) => self.write(Out::Frame(frame)),
+            SourceAction::Run(SourceStep::SendMemory { pass, what, last, .. }) => {
+                let what = match what {
+                    What::All => None,
+                    What::Taken => Some(self.aside.take()),
+                };
+                self.shared.sent.store(0, Ordering::Relaxed);
+                self.write(Out::Pass(Pass { number: pass, what, last }));
+            }
+            SourceAction::Run(SourceStep::Ask) => self.ask(),
+            SourceAction::Run(SourceStep::Connect { .. }) => {
+                let fault = Fault::new(Reason::Failed, "this build uses one connection");
+                self.answer(SourceInput::Failed(fault));
+            }
+            SourceAction::Run(step) => (self.desk)(SendStep::Run(step)),
+            SourceAction::Undo(undo) => (self.desk)(SendStep::Undo(undo)),
+            SourceAction::Interrupt => self.shared.interrupted.store(true, Ordering::SeqCst),
+            SourceAction::Resend(range) => self.aside.put_range(range),
+            SourceAction::Close => self.write(Out::Close),
+            SourceAction::Report(outcome) => return self.report(outcome),
+        }
+        None
+    }
+
+    fn report(&self, outcome: SourceOutcome) -> Option<Result<(), SendError>> {
+        match outcome {
+            SourceOutcome::Sent | SourceOutcome::Accepted => Some(Ok(())),
+            SourceOutcome::Failed { failure, stuck } => Some(Err(SendError::Failed { failure, stuck })),
+            SourceOutcome::InDoubt(failure) => {
+                (self.desk)(SendStep::InDoubt(failure));
+                None
+            }
+        }
+    }
+
+    fn write(&self, out: Out) {
+        // The thread ends only when this end of the queue is gone.
+        let _ = self.queue.send(out);
+    }
+
+    fn answer(&self, input: SourceInput) {
+        // The other end of the channel is this thread's.
+        let _ = self.answers.send(input);
+    }
+
+    /// Asks what became of the session, on another connection.
+    fn ask(&self) {
+        debug_assert_eq!(self.machine.state(), SourceState::Asking);
+        let (address, session, answers) = (self.address.clone(), self.session, self.answers.clone());
+        let work = move || {
+            let answer = match outcome_of(&address, session) {
+                Ok(frame) => SourceInput::Frame(frame),
+                Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
+            };
+            let _ = answers.send(answer);
+        };
+        if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-ask", work) {
+            self.answer(SourceInput::Failed(Fault::new(Reason::Failed, &error.to_string())));
+        }
+    }
+}
+
+/// The Outcome that the other end gives.
+fn outcome_of(
+    address: &MigrationAddress,
+    session: SessionId,
+) -> Result<vmm_migration_protocol::Frame, String> {
+    let failed = |error: std::io::Error| error.to_string();
+    let socket = Arc::new(Socket::connect(address).map_err(failed)?);
+    socket.set_timeouts(Some(ASK), Some(ASK)).map_err(failed)?;
+    let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
+    socket.send(&query).map_err(failed)?;
+    let frame = match Frames::of(&socket).next() {
+        Ok(Item::Frame(frame)) if frame.command() == Command::Outcome => frame,
+        Ok(_) => return Err("another answer than Outcome".to_owned()),
+        Err(End::Garbage(text) | End::Lost(text)) => return Err(text),
+    };
+    if let Ok(ack) = Message::Ack(Command::Outcome).encode() {
+        // It then need not remember.
+        let _ = socket.send(&ack);
+    }
+    socket.shutdown(Shutdown::Write);
+    Ok(frame)
+}
+
+/// What the control thread answers a step that gives nothing.
+pub(crate) const DONE: SourceInput = SourceInput::Done(Output::Nothing);

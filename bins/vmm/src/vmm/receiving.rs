@@ -1,0 +1,269 @@
+//! Getting a VM: what a migration's driver asks of the control thread. What arrives is shown to nobody before it is this
+//! VMM's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use vmm_api::command::Replier;
+use vmm_api::config::ReceiveMigrationData;
+use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{Event, JobOutcome};
+use vmm_api::spec::ReceiveSpec;
+use vmm_device_model::thread;
+use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
+use vmm_state::Phase;
+
+use super::boot::Asker;
+use super::restore::{Origin, Restore};
+use super::{Configured, Vmm, VmmError, boot, told};
+use crate::exit::chain;
+use crate::machine::stages::Stages;
+use crate::machine::{EventPost, Machine, MachineEvent};
+use crate::migration::incoming::{Heard, Incoming};
+use crate::migration::{Arrival, ReceiveError, ReceiveStep, THREAD};
+
+/// The kind of the job, in events.
+const KIND: &str = "receive";
+
+/// VMs that come from elsewhere.
+#[derive(Debug, Default)]
+pub(super) struct Receiving {
+    job: Option<Job>,
+    /// The last receiver: after its end it answers sources that lost the link.
+    thread: Option<Thread>,
+}
+
+/// A VM that is waited for, and who waits.
+#[derive(Debug)]
+struct Job {
+    /// Of its machine.
+    machine: u64,
+    number: u64,
+    asker: Replier<()>,
+    cancels: Vec<Replier<()>>,
+    start: Instant,
+    to: Sender<Heard>,
+    held: Option<Held>,
+}
+
+/// A machine that is not this VMM's yet.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) machine: Machine,
+    pub(super) stages: Stages,
+    /// Its consoles were opened for it.
+    pub(super) fresh: bool,
+}
+
+/// Dropped, it is at its end.
+#[derive(Debug)]
+struct Thread {
+    gone: Arc<AtomicBool>,
+    handle: Option<JoinHandle<()>>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::SeqCst);
+        if let Some(handle) = self.handle.take() {
+            // It looks ten times a second, and waits for nobody.
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Vmm {
+    /// Waits for a VM; `asker` is told when it is here.
+    pub(super) fn receive_for(&mut self, request: &ReceiveMigrationData, asker: Replier<()>) {
+        let spec = match ReceiveSpec::check(request) {
+            Ok(spec) => spec,
+            Err(faults) => return asker.reply(Err(faults.into())),
+        };
+        // The address may be the same.
+        self.receive.thread = None;
+        self.boot.machines += 1;
+        self.jobs += 1;
+        let (machine, number) = (self.boot.machines, self.jobs);
+        self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
+        let gone = Arc::new(AtomicBool::new(false));
+        let (to, heard) = channel();
+        let post = EventPost::new(machine, self.post.clone());
+        let incoming = Incoming {
+            spec,
+            most_vcpus: self.hypervisor.max_vcpus(),
+            desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
+            threads: Arc::clone(self.sandbox.threads()),
+            heard: (to.clone(), heard),
+            gone: Arc::clone(&gone),
+        };
+        let (cancels, start, held) = (Vec::new(), Instant::now(), None);
+        let job = Job { machine, number, asker, cancels, start, to, held };
+        match thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
+            Ok(handle) => {
+                // Admission keeps this from failing.
+                let _ = self.slot.begin_restore();
+                self.receive.thread = Some(Thread { gone, handle: Some(handle) });
+                self.receive.job = Some(job);
+            }
+            Err(error) => self.not_received(job, ReceiveError::Thread(error)),
+        }
+    }
+
+    /// The driver asks or tells something.
+    pub(super) fn receive_says(&mut self, machine: u64, step: ReceiveStep) {
+        if self.receive.job.as_ref().is_none_or(|job| job.machine != machine) {
+            return;
+        }
+        match step {
+            ReceiveStep::Restore(arrival) => self.make_arrived(*arrival),
+            ReceiveStep::TakeLocks => {
+                let held = self.receive.job.as_mut().and_then(|job| job.held.as_mut());
+                let taken = held.map_or(Ok(()), |held| held.machine.take_disks());
+                self.answer_receiver(taken.map_err(VmmError::from));
+            }
+            ReceiveStep::ReleaseLocks => {
+                let held = self.receive.job.as_mut().and_then(|job| job.held.as_mut());
+                let released = held.map_or(Ok(()), |held| held.machine.release_disks());
+                self.answer_receiver(released.map_err(VmmError::from));
+            }
+            ReceiveStep::Run => {
+                let result = self.adopt().and_then(|()| self.resume());
+                self.answer_receiver(result);
+            }
+            ReceiveStep::Discard => self.discard(),
+            ReceiveStep::Over(result) => self.received(result),
+        }
+    }
+
+    fn answer_receiver(&self, result: Result<(), VmmError>) {
+        let Some(job) = &self.receive.job else { return };
+        let input = match result {
+            Ok(()) => DestinationInput::Done(Output::Nothing),
+            Err(error) => DestinationInput::Failed(Fault::new(Reason::Failed, &chain(&error))),
+        };
+        // A driver that is over has told, or will.
+        let _ = job.to.send(Heard::Answer(input));
+    }
+
+    /// Makes a machine of what arrived, as a restore does.
+    fn make_arrived(&mut self, Arrival { checked, records, memory }: Arrival) {
+        let Some(job) = &self.receive.job else { return };
+        self.boot.restore = Some(Restore::arrival(job.start));
+        super::warn(&checked.spec);
+        let _ = self.slot.load(Configured::new(checked));
+        self.build_for(Asker::Migration, Some(Origin::Arrived { records, memory }));
+    }
+
+    /// The end of that.
+    pub(super) fn arrived(&self, result: Result<(), VmmError>) {
+        self.answer_receiver(result);
+    }
+
+    /// Keeps a machine until it is known whose it is; gives it back where nothing is to arrive.
+    pub(super) fn hold(&mut self, held: Held) -> Option<Held> {
+        match &mut self.receive.job {
+            Some(job) => {
+                job.held = Some(held);
+                None
+            }
+            None => Some(held),
+        }
+    }
+
+    /// The machine is this VMM's; its guest is paused.
+    fn adopt(&mut self) -> Result<(), VmmError> {
+        let held = self.receive.job.as_mut().and_then(|job| job.held.take()).ok_or(VmmError::NoVm)?;
+        self.show(held)
+    }
+
+    /// Nothing of the VM stays.
+    fn discard(&mut self) {
+        let held = self.receive.job.as_mut().and_then(|job| job.held.take());
+        let Some(job) = &self.receive.job else { return };
+        let to = job.to.clone();
+        let answer = move || drop(to.send(Heard::Answer(DestinationInput::Done(Output::Nothing))));
+        let Some(Held { machine, stages, fresh }) = held else { return answer() };
+        self.close_consoles(fresh);
+        self.inputs.drop_all();
+        let _ = self.slot.fail_boot();
+        let _ = self.slot.begin_restore();
+        let _ = self.boot_ended::<()>(&stages, Err(VmmError::GivenUp));
+        self.boot.before.begin(machine, answer);
+    }
+
+    fn received(&mut self, result: Result<DestinationOutcome, ReceiveError>) {
+        let error = match result {
+            Ok(DestinationOutcome::Received { running, trouble }) => {
+                // A paused guest has not been shown yet.
+                let shown = if running || trouble.is_some() { Ok(()) } else { self.adopt() };
+                match (shown, trouble) {
+                    (Ok(()), Some(fault)) => Some(ReceiveError::Trouble(fault)),
+                    (Ok(()), None) => None,
+                    (Err(error), _) => {
+                        Some(ReceiveError::Trouble(Fault::new(Reason::Failed, &chain(&error))))
+                    }
+                }
+            }
+            Ok(DestinationOutcome::Failed { failure, stuck }) => {
+                if !stuck.is_empty() {
+                    log::error!("migration: this could not be undone: {stuck:?}");
+                }
+                Some(ReceiveError::Failed(failure))
+            }
+            // A check is no end.
+            Ok(DestinationOutcome::Checked) => return,
+            Err(error) => Some(error),
+        };
+        let Some(job) = self.receive.job.take() else { return };
+        match error {
+            Some(error) => self.not_received(job, error),
+            None => {
+                let duration = told::micros(job.start.elapsed());
+                self.note(&Event::JobFinished { job: job.number, outcome: JobOutcome::Done });
+                log::info!("the VM is received, in {duration} us");
+                self.post_info();
+                job.cancels.into_iter().for_each(|cancel| {
+                    cancel.reply(Err(super::saving::too_late(self.slot.phase())));
+                });
+                job.asker.reply(Ok(()));
+            }
+        }
+        self.go_on();
+    }
+
+    /// There is no VM, as before, or one that does not run.
+    fn not_received(&mut self, job: Job, error: ReceiveError) {
+        if self.slot.phase() == Phase::Booting {
+            let _ = self.slot.fail_boot();
+        }
+        let cancelled = error.is_cancelled();
+        let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
+        self.events.tell(job.machine, &Event::JobFinished { job: job.number, outcome });
+        let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
+        log::warn!("{}", chain(&error));
+        self.post_info();
+        let code = if cancelled { Code::Cancelled } else { Code::MigrationFailed };
+        job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+        job.asker.reply(Err(ApiError::from_error(code, &error)));
+    }
+
+    /// Cancels it. Gives the client back where there is none.
+    pub(super) fn cancel_receive(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
+        let Some(job) = &mut self.receive.job else { return Some(asker) };
+        job.cancels.push(asker);
+        let _ = job.to.send(Heard::Cancel);
+        None
+    }
+
+    /// The VMM ends: no VM is waited for, and nobody is answered.
+    pub(super) fn give_up_receive(&mut self) {
+        self.receive.thread = None;
+        let Some(job) = self.receive.job.take() else { return };
+        let gone = || ApiError::new(Code::Cancelled, "the VMM ends");
+        job.asker.reply(Err(gone()));
+        job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+    }
+}

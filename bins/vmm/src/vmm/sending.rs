@@ -1,0 +1,285 @@
+//! Giving the VM away: what a migration's driver asks of the control thread, which owns the VM and serves clients all the while.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Instant;
+
+use vmm_api::command::Replier;
+use vmm_api::config::{SendMigrationData, TimeoutStrategy as Wanted};
+use vmm_api::error::{ApiError, Code};
+use vmm_api::events::{Event, JobOutcome};
+use vmm_api::spec::SendSpec;
+use vmm_device_model::thread;
+use vmm_migration_protocol::{
+    CpuNeeds, Fault, Features, Goals, Hello, Limits, MemoryLayout, Output, Purpose, Reason, Region,
+    SessionId, SourceInput, SourceSetup, SourceStep, SourceUndo, TimeoutStrategy, Versions,
+};
+use vmm_snapshot::directory::Place;
+use vmm_snapshot::{Record, minicbor};
+use vmm_state::{Guest, GuestEvent, Phase, Reaction};
+
+use super::{Configured, Vmm, VmmError, boot, saving, told};
+use crate::exit::{ExitCode, chain};
+use crate::machine::{EventPost, Machine, MachineEvent};
+use crate::migration::outgoing::{DONE, Outgoing, Told};
+use crate::migration::{Aside, SendError, SendStep, THREAD};
+
+/// The kind of the job, in events.
+const KIND: &str = "migration";
+
+/// A VM on its way out, and who waits for its end.
+#[derive(Debug)]
+pub(super) struct Job {
+    number: u64,
+    /// `None`: it is in doubt where the VM is, and that has been said.
+    asker: Option<Replier<()>>,
+    cancels: Vec<Replier<()>>,
+    start: Instant,
+    /// The guest was paused before.
+    paused: bool,
+    /// The guest stands still for the migration.
+    stands: bool,
+    inputs: Sender<SourceInput>,
+    aside: Arc<Aside>,
+    gone: Arc<AtomicBool>,
+}
+
+type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
+
+impl Vmm {
+    /// Begins to give the VM away; `asker` is told of the end.
+    pub(super) fn send_for(&mut self, request: &SendMigrationData, asker: Replier<()>) {
+        let spec = match SendSpec::check(request) {
+            Ok(spec) => spec,
+            Err(faults) => return asker.reply(Err(faults.into())),
+        };
+        self.jobs += 1;
+        let number = self.jobs;
+        self.note(&Event::JobStarted { job: number, kind: KIND.into() });
+        match self.begin_send(&spec) {
+            Ok(mut job) => {
+                job.asker = Some(asker);
+                // There is a machine.
+                let _ = self.slot.begin_save();
+                self.send = Some(job);
+            }
+            Err(error) => asker.reply(Err(self.send_failed(number, error))),
+        }
+    }
+
+    fn begin_send(&mut self, spec: &SendSpec) -> Result<Job, SendError> {
+        let paused = self.slot.phase() == Phase::Paused;
+        let refused = |text: &str| SendError::Refused(text.into());
+        let ends = |event: &&GuestEvent| self.policy.reactions.to(**event) != Reaction::Report;
+        if let Some(event) = self.deferred.iter().find(ends) {
+            return Err(refused(&format!("its guest has ended: {event}")));
+        }
+        let (configured, machine) = self.slot.parts_mut().ok_or_else(|| refused("there is no machine"))?;
+        let memory = machine.memory().source().map_err(|error| SendError::Refused(error.into()))?;
+        let places = machine.memory().places();
+        let setup = setup(configured, machine, &places, (spec, paused))?;
+        let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
+        let (inputs, queue) = channel();
+        let post = EventPost::new(machine.number(), self.post.clone());
+        let outgoing = Outgoing {
+            address: spec.address.clone(),
+            setup,
+            memory,
+            aside: Arc::clone(&aside),
+            desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
+            told: Told { job: self.jobs, machine: machine.number(), events: self.events.clone() },
+            threads: Arc::clone(self.sandbox.threads()),
+            inputs: (inputs.clone(), queue),
+            gone: Arc::clone(&gone),
+        };
+        thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
+            .map_err(SendError::Thread)?;
+        let (asker, cancels, start) = (None, Vec::new(), Instant::now());
+        Ok(Job { number: self.jobs, asker, cancels, start, paused, stands: false, inputs, aside, gone })
+    }
+
+    /// The driver asks or tells something.
+    pub(super) fn send_says(&mut self, step: SendStep) {
+        let answer = match step {
+            SendStep::Run(step) => self.send_step(step),
+            SendStep::Undo(undo) => self.send_undo(undo).map(|()| Output::Nothing),
+            SendStep::InDoubt(failure) => return self.in_doubt(SendError::InDoubt(failure)),
+            SendStep::Over(result) => return self.sent(result),
+        };
+        let Some(job) = &self.send else { return };
+        let input = match answer {
+            Ok(Output::Nothing) => DONE,
+            Ok(output) => SourceInput::Done(output),
+            Err(error) => SourceInput::Failed(Fault::new(Reason::Failed, &chain(&*error))),
+        };
+        // A driver that is over has told, or will.
+        let _ = job.inputs.send(input);
+    }
+
+    fn send_step(&mut self, step: SourceStep) -> StepResult {
+        let (Some(job), Some(machine)) = (&mut self.send, self.slot.machine_mut()) else {
+            return Err("there is no machine".into());
+        };
+        match step {
+            SourceStep::StartDirtyLog => self.tracks.begin_live(machine.memory_mut())?,
+            SourceStep::TakeDirty => {
+                return Ok(Output::Bytes(job.aside.put(self.tracks.live(machine.memory())?)));
+            }
+            SourceStep::Pause => {
+                machine.pause()?;
+                job.stands = true;
+            }
+            SourceStep::SaveState => {
+                return Ok(Output::State(minicbor::to_vec(Record::of(&machine.save()?))?));
+            }
+            SourceStep::ReleaseLocks => machine.release_disks()?,
+            SourceStep::GiveAway => {
+                // What the guest did before it was paused has been told by now.
+                let ends = |event: &&GuestEvent| self.policy.reactions.to(**event) != Reaction::Report;
+                if let Some(event) = self.deferred.iter().find(ends) {
+                    return Err(format!("the guest has ended: {event}").into());
+                }
+            }
+            SourceStep::Throttle { .. }
+            | SourceStep::Connect { .. }
+            | SourceStep::SendMemory { .. }
+            | SourceStep::Ask => return Err("that is not the control thread's".into()),
+        }
+        Ok(Output::Nothing)
+    }
+
+    fn send_undo(&mut self, undo: SourceUndo) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let (Some(job), Some(machine)) = (&mut self.send, self.slot.machine_mut()) else {
+            return Err("there is no machine".into());
+        };
+        match undo {
+            SourceUndo::StopDirtyLog => self.tracks.end_live(machine.memory_mut())?,
+            SourceUndo::Resume => {
+                let resumed = machine.resume();
+                told::changes(&self.events, machine);
+                resumed?;
+                job.stands = false;
+            }
+            SourceUndo::TakeLocks => machine.take_disks()?,
+            // Who is given away is paused, and nobody is let at it before the end.
+            SourceUndo::TakeBack | SourceUndo::Unthrottle => {}
+        }
+        Ok(())
+    }
+
+    fn in_doubt(&mut self, error: SendError) {
+        let Some(job) = &mut self.send else { return };
+        log::error!("{}", chain(&error));
+        let reply = ApiError::from_error(Code::MigrationFailed, &error);
+        for waiting in job.cancels.drain(..).chain(job.asker.take()) {
+            waiting.reply(Err(reply.clone()));
+        }
+    }
+
+    /// The end: the VM is elsewhere, or as it was.
+    fn sent(&mut self, result: Result<(), SendError>) {
+        let Some(job) = self.send.take() else { return };
+        let Job { number, asker, cancels, start, paused, stands, .. } = job;
+        match result {
+            Ok(()) => {
+                self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
+                log::info!("the VM is given away, in {} us", told::micros(start.elapsed()));
+                cancels.into_iter().for_each(|cancel| cancel.reply(Err(saving::too_late(self.slot.phase()))));
+                asker.into_iter().for_each(|asker| asker.reply(Ok(())));
+                self.end(ExitCode::Success);
+            }
+            Err(error) => {
+                let guest = if paused || stands { Guest::Rests } else { Guest::Runs };
+                let _ = self.slot.end_save(guest);
+                let reply = self.send_failed(number, error);
+                self.post_info();
+                cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+                asker.into_iter().for_each(|asker| asker.reply(Err(reply.clone())));
+                if guest == Guest::Runs {
+                    self.catch_up();
+                }
+                self.go_on();
+            }
+        }
+    }
+
+    /// Tells of a migration that is not, and gives the reply.
+    fn send_failed(&self, job: u64, error: SendError) -> ApiError {
+        let cancelled = error.is_cancelled();
+        let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
+        self.note(&Event::JobFinished { job, outcome });
+        let error = boot::explain(&self.sandbox, VmmError::Send(Box::new(error)));
+        log::warn!("{}", chain(&error));
+        ApiError::from_error(if cancelled { Code::Cancelled } else { Code::MigrationFailed }, &error)
+    }
+
+    /// Cancels it, as far as that is possible; in doubt, asks again. Gives the client back where there is none.
+    pub(super) fn cancel_send(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
+        let Some(job) = &mut self.send else { return Some(asker) };
+        job.cancels.push(asker);
+        let input = match job.asker {
+            Some(_) => SourceInput::Cancel("by this end's operator".to_owned()),
+            None => SourceInput::Ask,
+        };
+        let _ = job.inputs.send(input);
+        None
+    }
+
+    /// The guest did something that ends it: there is nothing to go on with elsewhere.
+    pub(super) fn ends_send(&self, event: GuestEvent) {
+        if let Some(job) = &self.send
+            && self.policy.reactions.to(event) != Reaction::Report
+        {
+            let _ = job.inputs.send(SourceInput::Cancel(format!("the guest has ended: {event}")));
+        }
+    }
+
+    /// The machine goes: nobody waits for the migration any more.
+    pub(super) fn give_up_send(&mut self) {
+        let Some(job) = self.send.take() else { return };
+        job.gone.store(true, Ordering::SeqCst);
+        let gone = || ApiError::new(Code::Cancelled, "the VM was removed while it was given away");
+        job.asker.into_iter().for_each(|asker| asker.reply(Err(gone())));
+        job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+    }
+}
+
+/// What the protocol is told of the VM.
+fn setup(
+    configured: &Configured,
+    machine: &Machine,
+    places: &[Place],
+    (spec, paused): (&SendSpec, bool),
+) -> Result<SourceSetup, SendError> {
+    let mut session = [0; 16];
+    getrandom::fill(&mut session).map_err(|error| SendError::Refused(error.into()))?;
+    let region = |place: &Place| Region { gpa: place.gpa, length: place.size, zone: place.zone.clone() };
+    let memory = MemoryLayout::new(places.iter().map(region).collect());
+    let cpu =
+        CpuNeeds { vcpus: configured.spec.cpus.boot, phys_bits: machine.phys_bits(), ..CpuNeeds::default() };
+    let hello = Hello {
+        versions: Versions::OURS,
+        session: SessionId(session),
+        purpose: Purpose::Migrate,
+        features: Features::NONE,
+        required: Features::NONE,
+        connections: spec.connections,
+        memory: memory.map_err(|error| SendError::Refused(error.into()))?,
+        cpu,
+        program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
+    };
+    let strategy = match spec.strategy {
+        Wanted::Cancel => TimeoutStrategy::Cancel,
+        Wanted::Ignore => TimeoutStrategy::Ignore,
+    };
+    let config = serde_json::to_vec(&*configured.wire).map_err(|error| SendError::Refused(error.into()))?;
+    Ok(SourceSetup {
+        hello,
+        config,
+        descriptors: Vec::new(),
+        paused,
+        goals: Goals { downtime: spec.downtime, timeout: spec.timeout, strategy, ..Goals::default() },
+        limits: Limits::default(),
+    })
+}

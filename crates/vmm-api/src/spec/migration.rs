@@ -1,0 +1,168 @@
+//! What is asked of the two ends of a migration, in checked form.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Checked;
+use super::snapshot::Overrides;
+use crate::config::wire::Walk;
+use crate::config::{
+    Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
+};
+
+/// The most connections that may be asked for.
+const MAX_CONNECTIONS: u64 = 128;
+
+/// Where the two ends of a migration meet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MigrationAddress {
+    /// A UNIX socket.
+    Unix(PathBuf),
+    /// `host:port`.
+    Tcp(String),
+}
+
+impl MigrationAddress {
+    fn parse(field: &str, url: &str) -> Result<Self, Fault> {
+        if let Some(path) = url.strip_prefix("unix:").filter(|path| is_path(path)) {
+            return Ok(Self::Unix(Path::new(path).to_owned()));
+        }
+        let port = |address: &&str| {
+            let found = address.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>()));
+            matches!(found, Some((host, Ok(port))) if !host.is_empty() && port != 0)
+        };
+        if let Some(address) = url.strip_prefix("tcp:").filter(port) {
+            return Ok(Self::Tcp(address.to_owned()));
+        }
+        let message = format!("expected unix:/path or tcp:host:port, found {url:?}");
+        Err(Fault::new(field, FaultKind::Invalid, message))
+    }
+}
+
+fn is_path(path: &str) -> bool {
+    !path.is_empty() && !path.contains('\0')
+}
+
+/// A VM to be given away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SendSpec {
+    /// Where the other end listens.
+    pub address: MigrationAddress,
+    /// Longest that the guest should stand still.
+    pub downtime: Duration,
+    /// Longest that all should take.
+    pub timeout: Duration,
+    /// What happens after that.
+    pub strategy: TimeoutStrategy,
+    /// Connections to ask for, 1 to 128.
+    pub connections: u16,
+}
+
+impl SendSpec {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// All faults, with their JSON paths.
+    pub fn check(config: &SendMigrationData) -> Result<Self, Vec<Fault>> {
+        let mut faults = Walk::faults_of(config);
+        refuse_postcopy(config.memory_mode, &mut faults);
+        let connections = u16::try_from(config.connections).unwrap_or(u16::MAX);
+        if !(1..=MAX_CONNECTIONS).contains(&config.connections) {
+            let message = format!("expected 1 to {MAX_CONNECTIONS}, found {}", config.connections);
+            faults.push(Fault::new("connections", FaultKind::Invalid, message));
+        }
+        let address = MigrationAddress::parse("destination_url", &config.destination_url)
+            .map_err(|fault| faults.push(fault));
+        match address {
+            Ok(address) if faults.is_empty() => Ok(Self {
+                address,
+                downtime: Duration::from_millis(config.downtime_ms),
+                timeout: Duration::from_secs(config.timeout_s),
+                strategy: config.timeout_strategy,
+                connections,
+            }),
+            _ => Err(faults),
+        }
+    }
+}
+
+/// A VM to be waited for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReceiveSpec {
+    /// Where to listen.
+    pub address: MigrationAddress,
+    overrides: Overrides,
+}
+
+impl ReceiveSpec {
+    /// Checks a request.
+    ///
+    /// # Errors
+    /// All faults, with their JSON paths.
+    pub fn check(config: &ReceiveMigrationData) -> Result<Self, Vec<Fault>> {
+        let mut faults = Walk::faults_of(config);
+        refuse_postcopy(config.memory_mode, &mut faults);
+        let address =
+            MigrationAddress::parse("receiver_url", &config.receiver_url).map_err(|fault| faults.push(fault));
+        let overrides = Overrides {
+            disks: config.disks.clone().unwrap_or_default(),
+            serial: config.serial.clone(),
+            console: config.console.clone(),
+            debug_console: config.debug_console.clone(),
+        };
+        match address {
+            Ok(address) if faults.is_empty() => Ok(Self { address, overrides }),
+            _ => Err(faults),
+        }
+    }
+
+    /// The configuration of the VM here: `document` is what the source sent.
+    ///
+    /// # Errors
+    /// What is wrong with the document, or with what is to replace parts of it.
+    pub fn configure(&self, document: &[u8]) -> Result<Checked, Vec<Fault>> {
+        self.overrides.configure(document)
+    }
+}
+
+fn refuse_postcopy(mode: MigrationMode, faults: &mut Vec<Fault>) {
+    if mode == MigrationMode::Postcopy {
+        let message = "memory travels before the destination runs; post-copy is not built yet";
+        faults.push(Fault::new("memory_mode", FaultKind::NotBuilt, message));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn send(json: &str) -> Result<SendSpec, Vec<String>> {
+        let config: SendMigrationData = serde_json::from_str(json).unwrap();
+        SendSpec::check(&config).map_err(|faults| faults.into_iter().map(|fault| fault.path).collect())
+    }
+
+    #[test]
+    fn addresses_are_sockets_or_hosts_with_ports() {
+        let of = |url: &str| MigrationAddress::parse("u", url).ok();
+        assert_eq!(of("unix:/run/m"), Some(MigrationAddress::Unix("/run/m".into())));
+        assert_eq!(of("tcp:host:70"), Some(MigrationAddress::Tcp("host:70".into())));
+        assert_eq!(of("tcp:[::1]:70"), Some(MigrationAddress::Tcp("[::1]:70".into())));
+        for wrong in
+            ["", "unix:", "tcp:host", "tcp::70", "tcp:host:0", "tcp:host:70000", "file:///x", "unix:a\0b"]
+        {
+            assert_eq!(of(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn all_faults_of_a_request_are_told() {
+        assert!(send(r#"{"destination_url": "unix:/m"}"#).is_ok());
+        let faults = send(
+            r#"{"destination_url": "x", "connections": 129, "memory_mode": "Postcopy", "local": true,
+                "tls_dir": "/t"}"#,
+        );
+        let mut faults = faults.unwrap_err();
+        faults.sort();
+        assert_eq!(faults, ["connections", "destination_url", "local", "memory_mode", "tls_dir"]);
+    }
+}

@@ -1,0 +1,197 @@
+//! Migrations of tiny guests between two real processes. They run on any KVM.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+use vmm_state::Phase;
+use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::tiny::Guest;
+
+/// Boots a guest that counts in memory, and lets it count a little.
+fn ticker(scratch: &Scratch) -> (Vmm, SerialFile) {
+    let vmm = Vmm::with_api(scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    vmm.api().create(&vm_config(&scratch.guest(Guest::Pages), serial.path()));
+    vmm.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    (vmm, serial)
+}
+
+/// The numbers that a ticker has counted; the first and the last line may have been cut.
+fn ticks(serial: &SerialFile) -> Vec<u32> {
+    let text = serial.text();
+    assert!(!text.contains("memory"), "{text}");
+    let whole = |line: &&str| line.len() == 8;
+    text.lines().filter(whole).map(|line| u32::from_str_radix(line, 16).unwrap()).collect()
+}
+
+/// The ticker goes on where it stood, and neither repeats nor leaves out a number.
+fn goes_on(before: &SerialFile, after: &SerialFile) {
+    after.wait_longer_than(after.text().len() + 40);
+    let (before, after) = (ticks(before), ticks(after));
+    let (last, first) = (*before.last().unwrap(), after[0]);
+    assert!(first == last + 1 || first == last + 2, "{first} after {last}, of which a line may be cut");
+    assert!(after.windows(2).all(|pair| pair[1] == pair[0] + 1), "{after:?}");
+}
+
+fn url(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
+    Pending::send(vmm.socket(), name, body.to_string().as_bytes())
+}
+
+/// Begins to wait for a VM, whose serial port is to go to `serial`, and gives the address.
+fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathBuf) {
+    // A receiver answers at its address for a while after its end.
+    static RECEIVERS: AtomicU32 = AtomicU32::new(0);
+    let path = scratch.path(&format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
+    let body = json!({
+        "receiver_url": url(&path), "serial": { "mode": "File", "file": serial.path() },
+    });
+    let pending = pending(vmm, "vm.receive-migration", &body);
+    wait_until(LIMIT, || path.exists().then_some(()), || "a receiver".to_owned());
+    (pending, path)
+}
+
+fn to(path: &Path) -> Value {
+    json!({ "destination_url": url(path) })
+}
+
+fn refused(answer: &Answer, status: u16, words: &str) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
+}
+
+#[test]
+fn a_guest_goes_on_elsewhere_and_comes_to_a_third() {
+    let scratch = Scratch::new();
+    let (mut first, serial) = ticker(&scratch);
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    assert_eq!(second.api().phase(), Phase::Running);
+    goes_on(&serial, &other);
+
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    let (mut received, path) = receive(&third, &scratch, &last);
+    second.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    second.expect_exit(0);
+    goes_on(&other, &last);
+    third.api().puts(&["vm.pause", "vm.resume", "vm.reboot"]);
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() {
+    let scratch = Scratch::new();
+    let (mut first, serial) = ticker(&scratch);
+    first.api().puts(&["vm.pause"]);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    assert_eq!(second.api().phase(), Phase::Paused);
+    second.api().puts(&["vm.resume"]);
+    goes_on(&serial, &other);
+}
+
+/// A source that nobody receives stays as it is, and can be sent again.
+#[test]
+fn nobody_there_is_told_and_changes_nothing() {
+    let scratch = Scratch::new();
+    let (first, serial) = ticker(&scratch);
+    let answer = first.api().put_json("vm.send-migration", &to(&scratch.path("nobody")));
+    refused(&answer, 500, "cannot connect to the receiver");
+    assert_eq!(first.api().phase(), Phase::Running);
+    serial.wait_longer_than(serial.text().len() + 40);
+}
+
+#[test]
+fn a_receiver_is_cancelled_and_waits_again() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    for _ in 0..2 {
+        let (mut received, path) = receive(&vmm, &scratch, &serial);
+        vmm.api().puts(&["vm.cancel"]);
+        refused(&received.answer(), 409, "cancelled");
+        assert_eq!(vmm.api().phase(), Phase::Empty);
+        assert!(!path.exists(), "nothing is left");
+    }
+}
+
+/// Stands between two ends, and lets so many bytes through to the destination before it closes both.
+fn relay(at: &Path, to: &Path, most: usize) -> std::thread::JoinHandle<()> {
+    let listener = UnixListener::bind(at).unwrap();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        let (mut source, _) = listener.accept().unwrap();
+        let mut destination = UnixStream::connect(to).unwrap();
+        let (mut back, mut from) = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+        let answers = std::thread::spawn(move || drop(std::io::copy(&mut from, &mut back)));
+        let mut left = most;
+        let mut buffer = [0; 4096];
+        while left > 0 {
+            let room = buffer.len().min(left);
+            match source.read(&mut buffer[..room]) {
+                Ok(0) | Err(_) => break,
+                Ok(count) => {
+                    left -= count;
+                    if destination.write_all(&buffer[..count]).is_err() {
+                        break;
+                    }
+                }
+            }
+        }
+        let _ = destination.shutdown(std::net::Shutdown::Both);
+        let _ = source.shutdown(std::net::Shutdown::Both);
+        answers.join().unwrap();
+    })
+}
+
+#[test]
+fn a_link_that_is_cut_leaves_the_guest_where_it_was_and_the_next_migration_succeeds() {
+    let scratch = Scratch::new();
+    let (mut first, serial) = ticker(&scratch);
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    for most in [1, 20, 300, 2000, 40_000, 300_000] {
+        let (mut received, path) = receive(&second, &scratch, &other);
+        let between = scratch.path("between");
+        let _ = fs::remove_file(&between);
+        let relay = relay(&between, &path, most);
+        let answer = first.api().put_json("vm.send-migration", &to(&between));
+        relay.join().unwrap();
+        assert_eq!(answer.status, 500, "{most}: {answer:?}");
+        assert_eq!(first.api().phase(), Phase::Running, "{most}");
+
+        if most <= 20 && !received.is_answered() {
+            // What never said Hello is not a source.
+            second.api().puts(&["vm.cancel"]);
+        }
+        let answer = received.answer();
+        assert!([409, 500].contains(&answer.status), "{most}: {answer:?}");
+        assert_eq!(second.api().phase(), Phase::Empty, "{most}");
+        serial.wait_longer_than(serial.text().len() + 20);
+    }
+    let (mut received, path) = receive(&second, &scratch, &other);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    second.api().puts(&["vmm.shutdown"]);
+    second.expect_exit(0);
+}
