@@ -18,6 +18,12 @@ fn rows() -> impl Iterator<Item = &'static ActionRow> {
 fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
     match row.cell(phase) {
         Cell::Run(step) if UNBOOTABLE.contains(&row.name) => (501, step.failed),
+        // There is nobody at the other end.
+        Cell::Run(step) if [Action::SendMigration, Action::ReceiveMigration].contains(&row.action) => {
+            (500, step.failed)
+        }
+        // Only a VM that is waited for can be cancelled in that phase.
+        Cell::Run(step) if row.action == Action::Cancel && phase == Phase::Booting => (409, step.failed),
         Cell::Run(step) if has_body(row) => (200, step.done),
         Cell::Run(step) => (204, step.done),
         Cell::Nothing => (204, phase),

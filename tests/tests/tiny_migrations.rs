@@ -195,3 +195,149 @@ fn a_link_that_is_cut_leaves_the_guest_where_it_was_and_the_next_migration_succe
     second.api().puts(&["vmm.shutdown"]);
     second.expect_exit(0);
 }
+
+/// The disk's image is locked by one of both at any time, and by the new one in the end.
+#[test]
+fn disks_go_along_with_their_locks() {
+    let scratch = Scratch::new();
+    let mut first = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let disk = scratch.disk("disk", 1 << 20);
+    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+    config["disks"] = json!([{ "path": disk, "image_type": "Raw" }]);
+    first.api().create(&config);
+    first.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+
+    // One that fails before the hand-over leaves the lock where it was.
+    let (mut received, path) = receive(&second, &scratch, &other);
+    let between = scratch.path("between");
+    let relay = relay(&between, &path, 3000);
+    assert_eq!(first.api().put_json("vm.send-migration", &to(&between)).status, 500);
+    relay.join().unwrap();
+    assert_eq!(received.answer().status, 500);
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let mut another = vm_config(&scratch.guest(Guest::Pages), &scratch.path("third"));
+    another["disks"] = config["disks"].clone();
+    third.api().create(&another);
+    refused(&third.api().put("vm.boot"), 500, "locked");
+
+    let (mut received, path) = receive(&second, &scratch, &other);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    refused(&third.api().put("vm.boot"), 500, "locked");
+    second.api().puts(&["vm.delete"]);
+    third.api().puts(&["vm.boot"]);
+    second.api().puts(&["vmm.shutdown"]);
+    second.expect_exit(0);
+}
+
+/// Lets so many bytes through, then holds the link still until it is told to go on by being dropped.
+struct Held {
+    thread: Option<std::thread::JoinHandle<()>>,
+    go_on: std::sync::mpsc::Sender<()>,
+    reached: std::sync::mpsc::Receiver<()>,
+}
+
+fn hold(at: &Path, to: &Path, most: usize) -> Held {
+    let listener = UnixListener::bind(at).unwrap();
+    let to = to.to_owned();
+    let (go_on, wait) = std::sync::mpsc::channel();
+    let (tell, reached) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let (mut source, _) = listener.accept().unwrap();
+        let mut destination = UnixStream::connect(to).unwrap();
+        let (mut back, mut from) = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+        let answers = std::thread::spawn(move || drop(std::io::copy(&mut from, &mut back)));
+        let mut buffer = vec![0; most];
+        let there = source.read_exact(&mut buffer).is_ok();
+        let _ = destination.write_all(&buffer);
+        let _ = tell.send(());
+        let _ = wait.recv();
+        if there {
+            let _ = std::io::copy(&mut source, &mut destination);
+        }
+        let _ = destination.shutdown(std::net::Shutdown::Both);
+        let _ = source.shutdown(std::net::Shutdown::Both);
+        answers.join().unwrap();
+    });
+    Held { thread: Some(thread), go_on, reached }
+}
+
+impl Held {
+    fn end(mut self) {
+        let _ = self.go_on.send(());
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn clients_are_served_and_a_migration_is_cancelled_while_its_link_stalls() {
+    let scratch = Scratch::new();
+    let (first, serial) = ticker(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    for (number, at_source) in [true, false].into_iter().enumerate() {
+        let (mut received, path) = receive(&second, &scratch, &other);
+        let between = scratch.path(&format!("between{number}"));
+        let held = hold(&between, &path, 20_000);
+        let mut sent = pending(&first, "vm.send-migration", &to(&between));
+        held.reached.recv_timeout(LIMIT).unwrap();
+        for vmm in [&first, &second] {
+            assert_eq!(vmm.api().get("vmm.ping").status, 200);
+        }
+        assert_eq!(first.api().state(), "Running");
+        assert!(!sent.is_answered() && !received.is_answered());
+        let vmm = if at_source { &first } else { &second };
+        vmm.api().puts(&["vm.cancel"]);
+        if at_source {
+            refused(&sent.answer(), 409, "cancelled");
+            held.end();
+            refused(&received.answer(), if at_source { 409 } else { 500 }, "cancelled");
+        } else {
+            refused(&received.answer(), 409, "cancelled");
+            held.end();
+            assert_ne!(sent.answer().status, 204);
+        }
+        assert_eq!(first.api().phase(), Phase::Running);
+        assert_eq!(second.api().phase(), Phase::Empty);
+        serial.wait_longer_than(serial.text().len() + 20);
+    }
+}
+
+#[test]
+fn when_one_end_dies_the_other_is_as_before() {
+    let scratch = Scratch::new();
+    let (first, serial) = ticker(&scratch);
+    for (number, most) in [100, 20_000, 200_000].into_iter().enumerate() {
+        let second = Vmm::with_api(&scratch, [""; 0]);
+        let other = SerialFile::new(scratch.path("other"));
+        let (_received, path) = receive(&second, &scratch, &other);
+        let between = scratch.path(&format!("between{number}"));
+        let held = hold(&between, &path, most);
+        let mut sent = pending(&first, "vm.send-migration", &to(&between));
+        held.reached.recv_timeout(LIMIT).unwrap();
+        drop(second);
+        held.end();
+        refused(&sent.answer(), 500, "link");
+        assert_eq!(first.api().phase(), Phase::Running, "the destination died at {most}");
+        serial.wait_longer_than(serial.text().len() + 20);
+    }
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    let between = scratch.path("between");
+    let held = hold(&between, &path, 20_000);
+    let _sent = pending(&first, "vm.send-migration", &to(&between));
+    held.reached.recv_timeout(LIMIT).unwrap();
+    drop(first);
+    held.end();
+    refused(&received.answer(), 500, "link");
+    assert_eq!(second.api().phase(), Phase::Empty, "the source died");
+    second.api().puts(&["vmm.shutdown"]);
+    second.expect_exit(0);
+}

@@ -85,9 +85,11 @@ impl Requests {
                 let number = SNAPSHOTS.fetch_add(1, Ordering::Relaxed);
                 json!({ "destination_url": folder(&format!("snapshot-{number}")), "live": true })
             }
-            "vm.coredump" | "vm.send-migration" => url,
+            "vm.coredump" => url,
+            // There is no such folder: nobody is there, and nobody can be waited for.
+            "vm.send-migration" => json!({ "destination_url": "unix:/nowhere/x" }),
             "vm.restore" => json!({ "source_url": folder(SAVED) }),
-            "vm.receive-migration" => json!({ "receiver_url": "unix:/x" }),
+            "vm.receive-migration" => json!({ "receiver_url": "unix:/nowhere/x" }),
             _ => json!({}),
         };
         body.to_string().into_bytes()

@@ -16,7 +16,7 @@ use std::time::Duration;
 use vmm_api::client::Client;
 use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
-use vmm_api::config::{RestoreConfig, VmSnapshotConfig};
+use vmm_api::config::{RestoreConfig, SendMigrationData, VmSnapshotConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{EventRoute, Journal};
 use vmm_api::http::{ApiSocket, Board, Config, Counts, Server, ServerHandle};
@@ -132,7 +132,15 @@ macro_rules! refuse {
 }
 
 refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
-refuse!(vm::Cancel, vm::ReceiveMigration, vm::SendMigration);
+refuse!(vm::Cancel, vm::ReceiveMigration);
+
+/// Nobody ever receives a toy.
+impl Handle<vm::SendMigration> for Toy {
+    fn handle(&mut self, _: SendMigrationData, replier: Replier<()>) {
+        replier.reply(Err(ApiError::new(Code::MigrationFailed, "nobody is there")));
+    }
+}
+
 refuse!(vm::Validate, vm::Counters, vm::BootTrace, vm::PowerButton, vm::Nmi);
 refuse!(device::AddDevice, device::AddUserDevice, device::AddDisk, device::AddFs);
 refuse!(device::AddGenericVhostUser, device::AddPmem, device::AddNet, device::AddVdpa);
