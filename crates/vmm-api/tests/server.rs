@@ -91,10 +91,12 @@ fn statuses_and_bodies_as_existing_clients_know_them() {
     assert!(head.contains("\r\nAllow: PUT\r\n"), "{head}");
     let head = check(&mut wire, "DELETE", "vmm.ping", 405, r#"["vmm.ping takes GET only"]"#);
     assert!(head.contains("\r\nAllow: GET\r\n"), "{head}");
-    assert_eq!(wire.ask("PUT", "vm.receive-migration").status, 400, "what it would take is looked at");
-    let answer = wire.ask_with("PUT", "vm.receive-migration", r#"{"receiver_url": "file:///x"}"#);
-    let refusal = r#"["vm.receive-migration is not possible: this build does not support it yet"]"#;
+    assert_eq!(wire.ask_with("PUT", "vm.create", &config("")).status, 204);
+    assert_eq!(wire.ask("PUT", "vm.resize-zone").status, 400, "what it would take is looked at");
+    let answer = wire.ask_with("PUT", "vm.resize-zone", r#"{"id": "z", "desired_ram": 1}"#);
+    let refusal = r#"["vm.resize-zone is not possible: this build does not support it yet"]"#;
     assert_eq!((answer.status, answer.body.as_str()), (501, refusal));
+    check(&mut wire, "PUT", "vm.delete", 204, "");
     let head = check(
         &mut wire,
         "GET",

@@ -23,7 +23,8 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
         Action::Shutdown => assert!(slot.stop().is_some()),
         Action::Reboot => reboot(slot, fails, serial),
         Action::Snapshot => save(slot),
-        Action::Restore => restore(slot, fails, serial),
+        Action::Restore | Action::ReceiveMigration => restore(slot, fails, serial),
+        Action::SendMigration => send(slot, fails),
         // They failed, ask, or edit the configuration in place.
         _ => {}
     }
@@ -40,6 +41,14 @@ fn save(slot: &mut Slot) {
     slot.begin_save().unwrap();
     assert_eq!((slot.phase(), slot.machine().is_some()), (Phase::Saving, true));
     slot.end_save(guest).unwrap();
+}
+
+/// It ends where it began, or elsewhere.
+fn send(slot: &mut Slot, fails: bool) {
+    save(slot);
+    if !fails {
+        slot.clear();
+    }
 }
 
 fn restore(slot: &mut Slot, fails: bool, serial: u32) {
