@@ -56,7 +56,8 @@ fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathB
         "receiver_url": url(&path), "serial": { "mode": "File", "file": serial.path() },
     });
     let pending = pending(vmm, "vm.receive-migration", &body);
-    wait_until(LIMIT, || path.exists().then_some(()), || "a receiver".to_owned());
+    // The path is there before anybody listens. One who comes and goes is no source.
+    wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)
 }
 
@@ -338,4 +339,104 @@ fn when_one_end_dies_the_other_is_as_before() {
     assert_eq!(second.api().phase(), Phase::Empty, "the source died");
     second.api().puts(&["vmm.shutdown"]);
     second.expect_exit(0);
+}
+
+/// Passes on whole frames of the first connection, and cuts it after so many in one direction. Later ones pass whole.
+fn relay_frames(at: &Path, to: &Path, down: u64, up: u64) {
+    let listener = UnixListener::bind(at).unwrap();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        let mut limits = Some((down, up));
+        while let Ok((source, _)) = listener.accept() {
+            let Ok(destination) = UnixStream::connect(&to) else { continue };
+            let (down, up) = limits.take().unwrap_or((u64::MAX, u64::MAX));
+            let (back, from) = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+            std::thread::spawn(move || copy_frames(&from, &back, up));
+            std::thread::spawn(move || copy_frames(&source, &destination, down));
+        }
+    });
+}
+
+fn copy_frames(mut from: &UnixStream, mut to: &UnixStream, most: u64) {
+    let mut frame = Vec::new();
+    for _ in 0..most {
+        frame.resize(16, 0);
+        if from.read_exact(&mut frame).is_err() {
+            // What it still says the other way is passed on.
+            let _ = to.shutdown(std::net::Shutdown::Write);
+            return;
+        }
+        let length = u64::from_le_bytes(frame[8..].try_into().unwrap());
+        frame.resize(16 + usize::try_from(length).unwrap(), 0);
+        if from.read_exact(&mut frame[16..]).is_err() || to.write_all(&frame).is_err() {
+            break;
+        }
+    }
+    for end in [from, to] {
+        let _ = end.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// Cuts the link after each frame of a direction, until one migration succeeds.
+fn cut_after_each_frame(limits: impl Fn(u64) -> (u64, u64)) {
+    let scratch = Scratch::new();
+    let (mut first, serial) = ticker(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    for frames in 0.. {
+        let (mut received, path) = receive(&second, &scratch, &other);
+        let between = scratch.path(&format!("between{frames}"));
+        let (down, up) = limits(frames);
+        relay_frames(&between, &path, down, up);
+        let answer = first.api().put_json("vm.send-migration", &to(&between));
+        if answer.status == 204 {
+            assert!(frames > 4, "the link was not cut");
+            assert_eq!(received.answer().status, 204, "after {frames}");
+            break;
+        }
+        assert_eq!(answer.status, 500, "after {frames}: {answer:?}");
+        assert_eq!(first.api().phase(), Phase::Running, "after {frames}: {answer:?}");
+        if down == 0 {
+            second.api().puts(&["vm.cancel"]);
+        }
+        assert_ne!(received.answer().status, 204, "after {frames}: two guests");
+        assert_eq!(second.api().phase(), Phase::Empty, "after {frames}");
+        assert!(!answer.body.contains("doubt"), "after {frames}: {answer:?}");
+    }
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+}
+
+#[test]
+fn exactly_one_guest_runs_whichever_frame_of_the_source_is_the_last() {
+    cut_after_each_frame(|frames| (frames, u64::MAX));
+}
+
+#[test]
+fn exactly_one_guest_runs_whichever_frame_of_the_destination_is_the_last() {
+    cut_after_each_frame(|frames| (u64::MAX, frames));
+}
+
+#[test]
+fn a_guest_goes_over_tcp() {
+    let scratch = Scratch::new();
+    let (mut first, serial) = ticker(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    // A port that was free a moment ago.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("tcp:127.0.0.1:{port}");
+    let body = json!({ "receiver_url": address, "serial": { "mode": "File", "file": other.path() } });
+    let mut received = pending(&second, "vm.receive-migration", &body);
+    let body = json!({ "destination_url": address, "connections": 4 });
+    let refused = |answer: &Answer| answer.body.contains("refused");
+    let answer = wait_until(
+        LIMIT,
+        || Some(first.api().put_json("vm.send-migration", &body)).filter(|answer| !refused(answer)),
+        || "a receiver".to_owned(),
+    );
+    assert_eq!(answer.status, 204, "{answer:?}");
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
 }

@@ -236,6 +236,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         let listener = Listener::bind(&address).unwrap();
         assert_eq!(Listener::bind(&address).unwrap_err().kind(), ErrorKind::AddrInUse);
+        listener.accept().expect("it was looked whether somebody listens");
         listener.close();
         assert!(listener.accept().is_err() && !path.exists());
         fs::write(&path, "a file").unwrap();
