@@ -102,7 +102,9 @@ impl Writer {
             None => {
                 for (number, place) in places.iter().enumerate() {
                     let mut at = 0;
-                    while let Some(run) = self.memory.next_data(number, at).map_err(unreadable)? {
+                    while let Some(run) =
+                        self.memory.next_data(number, at).map_err(|error| unreadable(&error))?
+                    {
                         let run = run.start / PAGE * PAGE..run.end.next_multiple_of(PAGE).min(place.size);
                         at = run.end;
                         described += self.range((number, place), run, pass)?;
@@ -134,7 +136,7 @@ impl Writer {
         while at < range.end {
             let end = (at + 1).next_multiple_of(CHUNK).min(range.end);
             buffer.resize(usize::try_from(end - at).unwrap_or_default(), 0);
-            self.memory.read(number, at, &mut buffer).map_err(unreadable)?;
+            self.memory.read(number, at, &mut buffer).map_err(|error| unreadable(&error))?;
             let mut gpa = place.gpa + at;
             for run in runs(&buffer) {
                 let length = run.bytes.len() as u64;
@@ -253,7 +255,7 @@ fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
     runs
 }
 
-fn unreadable(error: std::io::Error) -> Fault {
+fn unreadable(error: &std::io::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
 }
 

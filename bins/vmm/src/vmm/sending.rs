@@ -104,7 +104,7 @@ impl Vmm {
         let answer = match step {
             SendStep::Run(step) => self.send_step(step),
             SendStep::Undo(undo) => self.send_undo(undo).map(|()| Output::Nothing),
-            SendStep::InDoubt(failure) => return self.in_doubt(SendError::InDoubt(failure)),
+            SendStep::InDoubt(failure) => return self.in_doubt(&SendError::InDoubt(failure)),
             SendStep::Over(result) => return self.sent(result),
         };
         let Some(job) = &self.send else { return };
@@ -168,10 +168,10 @@ impl Vmm {
         Ok(())
     }
 
-    fn in_doubt(&mut self, error: SendError) {
+    fn in_doubt(&mut self, error: &SendError) {
         let Some(job) = &mut self.send else { return };
-        log::error!("{}", chain(&error));
-        let reply = ApiError::from_error(Code::MigrationFailed, &error);
+        log::error!("{}", chain(error));
+        let reply = ApiError::from_error(Code::MigrationFailed, error);
         for waiting in job.cancels.drain(..).chain(job.asker.take()) {
             waiting.reply(Err(reply.clone()));
         }
