@@ -77,7 +77,7 @@ mod tests {
         aside.put_range(MemoryRange::new(0x50_0000, 0x1000).unwrap());
         let taken = aside.take();
         assert_eq!(taken[0], [0x1000..0x4000, 0x8000..0x9000]);
-        assert_eq!(taken[1], [0..0x2000]);
+        assert_eq!((taken[1].len(), taken[1][0].clone()), (1, 0..0x2000));
         assert_eq!(aside.put(Changed::new()), 0);
     }
 }
