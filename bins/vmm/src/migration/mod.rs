@@ -2,9 +2,9 @@
 //!
 //! | module | thread | what |
 //! |---|---|---|
-//! | [`outgoing`] | `migration` | drives the source |
+//! | `outgoing` | `migration` | drives the source |
 //! | `sender` | `migration-out` | writes frames and memory, so that the driver never waits for the link |
-//! | [`incoming`] | `migration` | drives the destination, and answers what became of sessions |
+//! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in` | reads a connection; memory lands from here |
 //! | `link` | | sockets, and frames out of them |
 //!
