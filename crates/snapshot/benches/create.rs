@@ -39,7 +39,9 @@ fn main() -> Result<()> {
         }
     }
     if wanted("incremental") {
-        incremental(folder.path())?;
+        for run in [1, 16] {
+            incremental(folder.path(), run)?;
+        }
     }
     Ok(())
 }
@@ -159,16 +161,16 @@ fn create(folder: &Path, used: u64) -> Result<()> {
     Ok(())
 }
 
-fn incremental(folder: &Path) -> Result<()> {
+/// After 1 % of all pages changed, in runs of `run` pages anywhere in what is in use.
+fn incremental(folder: &Path, run: u64) -> Result<()> {
     let guest = Guest::new(256)?;
     let (full, child) = (folder.join("full"), folder.join("child"));
-    // 1 % of all pages, anywhere in what is in use.
     let mut random = Random(0x2545_f491_4f6c_dd1d);
-    let pages: Vec<u64> =
-        guest.used.iter().flat_map(|run| (run.start..run.end).step_by(PAGE as usize)).collect();
-    let dirty = (SIZE / PAGE / 100) as usize;
-    let page = |random: &mut Random| pages[(random.next() % pages.len() as u64) as usize];
-    let changed = [(0..dirty).map(|_| page(&mut random)).map(|at| at..at + PAGE).collect::<Vec<_>>()];
+    let whole = |used: &Range<u64>| (used.start..used.end).step_by((run * PAGE) as usize);
+    let runs: Vec<u64> = guest.used.iter().flat_map(whole).collect();
+    let dirty = SIZE / PAGE / 100 / run;
+    let mut any = || runs[(random.next() % runs.len() as u64) as usize];
+    let changed = [(0..dirty).map(|_| any()).map(|at| at..at + run * PAGE).collect::<Vec<_>>()];
     let parent = folder.join("parent");
     guest.snapshot(&parent, None)?;
     let increment = Increment { parent: Path::new("../parent"), changed: &changed };
@@ -184,7 +186,9 @@ fn incremental(folder: &Path) -> Result<()> {
             Ok(time)
         },
     )?;
-    figure.print("incremental snapshot, 1 % dirty, beside a full one", 0.05);
+    std::fs::remove_dir_all(&parent)?;
+    let pages = if run == 1 { "single pages".to_owned() } else { format!("runs of {run} pages") };
+    figure.print(&format!("incremental snapshot, 1 % dirty in {pages}, beside a full one"), 0.05);
     Ok(())
 }
 

@@ -237,6 +237,9 @@ fn absurd_counts() {
     }
     let overlap = forged(r#""gpa":4294967296"#, r#""gpa":4096"#);
     assert_eq!(overlap, manifest("region of zone \"mem0\" at 0x1000 is not behind the one before it"));
+    let far = forged(r#""gpa":4294967296"#, r#""gpa":4503599627370496"#);
+    assert_eq!(far, manifest("region of zone \"mem0\" at 0x10000000000000 cannot have 0x258000 bytes"));
+    assert_eq!(size("2461696"), "DIR/b/memory-0.bin has 2457600 bytes, expected 2461696");
     let many = after(|folder| {
         forge(&folder.join("b"), |text| {
             let region = |n: u64| format!(r#"{{"zone":"m","gpa":{},"size":4096,"file":"x{n}"}},"#, n * PAGE);
@@ -272,8 +275,14 @@ fn links_and_paths_that_leave_the_directory() {
             rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
         });
         assert_eq!(pipe, format!("DIR/b/{name} is not a regular file"), "and nobody waited for a writer");
+        let directory = after(|folder| {
+            fs::remove_file(folder.join("b").join(name)).unwrap();
+            fs::create_dir(folder.join("b").join(name)).unwrap();
+        });
+        assert_eq!(directory, format!("DIR/b/{name} is not a regular file"));
     }
-    for name in ["../a/memory-0.bin", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "manifest.json"] {
+    for name in ["../a/memory-0.bin", "/etc/passwd", "..", ".", "", ".hidden", "a/b", "a b", "manifest.json"]
+    {
         let expected = format!("DIR/b/manifest.json names {name:?}, which cannot be a file of the snapshot");
         assert_eq!(forged("memory-0.bin", name), expected);
     }

@@ -162,11 +162,7 @@ impl<'s> Workplace<'s> {
     }
 
     /// Brings files to stable storage, read-only, under their own names. Up to `threads` of them are waited for at once.
-    pub(super) fn finish_all(
-        &self,
-        files: &[(&str, &File)],
-        threads: NonZeroUsize,
-    ) -> Result<(), WriteError> {
+    pub(super) fn finish(&self, files: &[(&str, &File)], threads: NonZeroUsize) -> Result<(), WriteError> {
         for (name, file) in files {
             self.storage.seal(file).map_err(self.failed("seal", name))?;
         }
@@ -200,19 +196,11 @@ impl<'s> Workplace<'s> {
         self.storage.rename(&self.dir, &partial, name).map_err(self.failed("rename", name))
     }
 
-    /// Brings a file to stable storage, read-only, under its own name.
-    pub(super) fn finish(&self, file: &File, name: &str) -> Result<(), WriteError> {
-        self.storage.seal(file).map_err(self.failed("seal", name))?;
-        self.storage.sync(file).map_err(self.failed("sync", name))?;
-        self.settle(name)
-    }
-
-    /// Writes a whole file.
-    pub(super) fn file(&self, name: &str, bytes: &[u8]) -> Result<DataFile, WriteError> {
+    /// Writes a whole file, which is to be finished.
+    pub(super) fn file(&self, name: &str, bytes: &[u8]) -> Result<(File, DataFile), WriteError> {
         let file = self.create(name)?;
         self.write(&file, name, bytes, 0)?;
-        self.finish(&file, name)?;
-        Ok(DataFile { file: name.to_owned(), size: bytes.len() as u64, sha256: Hash::of(bytes) })
+        Ok((file, DataFile { file: name.to_owned(), size: bytes.len() as u64, sha256: Hash::of(bytes) }))
     }
 
     /// Writes the manifest. Its renaming commits; before that all other files are in place for good.
@@ -220,7 +208,7 @@ impl<'s> Workplace<'s> {
         self.sync_dir()?;
         if let Step::Claimed(marker) = &self.step {
             self.write(marker, MANIFEST, manifest, 0)?;
-            self.finish(marker, MANIFEST)?;
+            self.finish(&[(MANIFEST, marker)], NonZeroUsize::MIN)?;
         }
         self.sync_dir()?;
         self.step = Step::Committed;

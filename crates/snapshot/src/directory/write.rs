@@ -297,10 +297,12 @@ impl Filled<'_> {
         if table.len() as u64 > MAX_TABLE {
             return Err(WriteError::Invalid { what: format!("{} bytes of chunk table", table.len()) });
         }
+        let (state_file, state) = place.file(STATE, &state)?;
+        let (chunks_file, chunks) = place.file(TABLE, &table)?;
         let names = regions.iter().map(|region| region.file.as_str());
-        place.finish_all(&names.zip(&files).collect::<Vec<_>>(), threads)?;
-        let state = place.file(STATE, &state)?;
-        let chunks = place.file(TABLE, &table)?;
+        let memory = names.zip(&files);
+        let others = [(STATE, &state_file), (TABLE, &chunks_file)];
+        place.finish(&memory.chain(others).collect::<Vec<_>>(), threads)?;
         let since = contents.created.duration_since(UNIX_EPOCH).unwrap_or_default();
         let manifest = Unsigned {
             format: FORMAT,
