@@ -54,6 +54,18 @@ impl BarAllocator {
         Some(base)
     }
 
+    /// Takes the range of `size` bytes at `base`, aligned to its size. Returns whether it was free and inside the windows.
+    pub fn take_at(&mut self, base: u64, size: u64) -> bool {
+        let fits = size.is_power_of_two() && base.is_multiple_of(size) && self.windows.contain(base, size);
+        // Inside a window, so this does not wrap.
+        let free =
+            fits && self.taken.range(..base + size).next_back().is_none_or(|(at, len)| at + len <= base);
+        if free {
+            self.taken.insert(base, size);
+        }
+        free
+    }
+
     /// Gives an address back; returns whether it was taken.
     pub fn release(&mut self, base: u64) -> bool {
         self.taken.remove(&base).is_some()
@@ -97,6 +109,24 @@ mod tests {
         assert!(bars.release(b) && !bars.release(b));
         assert_eq!(bars.take(BarKind::Memory64, 0x8_0000), Some(b));
         assert_eq!(bars.take(BarKind::Memory32, 0x1000), Some(0xc008_0000));
+    }
+
+    #[test]
+    fn an_address_that_is_asked_for_is_given_if_it_is_free() {
+        let mut bars = BarAllocator::new(windows());
+        assert!(bars.take_at(0xc000_2000, 0x2000));
+        for (base, size) in [(0xc000_2000, 0x2000), (0xc000_3000, 0x1000), (0xc000_0000, 0x4000)] {
+            assert!(!bars.take_at(base, size), "{base:#x} is taken");
+        }
+        for (base, size) in [(0xc000_5000, 0x2000), (0xc000_4000, 0x1800), (0xc000_4000, 0)] {
+            assert!(!bars.take_at(base, size), "{size:#x} bytes at {base:#x} are no BAR");
+        }
+        for (base, size) in [(0xbfff_f000, 0x1000), (0xd000_0000, 0x1000), (1 << 63, 1 << 63)] {
+            assert!(!bars.take_at(base, size), "{base:#x} is outside");
+        }
+        assert!(bars.take_at(0xc000_4000, 0x4000) && bars.take_at(0xc000_0000, 0x2000));
+        assert_eq!(bars.take(BarKind::Memory32, 0x1000), Some(0xc000_8000));
+        assert!(bars.release(0xc000_2000) && bars.take_at(0xc000_3000, 0x1000));
     }
 
     #[test]
