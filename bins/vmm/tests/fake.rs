@@ -7,21 +7,29 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vm_memory::{Bytes, GuestAddress};
 use vmm::events::Events;
 use vmm::exit::chain;
 use vmm::machine::stages::Stages;
-use vmm::machine::{EventPost, Machine, MachineError, MachineEvent, MachineMessage, Ports};
+use vmm::machine::{
+    ClockChoice, EventPost, Machine, MachineError, MachineEvent, MachineMessage, MachineV1, Plan, Ports,
+    Saved, SavedMemory,
+};
 use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm::vmm::{Policy, Vmm};
 use vmm_api::command::Host;
 use vmm_api::config::{UnknownFields, VmConfig};
 use vmm_api::spec::{Checked, MachineSpec, Sink, parse_and_check};
 use vmm_cpu_manager::set::VcpuError;
+use vmm_cpu_manager::state::VcpuV1;
+use vmm_device_manager::tree::{DeviceTreeV1, ResourceV1};
 use vmm_device_model::metrics::{Sample, Value};
 use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::{Exit, Fake, Live};
+use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
 use vmm_platform_devices::events::SystemEvent;
+use vmm_snapshot::{Record, RecordSet, Schema};
 use vmm_state::Phase;
 use vmm_tests::tiny::Guest;
 
@@ -185,6 +193,249 @@ fn a_console_that_cannot_be_confined_fails_the_boot() {
     let error = vmm.take_failure().unwrap();
     assert_eq!(chain(&error), "consoles: cannot set up serial: told to refuse");
     assert_eq!((vmm.phase(), fake.live()), (Phase::Empty, Live::default()), "the VMM ends");
+}
+
+/// A machine of saved state whose memory is blank.
+fn restore(fake: &Fake, spec: &MachineSpec, records: RecordSet) -> Result<Machine, MachineError> {
+    restore_as(fake, spec, records, false)
+}
+
+fn restore_as(
+    fake: &Fake,
+    spec: &MachineSpec,
+    records: RecordSet,
+    another: bool,
+) -> Result<Machine, MachineError> {
+    let memory =
+        Box::new(|saved: SavedMemory| Ok(MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits)?));
+    let (mailbox, _inbox) = mailbox().unwrap();
+    let plan = Plan {
+        hypervisor: fake,
+        spec,
+        ports: &Ports::default(),
+        post: &EventPost::new(2, mailbox),
+        threads: &(Arc::new(Unconfined) as _),
+    };
+    let saved = Saved { records, memory, clock: ClockChoice::StoodStill, another };
+    Machine::restore(&plan, saved, &mut Stages::default())
+}
+
+fn save(fake: &Fake, spec: &MachineSpec) -> RecordSet {
+    let mut machine = build(fake, spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    machine.save().unwrap()
+}
+
+#[test]
+fn what_is_restored_is_what_was_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let records = save(&fake, &spec);
+    let bytes = records.encode().len();
+    assert!(bytes <= 48 << 10, "{bytes} bytes");
+    let mut machine = restore(&fake, &spec, records.clone()).unwrap();
+    let again = machine.save().unwrap();
+    for ((owner, was), (_, is)) in records.iter().zip(again.iter()) {
+        // Time goes on.
+        assert!(was == is || owner == "clock", "{owner}: {was:?} became {is:?}");
+    }
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    drop(machine);
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_guest_and_can_be_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let mut machine = build(&fake, &spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    let before = fake.calls().len();
+    machine.save().unwrap();
+    let calls = fake.calls().len() - before;
+    let live = fake.live();
+    for nth in 1..=calls {
+        fake.fail_nth(nth);
+        machine.save().unwrap_err();
+        fake.heal();
+        machine.resume().unwrap();
+        machine.pause().unwrap();
+        machine.save().unwrap();
+        assert_eq!(fake.live(), live);
+    }
+}
+
+#[test]
+fn any_call_of_a_restore_that_fails_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let records = save(&fake, &spec);
+    let before = fake.calls().len();
+    let machine = restore(&fake, &spec, records.clone()).unwrap();
+    let calls = fake.calls().len() - before;
+    drop(machine);
+    for nth in 1..=calls {
+        let before = fake.calls().len();
+        fake.fail_nth(nth);
+        let result = restore(&fake, &spec, records.clone()).map(drop);
+        fake.heal();
+        assert_eq!(fake.live(), Live::default());
+        let failed = fake.calls()[before + nth - 1];
+        // Telling a guest's clock of the pause is a courtesy.
+        assert!(result.is_err() || failed == "KVM_KVMCLOCK_CTRL", "{failed} failed unnoticed");
+    }
+    restore(&fake, &spec, records).unwrap();
+}
+
+/// The generation ID, and whether the event device tells of another.
+fn generation(fake: &Fake, machine: &mut Machine) -> ([u8; 16], bool) {
+    let mut id = [0; 16];
+    machine.memory().memory().read_slice(&mut id, GuestAddress(0xf_e000)).unwrap();
+    let before = fake.answers().len();
+    fake.script(0, [Exit::MmioRead { address: 0xf900_0000, size: 1 }]);
+    machine.resume().unwrap();
+    let told = wait_for(|| fake.answers().get(before).cloned());
+    machine.pause().unwrap();
+    (id, told.data == [0x10])
+}
+
+#[test]
+fn a_copy_of_a_guest_is_told_and_a_moved_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let mut machine = build(&fake, &spec).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    let records = machine.save().unwrap();
+    let (first, told) = generation(&fake, &mut machine);
+    assert!(first != [0; 16] && !told, "{first:?}");
+    drop(machine);
+    let mut ids = BTreeSet::from([first]);
+    for another in [true, true, false] {
+        let mut machine = restore_as(&fake, &spec, records.clone(), another).unwrap();
+        let (id, told) = generation(&fake, &mut machine);
+        assert_eq!(told, another);
+        // Its memory is blank here.
+        assert_eq!(id != [0; 16], another);
+        assert!(!another || ids.insert(id), "{id:?} was there before");
+    }
+}
+
+/// The records with one of them changed.
+fn with<S: Schema>(records: &RecordSet, owner: &str, change: impl FnOnce(&mut S)) -> RecordSet {
+    let mut records = records.clone();
+    let mut state: S = records.take(owner).unwrap();
+    change(&mut state);
+    records.put(owner, &state).unwrap();
+    records
+}
+
+fn with_vcpu(records: &RecordSet, change: impl FnOnce(&mut VcpuV1)) -> RecordSet {
+    with(records, "vcpus", |vcpus: &mut RecordSet| *vcpus = with(vcpus, "1", change))
+}
+
+#[test]
+fn what_cannot_be_restored_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let good = save(&fake, &spec);
+    let refused = |records: RecordSet, wanted: &str| {
+        let error = chain(&restore(&fake, &spec, records).unwrap_err());
+        assert!(error.contains(wanted), "{error}");
+        assert_eq!(fake.live(), Live::default());
+    };
+    let mut without = good.clone();
+    without.take_record("clock").unwrap();
+    refused(without, "no record of \"clock\"");
+    let mut more = good.clone();
+    more.put("tpm", &RecordSet::new()).unwrap();
+    refused(more, "records that nothing here restores: tpm");
+    let mut newer = good.clone();
+    let mut record = newer.take_record("machine").unwrap();
+    record.version += 1;
+    newer.insert("machine", record).unwrap();
+    refused(newer, "machine record has version 2, this build knows versions up to 1");
+    let mut kind = good.clone();
+    let mut record = kind.take_record("machine").unwrap();
+    "engine".clone_into(&mut record.kind);
+    kind.insert("machine", record).unwrap();
+    refused(kind, "record is of kind \"engine\"");
+
+    let machine = |change: fn(&mut MachineV1)| with(&good, "machine", change);
+    refused(machine(|m| m.boot_vcpus = 1), "the guest had vCPUs 1, this VM has 2");
+    refused(machine(|m| m.topology = [2, 1, 1, 1]), "topology");
+    refused(machine(|m| m.mmio32.start = 0), "the guest had 32-bit PCI window at 0x0,");
+    refused(machine(|m| m.phys_bits = 40), "the guest had bits of physical address 40, this VM has 46");
+    let layout = |l: &mut MemoryLayoutV1| l.ram[0].range.size += 4096;
+    refused(with(&good, "memory-layout", layout), "laid out differently");
+    let fewer = |vcpus: &mut RecordSet| drop(vcpus.take_record("1").unwrap());
+    refused(with(&good, "vcpus", fewer), "the guest had vCPU records 1, this VM has 2");
+
+    let feature = |vcpu: &mut VcpuV1| vcpu.cpuid.iter_mut().find(|l| l.function == 1).unwrap().ecx |= 1 << 28;
+    refused(with_vcpu(&good, feature), "the guest was given AVX (CPUID 0x1.0 Ecx bit 28)");
+    fake.unsupported("KVM_SET_TSC_KHZ");
+    let rate = |vcpu: &mut VcpuV1| vcpu.tsc_khz = Some(3_000_000);
+    refused(with_vcpu(&good, rate), "the guest's TSC runs at 3000000 kHz, this host gives 2000000 kHz");
+    fake.heal();
+
+    let less = |devices: &mut RecordSet| drop(devices.take_record("_disk0").unwrap());
+    refused(with(&good, "devices", less), "no record of \"_disk0\"");
+    let more = |devices: &mut RecordSet| devices.put("_disk7", &RecordSet::new()).unwrap();
+    refused(with(&good, "devices", more), "records that nothing here restores: _disk7");
+    let moved = |tree: &mut DeviceTreeV1| {
+        let disk = tree.devices.iter_mut().find(|node| node.id == "_disk0").unwrap();
+        let bar = disk.resources.iter_mut().find(|r| matches!(r, ResourceV1::Bar { .. })).unwrap();
+        *bar = ResourceV1::Bar { base: 0x1000, len: 0x1000 };
+    };
+    refused(
+        with(&good, "device-tree", moved),
+        "device \"_disk0\" cannot have a BAR of 0x1000 bytes at 0x1000",
+    );
+    let line = |tree: &mut DeviceTreeV1| {
+        let ged = tree.devices.iter_mut().find(|node| node.id == "_ged").unwrap();
+        let line = ged.resources.iter_mut().find(|r| matches!(r, ResourceV1::Line { .. })).unwrap();
+        *line = ResourceV1::Line { gsi: 6 };
+    };
+    refused(
+        with(&good, "device-tree", line),
+        "device \"_ged\" had Line { gsi: 6 }, here it has Line { gsi: 5 }",
+    );
+    restore(&fake, &spec, good).unwrap();
+}
+
+/// Every integer of the records at its edges: refused, or a machine that can be saved again.
+#[test]
+fn fuzz_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let good = save(&fake, &spec);
+    let (mut taken, mut refused) = (0, 0);
+    for owner in ["machine", "clock", "memory-layout", "device-tree"] {
+        let mut rest = good.clone();
+        let record = rest.take_record(owner).unwrap();
+        for bytes in vmm_fuzzing::hostile_records(&record.bytes) {
+            let mut records = rest.clone();
+            records.insert(owner, Record { bytes, ..record.clone() }).unwrap();
+            match restore(&fake, &spec, records) {
+                Ok(machine) => {
+                    machine.save().unwrap();
+                    taken += 1;
+                }
+                Err(_) => refused += 1,
+            }
+            assert_eq!(fake.live(), Live::default());
+        }
+    }
+    assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
 }
 
 fn config_address(device: u8, register: u32) -> Exit {

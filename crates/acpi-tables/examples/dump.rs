@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         power_button: true,
         ports: PowerPorts { pm_timer: 0xb008, control: 0x3c0 },
         rtc: true,
+        generation_id: Some(0xf_e000),
     };
     fs::create_dir_all(&folder)?;
     for blob in build(&machine, 0xa_0000, 0x6_0000)?.blobs {

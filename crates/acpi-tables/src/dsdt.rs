@@ -33,8 +33,8 @@ const PINS: u32 = 4;
 /// `_STA`: present, enabled, shown, working.
 const STATUS_PRESENT: u8 = 0xf;
 const STATUS_ABSENT: u8 = 0;
-/// Notification of a button: pressed.
-const BUTTON_PRESSED: u8 = 0x80;
+/// Notification of a button: pressed; of the generation id: changed.
+const NOTIFICATION: u8 = 0x80;
 
 /// `_OSC` of a PCI host bridge (PCI Firmware 3.3, section 4.5).
 const OSC_UUID: &str = "33db4d5b-1ff7-401c-9657-7441c03dd766";
@@ -69,8 +69,11 @@ pub(crate) fn dsdt(machine: &Machine) -> Vec<u8> {
     }
     if machine.power_button {
         devices.extend(power_button());
-        devices.extend(event_device(machine.ged));
     }
+    if let Some(address) = machine.generation_id {
+        devices.extend(generation_id(address));
+    }
+    devices.extend(event_device(machine));
 
     let mut body = bytes(&Scope::new("\\_SB_".into(), vec![&Code(devices)]));
     Name::new("\\_S5_".into(), &package(&[&S5_SLEEP_TYPE])).to_aml_bytes(&mut body);
@@ -199,11 +202,31 @@ fn power_button() -> Vec<u8> {
     device("PWRB", &EISAName::new("PNP0C0C"), 0, &[])
 }
 
+/// The generation id, after Microsoft's "Virtual Machine Generation ID". Drivers know it by `_CID`.
+fn generation_id(address: u64) -> Vec<u8> {
+    let compatible = Name::new("_CID".into(), &"VM_Gen_Counter");
+    let description = Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    let place = Name::new("ADDR".into(), &package(&[&low, &high]));
+    device("VGEN", &"VMRS0001", 0, &[&compatible, &description, &place])
+}
+
 /// The event device: its method reads the register, which clears it, and passes each event on. Without any event it would
 /// have nothing to do, and is left out.
-fn event_device(ged: Ged) -> Vec<u8> {
-    let resources = current_resources(bytes(&Interrupt::new(true, true, false, false, ged.gsi)));
-    let region = OpRegion::new("GDST".into(), OpRegionSpace::SystemMemory, &ged.address, &1u8).to_code();
+fn event_device(machine: &Machine) -> Vec<u8> {
+    let mut events = Vec::new();
+    if machine.power_button {
+        events.push(pass_on(GedEvent::PowerButton, "\\_SB_.PWRB"));
+    }
+    if machine.generation_id.is_some() {
+        events.push(pass_on(GedEvent::GenerationId, "\\_SB_.VGEN"));
+    }
+    if events.is_empty() {
+        return Vec::new();
+    }
+    let Ged { address, gsi } = machine.ged;
+    let resources = current_resources(bytes(&Interrupt::new(true, true, false, false, gsi)));
+    let region = OpRegion::new("GDST".into(), OpRegionSpace::SystemMemory, &address, &1u8).to_code();
     let field = Field::new(
         "GDST".into(),
         FieldAccessType::Byte,
@@ -212,11 +235,16 @@ fn event_device(ged: Ged) -> Vec<u8> {
         vec![FieldEntry::Named(*b"GDAT", 8)],
     );
     let read = Store::new(&Local(0), &Path::new("GDAT")).to_code();
-    let pressed = And::new(&ZERO, &Local(0), &(GedEvent::PowerButton as u8)).to_code();
-    let notify = Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED).to_code();
-    let on_button = If::new(&pressed, vec![&notify]);
-    let event = Method::new("_EVT".into(), 1, true, vec![&read, &on_button]);
+    let steps = [&read as &dyn Aml].into_iter().chain(events.iter().map(|event| event as &dyn Aml));
+    let event = Method::new("_EVT".into(), 1, true, steps.collect());
     device("GED_", &"ACPI0013", 0, &[&resources, &region, &field, &event])
+}
+
+/// Notifies a device of its event, if that is among those read.
+fn pass_on(event: GedEvent, device: &str) -> Code {
+    let happened = And::new(&ZERO, &Local(0), &(event as u8)).to_code();
+    let notify = Notify::new(&Path::new(device), &NOTIFICATION).to_code();
+    If::new(&happened, vec![&notify]).to_code()
 }
 
 fn device(name: &str, hardware_id: &dyn Aml, uid: u64, children: &[&dyn Aml]) -> Vec<u8> {

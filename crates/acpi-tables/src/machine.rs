@@ -23,6 +23,8 @@ pub struct Machine {
     pub ports: PowerPorts,
     /// Whether there is a CMOS clock at ports 0x70 and 0x71.
     pub rtc: bool,
+    /// Guest-physical address of the generation id, 16 bytes; the GED signals that it has changed.
+    pub generation_id: Option<u64>,
 }
 
 /// Who made the tables: part of every table's header.
@@ -127,6 +129,8 @@ pub enum GedEvent {
     Pci = 4,
     /// The power button was pressed.
     PowerButton = 8,
+    /// The generation id has changed.
+    GenerationId = 16,
 }
 
 /// I/O ports of power management.

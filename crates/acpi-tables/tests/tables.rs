@@ -30,6 +30,7 @@ fn machine(cpus: u32) -> Machine {
         power_button: true,
         ports: PowerPorts { pm_timer: 0xb008, control: 0x3c0 },
         rtc: true,
+        generation_id: Some(0xf_e000),
     }
 }
 
@@ -53,6 +54,7 @@ fn large_machine() -> Machine {
     machine.serial = None;
     machine.power_button = false;
     machine.rtc = false;
+    machine.generation_id = None;
     machine
 }
 

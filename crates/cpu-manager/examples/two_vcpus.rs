@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::set::{ExitTargets, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
 use vmm_device_model::thread::Unconfined;
@@ -52,6 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         boot: 2,
         topology,
         cpuid,
+        msrs: None,
         affinity: Vec::new(),
         core_scheduling: CoreScheduling::Off,
         threads: Arc::new(Unconfined),
@@ -71,7 +73,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     drop(first);
 
     let mut second = VcpuSet::create(&hypervisor, &vm, &spec, None, &targets)?;
-    second.restore(states)?;
+    second.restore(states, TimeBase::SameVm)?;
     second.run();
     hypervisor.script(1, [Exit::PioWrite { port: PORT, data: vec![7] }, Exit::Shutdown]);
     let event = events.recv_timeout(Duration::from_secs(5))?;

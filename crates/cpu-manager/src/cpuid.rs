@@ -22,8 +22,15 @@ pub struct CpuidOptions {
 /// CPUID of every vCPU of a VM.
 #[derive(Debug, Clone)]
 pub struct Cpuid {
-    common: Vec<CpuidEntry>,
-    topology: Topology,
+    source: Source,
+}
+
+#[derive(Debug, Clone)]
+enum Source {
+    /// The same for all vCPUs but for what follows from their place.
+    Host { common: Vec<CpuidEntry>, topology: Topology },
+    /// What a guest was given before, by vCPU.
+    Saved(Vec<Vec<CpuidEntry>>),
 }
 
 const LEAF_FEATURES: u32 = 1;
@@ -56,69 +63,85 @@ impl Cpuid {
         for entry in &mut common {
             adjust_common(entry, options);
         }
-        Self { common, topology: options.topology }
+        Self { source: Source::Host { common, topology: options.topology } }
+    }
+
+    /// What a guest was given when it booted, by vCPU.
+    pub fn saved(leaves: Vec<Vec<CpuidEntry>>) -> Self {
+        Self { source: Source::Saved(leaves) }
     }
 
     /// Bits of a guest physical address (leaf 0x80000008); 36 where the leaf is missing.
     pub fn phys_bits(&self) -> u8 {
-        let leaf = self.common.iter().find(|e| e.function == LEAF_ADDRESS_SIZES);
+        let leaves = match &self.source {
+            Source::Host { common, .. } => common.as_slice(),
+            Source::Saved(leaves) => leaves.first().map(Vec::as_slice).unwrap_or_default(),
+        };
+        let leaf = leaves.iter().find(|e| e.function == LEAF_ADDRESS_SIZES);
         leaf.map_or(36, |e| e.eax.to_le_bytes()[0])
     }
 
-    /// The leaves of vCPU `index`.
+    /// The leaves of vCPU `index`; none for one that was not there when they were saved.
     pub fn of(&self, index: u32) -> Vec<CpuidEntry> {
-        let apic_id = self.topology.apic_id(index);
-        let mut entries = self.common.clone();
-        for entry in &mut entries {
-            match entry.function {
-                LEAF_FEATURES => entry.ebx = entry.ebx & 0x00ff_ffff | apic_id << 24,
-                LEAF_AMD_TOPOLOGY => self.amd_topology(entry, apic_id),
-                _ => {}
+        match &self.source {
+            Source::Host { common, topology } => of_place(common, topology, topology.apic_id(index)),
+            Source::Saved(leaves) => {
+                let leaves = usize::try_from(index).ok().and_then(|index| leaves.get(index));
+                leaves.cloned().unwrap_or_default()
             }
         }
-        let highest = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
-        if highest >= LEAF_TOPOLOGY {
-            entries.extend(self.levels(LEAF_TOPOLOGY, apic_id));
-        }
-        if highest >= LEAF_TOPOLOGY_V2 && self.topology.dies_per_package > 1 {
-            entries.extend(self.levels(LEAF_TOPOLOGY_V2, apic_id));
-        }
-        entries
     }
+}
 
-    /// Subleaves of 0xb (which knows no dies: a die's cores count as the package's) or 0x1f.
-    fn levels(&self, function: u32, apic_id: u32) -> Vec<CpuidEntry> {
-        let t = &self.topology;
-        let mut levels = vec![(LEVEL_SMT, t.thread_bits(), t.core_threads())];
-        if function == LEAF_TOPOLOGY_V2 {
-            levels.push((LEVEL_CORE, t.core_bits(), t.threads_per_die()));
-            levels.push((LEVEL_DIE, t.die_bits(), t.threads_per_package()));
-        } else {
-            levels.push((LEVEL_CORE, t.die_bits(), t.threads_per_package()));
+fn of_place(common: &[CpuidEntry], topology: &Topology, apic_id: u32) -> Vec<CpuidEntry> {
+    let mut entries = common.to_vec();
+    for entry in &mut entries {
+        match entry.function {
+            LEAF_FEATURES => entry.ebx = entry.ebx & 0x00ff_ffff | apic_id << 24,
+            LEAF_AMD_TOPOLOGY => amd_topology(topology, entry, apic_id),
+            _ => {}
         }
-        levels.push((0, 0, 0));
-        (0..)
-            .zip(levels)
-            .map(|(index, (kind, shift, threads))| CpuidEntry {
-                function,
-                index,
-                index_significant: true,
-                eax: shift,
-                ebx: threads,
-                ecx: kind << 8 | index,
-                edx: apic_id,
-            })
-            .collect()
     }
+    let highest = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
+    if highest >= LEAF_TOPOLOGY {
+        entries.extend(levels(topology, LEAF_TOPOLOGY, apic_id));
+    }
+    if highest >= LEAF_TOPOLOGY_V2 && topology.dies_per_package > 1 {
+        entries.extend(levels(topology, LEAF_TOPOLOGY_V2, apic_id));
+    }
+    entries
+}
 
-    fn amd_topology(&self, entry: &mut CpuidEntry, apic_id: u32) {
-        let t = &self.topology;
-        let core = apic_id >> t.thread_bits();
-        entry.eax = apic_id;
-        entry.ebx = core & 0xff | (t.core_threads() - 1) << 8;
-        // One node per package.
-        entry.ecx = apic_id >> t.die_bits() & 0xff;
+/// Subleaves of 0xb (which knows no dies: a die's cores count as the package's) or 0x1f.
+fn levels(t: &Topology, function: u32, apic_id: u32) -> Vec<CpuidEntry> {
+    let mut levels = vec![(LEVEL_SMT, t.thread_bits(), t.core_threads())];
+    if function == LEAF_TOPOLOGY_V2 {
+        levels.push((LEVEL_CORE, t.core_bits(), t.threads_per_die()));
+        levels.push((LEVEL_DIE, t.die_bits(), t.threads_per_package()));
+    } else {
+        levels.push((LEVEL_CORE, t.die_bits(), t.threads_per_package()));
     }
+    levels.push((0, 0, 0));
+    (0..)
+        .zip(levels)
+        .map(|(index, (kind, shift, threads))| CpuidEntry {
+            function,
+            index,
+            index_significant: true,
+            eax: shift,
+            ebx: threads,
+            ecx: kind << 8 | index,
+            edx: apic_id,
+        })
+        .collect()
+}
+
+fn amd_topology(t: &Topology, entry: &mut CpuidEntry, apic_id: u32) {
+    let core = apic_id >> t.thread_bits();
+    entry.eax = apic_id;
+    entry.ebx = core & 0xff | (t.core_threads() - 1) << 8;
+    // One node per package.
+    entry.ecx = apic_id >> t.die_bits() & 0xff;
 }
 
 /// What is the same for all vCPUs.

@@ -1,6 +1,7 @@
 //! vCPUs of a VM: what CPUID tells them, the threads that run them, their saved state.
 //!
 //! - [`affinity`]: where the host runs vCPU threads;
+//! - [`compat`]: whether a host can give a guest what it was given elsewhere;
 //! - [`topology`]: threads, cores, dies, packages and the APIC IDs that follow from them;
 //! - [`cpuid`]: each vCPU's CPUID leaves, from what the hypervisor supports;
 //! - [`entry`]: the registers a vCPU starts with;
@@ -11,6 +12,7 @@
 //! Generic over [`vmm_hypervisor`]'s traits, so all of it runs on the scripted fake as well.
 
 pub mod affinity;
+pub mod compat;
 pub mod cpuid;
 pub mod entry;
 mod exits;

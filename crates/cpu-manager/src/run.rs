@@ -13,11 +13,12 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 
+use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
 
 use crate::exits::ExitCounter;
 use crate::set::{ExitTargets, VcpuEvent, VcpuEventKind};
-use crate::state::{StateError, VcpuV1};
+use crate::state::{StateError, Tsc, VcpuV1};
 
 /// What the owner of the VM asks a vCPU's thread.
 #[derive(Debug)]
@@ -28,8 +29,8 @@ pub(crate) enum Order {
     Park(Sender<u32>),
     /// Give the state. Parked.
     Save(Sender<(u32, Result<VcpuV1, StateError>)>),
-    /// Take the state over. Parked.
-    Restore(Box<VcpuV1>, Sender<(u32, Result<(), StateError>)>),
+    /// Take the state over, and tell the TSC's offset. Parked.
+    Restore(Box<VcpuV1>, Tsc, Sender<(u32, Result<Option<u64>, StateError>)>),
     /// Raise a non-maskable interrupt and tell.
     Nmi(Sender<(u32, Result<(), HypervisorError>)>),
     /// End.
@@ -39,6 +40,8 @@ pub(crate) enum Order {
 pub(crate) struct Runner {
     pub(crate) index: u32,
     pub(crate) vcpu: Box<dyn Vcpu>,
+    /// What CPUID was set to.
+    pub(crate) cpuid: Vec<CpuidEntry>,
     pub(crate) targets: ExitTargets,
     pub(crate) orders: Receiver<Order>,
     pub(crate) msrs: Arc<[u32]>,
@@ -79,11 +82,11 @@ impl Runner {
                 Next::Park
             }
             Order::Save(reply) => {
-                let _ = reply.send((self.index, VcpuV1::capture(&*self.vcpu, &self.msrs)));
+                let _ = reply.send((self.index, VcpuV1::capture(&*self.vcpu, &self.cpuid, &self.msrs)));
                 current
             }
-            Order::Restore(state, reply) => {
-                let _ = reply.send((self.index, state.apply(&mut *self.vcpu)));
+            Order::Restore(state, tsc, reply) => {
+                let _ = reply.send((self.index, self.restore(&state, tsc)));
                 current
             }
             Order::Nmi(reply) => {
@@ -92,6 +95,16 @@ impl Runner {
             }
             Order::Stop => Next::Stop,
         }
+    }
+
+    fn restore(&mut self, state: &VcpuV1, tsc: Tsc) -> Result<Option<u64>, StateError> {
+        let cpuid = state.given_cpuid();
+        // Some hosts take it only once.
+        if cpuid != self.cpuid {
+            self.vcpu.set_cpuid(&cpuid)?;
+            self.cpuid = cpuid;
+        }
+        state.apply(&mut *self.vcpu, tsc)
     }
 
     /// Obeys the orders that have come to a running vCPU, up to one that ends the run; what comes after

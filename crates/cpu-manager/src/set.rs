@@ -19,7 +19,7 @@ use crate::cpuid::Cpuid;
 use crate::entry::{Entry, set_up};
 use crate::exits::ExitCounter;
 use crate::run::{Order, Runner};
-use crate::state::{StateError, VcpuV1};
+use crate::state::{StateError, TimeBase, Tsc, VcpuV1, saved_msrs};
 use crate::topology::Topology;
 
 /// How long vCPUs may take to obey. A vCPU leaves the guest within microseconds; only a device that
@@ -96,6 +96,8 @@ pub struct VcpuSpec {
     pub topology: Topology,
     /// What CPUID tells them.
     pub cpuid: Cpuid,
+    /// The MSRs that make up a vCPU's state; `None` for those that the host lists. A restored guest keeps its own.
+    pub msrs: Option<Arc<[u32]>>,
     /// Host CPUs per vCPU; one that is not named runs anywhere.
     pub affinity: Vec<(u32, Vec<usize>)>,
     /// Which of their threads may share a core.
@@ -109,6 +111,7 @@ pub struct VcpuSpec {
 pub struct VcpuSet {
     threads: Vec<VcpuThread>,
     apic_ids: Vec<u32>,
+    msrs: Arc<[u32]>,
     running: bool,
 }
 
@@ -142,8 +145,12 @@ impl VcpuSet {
         entry: Option<Entry>,
         targets: &ExitTargets,
     ) -> Result<Self, VcpuError> {
-        let msrs: Arc<[u32]> = hypervisor.msr_indices().map_err(VcpuError::Hypervisor)?.into();
-        let mut set = Self { threads: Vec::new(), apic_ids: Vec::new(), running: false };
+        let msrs: Arc<[u32]> = match &spec.msrs {
+            Some(saved) => Arc::clone(saved),
+            None => saved_msrs(hypervisor.msr_indices()?).into(),
+        };
+        let (threads, apic_ids) = (Vec::new(), Vec::new());
+        let mut set = Self { threads, apic_ids, msrs: Arc::clone(&msrs), running: false };
         for index in 0..spec.boot {
             let entry = entry.filter(|_| index == 0);
             let thread = spawn(
@@ -168,6 +175,16 @@ impl VcpuSet {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.threads.is_empty()
+    }
+
+    /// Whether the guest runs.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// The MSRs that make up a vCPU's state.
+    pub fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Local APIC IDs, by vCPU.
@@ -227,24 +244,28 @@ impl VcpuSet {
             .collect()
     }
 
-    /// Gives every vCPU its state. The guest is paused, or has not run yet.
+    /// Gives every vCPU its state. The guest is paused, or has not run yet. vCPUs' TSCs differ as they did.
     ///
     /// # Errors
     /// The number of states is not that of vCPUs, or one was refused; the VM is of no use then.
-    pub fn restore(&mut self, states: Vec<VcpuV1>) -> Result<(), VcpuError> {
+    pub fn restore(&mut self, states: Vec<VcpuV1>, time: TimeBase) -> Result<(), VcpuError> {
         if states.len() != self.threads.len() {
             return Err(VcpuError::Count { states: states.len(), vcpus: self.threads.len() });
         }
-        let (reply, answers) = channel();
-        for (thread, state) in self.threads.iter().zip(states) {
-            thread.order(Order::Restore(Box::new(state), reply.clone()));
-        }
-        drop(reply);
-        let results = collect(&answers, self.threads.len(), |answer| answer.0)
-            .map_err(|vcpu| VcpuError::DoesNotObey { vcpu })?;
-        results
-            .into_iter()
-            .try_for_each(|(vcpu, result)| result.map_err(|source| VcpuError::State { vcpu, source }))
+        let mut states = states.into_iter();
+        let Some(first) = states.next() else { return Ok(()) };
+        let (was, tsc) = (first.tsc_offset, first.tsc(time));
+        let (first_thread, others) = self.threads.split_at(1);
+        let is = restore(0, first_thread, [(first, tsc)])?;
+        let others_states = states.map(|state| {
+            // The first one's offset has become another, so have the others'.
+            let tsc = match (is, was, state.tsc_offset) {
+                (Some(is), Some(was), Some(own)) => Tsc::Offset(is.wrapping_add(own.wrapping_sub(was))),
+                _ => state.tsc(time),
+            };
+            (state, tsc)
+        });
+        restore(1, others, others_states).map(drop)
     }
 
     /// Raises a non-maskable interrupt on every vCPU. One that does not run takes it when it runs; until then it is part
@@ -282,6 +303,29 @@ impl Drop for VcpuSet {
             }
         }
     }
+}
+
+/// Gives vCPUs their states, those from number `first` on. Returns the first one's offset of the TSC, where the host tells.
+fn restore(
+    first: u32,
+    threads: &[VcpuThread],
+    states: impl IntoIterator<Item = (VcpuV1, Tsc)>,
+) -> Result<Option<u64>, VcpuError> {
+    let (reply, answers) = channel();
+    for (thread, (state, tsc)) in threads.iter().zip(states) {
+        thread.order(Order::Restore(Box::new(state), tsc, reply.clone()));
+    }
+    drop(reply);
+    let results = collect(&answers, threads.len(), |answer| answer.0 - first)
+        .map_err(|missing| VcpuError::DoesNotObey { vcpu: first + missing })?;
+    let mut offset = None;
+    for (vcpu, result) in results {
+        let told = result.map_err(|source| VcpuError::State { vcpu, source })?;
+        if vcpu == first {
+            offset = told;
+        }
+    }
+    Ok(offset)
 }
 
 /// Waits for one answer of each vCPU; the error is the first that did not answer.
@@ -337,7 +381,7 @@ fn spawn(
             Ok((vcpu, kick)) => {
                 let _ = ready.send(Ok((kick, thread_id())));
                 drop((ready, vm));
-                Runner { index, vcpu, targets, orders: inbox, msrs, exits: counted }.main();
+                Runner { index, vcpu, cpuid, targets, orders: inbox, msrs, exits: counted }.main();
             }
             Err(error) => {
                 let _ = ready.send(Err(error));

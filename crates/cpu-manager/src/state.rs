@@ -2,6 +2,36 @@
 //!
 //! What a host does not have is left out: a call that it does not know means "no such state". On restore
 //! a register that the host refuses is an error, unless it reads as the wanted value all the same.
+//!
+//! # The order of the calls
+//!
+//! KVM's API does not say that its state calls depend on each other, but some do. Captured are
+//!
+//! 1. `KVM_GET_MP_STATE`: it makes KVM act on a pending INIT or SIPI, which resets the vCPU;
+//! 2. `KVM_GET_VCPU_EVENTS`: of a pending page fault or debug exception it may write CR2 or DR6 (KVM_CAP_EXCEPTION_PAYLOAD);
+//! 3. the rest, in any order.
+//!
+//! Restored are
+//!
+//! 1. CPUID and the MSRs about VMX, which say what the others may be and cannot change once VMX is on; the TSC's rate;
+//! 2. control registers: EFER and CR4 turn on what the nested state and MSRs need, and the APIC base says how the local
+//!    APIC's page is laid out;
+//! 3. nested state: it makes the registers that follow those of the guest's guest;
+//! 4. general registers, which forget a pending exception; XCR0 before the XSAVE area that it describes; debug registers;
+//! 5. the local APIC, which starts its timer;
+//! 6. MSRs, then the TSC, then the TSC deadline, which arms the timer if the local APIC is in that mode;
+//! 7. events, for control and general registers change them;
+//! 8. `KVM_SET_MP_STATE`, for an INIT among the events would change it;
+//! 9. `KVM_KVMCLOCK_CTRL`: the guest's watchdogs are told that it was stopped.
+//!
+//! # Time
+//!
+//! The TSC of a vCPU is the host's, scaled, plus an offset. vCPUs whose offsets are equal have one TSC, and a restore keeps the
+//! differences: the first vCPU's TSC is set by value, the others' by their offset from it. Written as values, one after the
+//! other, they would depend on KVM's guess that writes within a second mean the same TSC; the same guess makes a
+//! TSC of less than a second that of the new VM.
+
+use std::time::Duration;
 
 use minicbor::{Decode, Encode};
 use vmm_hypervisor::state::{
@@ -12,6 +42,39 @@ use vmm_hypervisor::{HypervisorError, Vcpu};
 
 /// Its deadline is armed by the write, so that it comes after the TSC and the local APIC.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+const MSR_TSC: u32 = 0x10;
+
+/// What KVM does not list, and a guest can change: the memory types of physical addresses (MTRRs: eight variable ranges, the
+/// fixed ranges, the default) and debugging of branches. A host without one leaves it out.
+const UNLISTED_MSRS: [u32; 29] = [
+    0x1d9, 0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d,
+    0x20e, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, 0x2ff,
+];
+
+/// The MSRs that make up a vCPU's state on a host that lists these.
+pub(crate) fn saved_msrs(listed: Vec<u32>) -> Vec<u32> {
+    let unlisted = UNLISTED_MSRS.into_iter().filter(|index| !listed.contains(index));
+    let unlisted: Vec<_> = unlisted.collect();
+    listed.into_iter().chain(unlisted).collect()
+}
+
+/// Where the time of a restored guest goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeBase {
+    /// In the VM that it was saved in, as if nothing had been.
+    SameVm,
+    /// In another VM: at the saved value, or so much later.
+    After(Duration),
+}
+
+/// How a vCPU's TSC is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tsc {
+    /// Its value at the moment of the call.
+    Value(u64),
+    /// What it is beyond the host's.
+    Offset(u64),
+}
 
 /// State of one vCPU, first version.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -49,20 +112,27 @@ pub struct VcpuV1 {
     /// Pending exceptions, interrupts and NMIs, where the host gives them.
     #[n(10)]
     pub events: Option<EventsV1>,
+    /// The TSC beyond the host's, where the host tells; it wraps. What differs between vCPUs is the guest's doing.
+    #[n(11)]
+    pub tsc_offset: Option<u64>,
+    /// Guests of its own, in the hypervisor's form, while it has any.
+    #[cbor(n(12), with = "minicbor::bytes")]
+    pub nested: Option<Vec<u8>>,
 }
 
 vmm_snapshot::schema!(VcpuV1: "vcpu" v1);
 
 impl VcpuV1 {
-    /// Captures the state of a vCPU that does not run. `msrs` are the indices that the host lists.
+    /// Captures the state of a vCPU that does not run. `cpuid` is what it was given, for KVM_GET_CPUID2 tells what became of
+    /// that by the guest's registers and, on some hosts, leaves of the host; `msrs` are the registers that count.
     ///
     /// # Errors
     /// A call failed that every host knows.
-    pub fn capture(vcpu: &dyn Vcpu, msrs: &[u32]) -> Result<Self, StateError> {
-        // First: reading it makes KVM act on a pending INIT or SIPI, which changes other registers.
+    pub fn capture(vcpu: &dyn Vcpu, cpuid: &[CpuidEntry], msrs: &[u32]) -> Result<Self, StateError> {
         let mp_state = vcpu.mp_state()?.into();
+        let events = optional(vcpu.events())?.map(|events| (&events).into());
         Ok(Self {
-            cpuid: vcpu.cpuid()?.iter().map(Into::into).collect(),
+            cpuid: cpuid.iter().map(Into::into).collect(),
             tsc_khz: optional(vcpu.tsc_khz())?,
             mp_state,
             regs: (&vcpu.regs()?).into(),
@@ -72,40 +142,66 @@ impl VcpuV1 {
             debug_regs: optional(vcpu.debug_regs())?.map(|regs| (&regs).into()),
             lapic: vcpu.lapic()?.0.to_vec(),
             msrs: vcpu.msrs(msrs)?.iter().map(Into::into).collect(),
-            events: optional(vcpu.events())?.map(|events| (&events).into()),
+            events,
+            tsc_offset: optional(vcpu.tsc_offset())?,
+            nested: optional(vcpu.nested_state())?.flatten(),
         })
     }
 
-    /// Gives the state to a vCPU that has not run.
+    /// How the TSC of a vCPU in this state is set: the first vCPU's, or one whose offset nobody knows.
+    pub(crate) fn tsc(&self, time: TimeBase) -> Tsc {
+        let value = self.msrs.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.value);
+        match (time, self.tsc_offset) {
+            (TimeBase::SameVm, Some(offset)) => Tsc::Offset(offset),
+            (TimeBase::SameVm, None) => Tsc::Value(value),
+            (TimeBase::After(duration), _) => {
+                let khz = u128::from(self.tsc_khz.unwrap_or(0));
+                // The counter wraps.
+                let cycles = duration.as_nanos().saturating_mul(khz) / 1_000_000;
+                Tsc::Value(value.wrapping_add(cycles as u64))
+            }
+        }
+    }
+
+    /// What CPUID told the guest.
+    pub fn given_cpuid(&self) -> Vec<CpuidEntry> {
+        self.cpuid.iter().map(Into::into).collect()
+    }
+
+    /// Gives the state to a vCPU that was given its [CPUID](Self::given_cpuid). Returns the offset that its TSC has got, where the host tells.
     ///
     /// # Errors
     /// The state is impossible, or this host refuses a part of it. The vCPU is of no use then.
-    pub fn apply(&self, vcpu: &mut dyn Vcpu) -> Result<(), StateError> {
-        let Self { cpuid, tsc_khz, mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events } =
-            self;
-        let cpuid: Vec<_> = cpuid.iter().map(Into::into).collect();
-        if vcpu.cpuid()? != cpuid {
-            vcpu.set_cpuid(&cpuid)?;
-        }
+    pub(crate) fn apply(&self, vcpu: &mut dyn Vcpu, tsc: Tsc) -> Result<Option<u64>, StateError> {
+        let Self { cpuid: _, tsc_khz, mp_state, regs, sregs, xsave, xcrs, .. } = self;
+        let Self { debug_regs, lapic, msrs, events, tsc_offset: _, nested, .. } = self;
         if let Some(khz) = tsc_khz {
             set_tsc_rate(vcpu, *khz)?;
         }
-        vcpu.set_regs(&regs.into())?;
+        let (about_vmx, msrs): (Vec<MsrV1>, Vec<MsrV1>) =
+            msrs.iter().partition(|msr| is_about_vmx(msr.index));
+        write_msrs(vcpu, &about_vmx.iter().map(Into::into).collect::<Vec<_>>())?;
         vcpu.set_sregs(&sregs.into())?;
-        vcpu.set_xsave(xsave)?;
+        if let Some(nested) = nested {
+            vcpu.set_nested_state(nested)?;
+        }
+        vcpu.set_regs(&regs.into())?;
         if let Some(xcrs) = xcrs {
             vcpu.set_xcrs(&xcrs.iter().map(Into::into).collect::<Vec<_>>())?;
         }
+        vcpu.set_xsave(xsave)?;
         if let Some(debug_regs) = debug_regs {
             vcpu.set_debug_regs(&debug_regs.into())?;
         }
         vcpu.set_lapic(&lapic_page(lapic)?)?;
-        set_msrs(vcpu, msrs)?;
+        let offset = set_msrs(vcpu, &msrs, tsc)?;
         if let Some(events) = events {
             vcpu.set_events(&events.into())?;
         }
         vcpu.set_mp_state((*mp_state).into())?;
-        Ok(())
+        // EINVAL: the guest has no such clock, or has not set it up yet.
+        let _ = vcpu.notify_paused();
+        Ok(offset)
     }
 }
 
@@ -133,19 +229,51 @@ fn lapic_page(bytes: &[u8]) -> Result<Lapic, StateError> {
     Ok(Lapic(Box::new(page)))
 }
 
-fn set_msrs(vcpu: &mut dyn Vcpu, saved: &[MsrV1]) -> Result<(), StateError> {
-    let (last, first): (Vec<MsrEntry>, Vec<MsrEntry>) =
-        saved.iter().map(MsrEntry::from).partition(|msr| msr.index == MSR_TSC_DEADLINE);
-    let entries: Vec<_> = first.into_iter().chain(last).collect();
-    for index in vcpu.set_msrs(&entries)? {
-        // Read-only ones are refused even with the value that they have.
+/// Sets MSRs, and the TSC among them as told; returns the TSC's offset, where the host tells.
+fn set_msrs(vcpu: &mut dyn Vcpu, saved: &[MsrV1], tsc: Tsc) -> Result<Option<u64>, StateError> {
+    let entries = saved.iter().map(MsrEntry::from).filter(|msr| msr.index != MSR_TSC);
+    let (last, first): (Vec<_>, Vec<_>) = entries.partition(|msr| msr.index == MSR_TSC_DEADLINE);
+    write_msrs(vcpu, &first)?;
+    let offset = set_tsc(vcpu, tsc)?;
+    write_msrs(vcpu, &last)?;
+    Ok(offset)
+}
+
+/// IA32_FEATURE_CONTROL and the capabilities of VMX.
+fn is_about_vmx(index: u32) -> bool {
+    matches!(index, 0x3a | 0x480..=0x4ff)
+}
+
+fn write_msrs(vcpu: &mut dyn Vcpu, entries: &[MsrEntry]) -> Result<(), StateError> {
+    if entries.is_empty() {
+        return Ok(());
+    }
+    for index in vcpu.set_msrs(entries)? {
+        // Read-only ones are refused even with the value that they have. What nobody wrote need not be there.
         let wanted = entries.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.value);
-        let found = vcpu.msrs(&[index])?.first().map(|msr| msr.value);
-        if found != Some(wanted) {
+        let found = vcpu.msrs(&[index])?.first().map_or(0, |msr| msr.value);
+        if found != wanted {
             return Err(StateError::MsrRefused { index, wanted });
         }
     }
     Ok(())
+}
+
+fn set_tsc(vcpu: &mut dyn Vcpu, tsc: Tsc) -> Result<Option<u64>, StateError> {
+    let wanted = match tsc {
+        Tsc::Offset(offset) => {
+            vcpu.set_tsc_offset(offset)?;
+            return Ok(Some(offset));
+        }
+        Tsc::Value(value) => value,
+    };
+    write_msrs(vcpu, &[MsrEntry { index: MSR_TSC, value: wanted }])?;
+    let Some(offset) = optional(vcpu.tsc_offset())? else { return Ok(None) };
+    // KVM may have taken the value for one that it had already: what it reads as shows how far off it is.
+    let reads = vcpu.msrs(&[MSR_TSC])?.first().map_or(wanted, |msr| msr.value);
+    let offset = offset.wrapping_add(wanted.wrapping_sub(reads));
+    vcpu.set_tsc_offset(offset)?;
+    Ok(Some(offset))
 }
 
 /// Why a vCPU's state could not be captured or restored.
@@ -432,7 +560,7 @@ mirror! {
 mod tests {
     use vmm_hypervisor::fake::Fake;
     use vmm_hypervisor::{Hypervisor, VmOptions};
-    use vmm_snapshot::Record;
+    use vmm_snapshot::{Record, golden};
 
     use super::*;
 
@@ -450,12 +578,93 @@ mod tests {
         first.set_regs(&Regs { rip: 0x1234, r9: u64::MAX, ..Regs::default() }).unwrap();
         first.set_msrs(&[MsrEntry { index: 0x10, value: 77 }]).unwrap();
         let msrs = fake.msr_indices().unwrap();
-        let state = VcpuV1::capture(&*first, &msrs).unwrap();
+        let state = VcpuV1::capture(&*first, &[], &msrs).unwrap();
         let state: VcpuV1 = Record::of(&state).parse().unwrap();
         let mut second = vcpu(&fake);
-        state.apply(&mut *second).unwrap();
-        assert_eq!(VcpuV1::capture(&*second, &msrs).unwrap(), state);
+        state.apply(&mut *second, state.tsc(TimeBase::After(Duration::ZERO))).unwrap();
+        assert_eq!(VcpuV1::capture(&*second, &[], &msrs).unwrap(), state);
         assert_eq!(second.regs().unwrap().rip, 0x1234);
+    }
+
+    fn golden_state() -> VcpuV1 {
+        let segment = |selector| Segment {
+            selector,
+            base: 1 << 40,
+            limit: 0xffff,
+            present: true,
+            ..Segment::default()
+        };
+        let sregs =
+            Sregs { cs: segment(8), ds: segment(16), cr0: 0x8000_0001, efer: 0x500, ..Sregs::default() };
+        let events = VcpuEvents {
+            exception_pending: true,
+            exception_payload: Some(7),
+            flags: 0xd,
+            ..VcpuEvents::default()
+        };
+        let leaf = CpuidEntry { function: 7, index_significant: true, ebx: 3, ..CpuidEntry::default() };
+        VcpuV1 {
+            cpuid: vec![(&leaf).into()],
+            tsc_khz: Some(2_400_000),
+            mp_state: MpStateV1::Halted,
+            regs: (&Regs { rax: 1, rip: u64::MAX, rflags: 2, ..Regs::default() }).into(),
+            sregs: (&sregs).into(),
+            xsave: vec![0xa5; 576],
+            xcrs: Some(vec![XcrV1 { index: 0, value: 7 }]),
+            debug_regs: Some((&DebugRegs { db: [1, 2, 3, 4], dr6: 5, dr7: 6, flags: 0 }).into()),
+            lapic: vec![0x5a; LAPIC_SIZE],
+            msrs: vec![MsrV1 { index: MSR_TSC, value: 1 << 50 }],
+            events: Some((&events).into()),
+            tsc_offset: Some(u64::MAX),
+            nested: Some(vec![1, 2, 3]),
+        }
+    }
+
+    #[test]
+    fn golden_record() {
+        golden::check_state(&golden_state()).unwrap();
+    }
+
+    /// See the module's documentation.
+    #[test]
+    fn calls_are_made_in_their_order() {
+        let fake = Fake::new();
+        let mut vcpu = vcpu(&fake);
+        let captured = fake.calls().len();
+        let mut state = VcpuV1::capture(&*vcpu, &[], &[0x10, 0x174, 0x480, MSR_TSC_DEADLINE]).unwrap();
+        let calls = fake.calls().split_off(captured);
+        assert_eq!(calls[..2], ["KVM_GET_MP_STATE", "KVM_GET_VCPU_EVENTS"]);
+        let applied = fake.calls().len();
+        state.nested = Some(vec![1]);
+        state.apply(&mut *vcpu, Tsc::Value(5)).unwrap();
+        let calls = fake.calls().split_off(applied);
+        let sets: Vec<_> = calls.into_iter().filter(|call| !call.starts_with("KVM_GET")).collect();
+        let order = [
+            "KVM_SET_MSRS",
+            "KVM_SET_SREGS",
+            "KVM_SET_NESTED_STATE",
+            "KVM_SET_REGS",
+            "KVM_SET_XCRS",
+            "KVM_SET_XSAVE",
+            "KVM_SET_DEBUGREGS",
+            "KVM_SET_LAPIC",
+            // All, the TSC, its offset, the deadline.
+            "KVM_SET_MSRS",
+            "KVM_SET_MSRS",
+            "KVM_SET_DEVICE_ATTR",
+            "KVM_SET_MSRS",
+            "KVM_SET_VCPU_EVENTS",
+            "KVM_SET_MP_STATE",
+            "KVM_KVMCLOCK_CTRL",
+        ];
+        assert_eq!(sets, order);
+    }
+
+    #[test]
+    fn msrs_that_kvm_does_not_list_are_saved_once() {
+        let msrs = saved_msrs(vec![0x10, 0x2ff]);
+        assert_eq!(msrs.iter().filter(|msr| **msr == 0x2ff).count(), 1);
+        assert_eq!(msrs.len(), UNLISTED_MSRS.len() + 1);
     }
 
     #[test]
@@ -464,24 +673,27 @@ mod tests {
         let vcpu = vcpu(&fake);
         fake.unsupported("KVM_GET_DEBUGREGS");
         fake.unsupported("KVM_GET_XCRS");
-        let state = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        let state = VcpuV1::capture(&*vcpu, &[], &[]).unwrap();
         assert_eq!((state.debug_regs, state.xcrs.is_some()), (None, false));
         fake.unsupported("KVM_GET_REGS");
-        VcpuV1::capture(&*vcpu, &[]).unwrap_err();
+        VcpuV1::capture(&*vcpu, &[], &[]).unwrap_err();
     }
 
     #[test]
     fn impossible_state_is_refused() {
         let fake = Fake::new();
         let mut vcpu = vcpu(&fake);
-        let good = VcpuV1::capture(&*vcpu, &[]).unwrap();
+        let good = VcpuV1::capture(&*vcpu, &[], &[]).unwrap();
         let short = VcpuV1 { lapic: vec![0; 3], ..good.clone() };
-        assert!(matches!(short.apply(&mut *vcpu), Err(StateError::LapicSize { found: 3 })));
+        assert!(matches!(short.apply(&mut *vcpu, Tsc::Value(0)), Err(StateError::LapicSize { found: 3 })));
         let small = VcpuV1 { xsave: vec![0; 3], ..good.clone() };
-        small.apply(&mut *vcpu).unwrap_err();
+        small.apply(&mut *vcpu, Tsc::Value(0)).unwrap_err();
         fake.unsupported("KVM_SET_TSC_KHZ");
         let fast = VcpuV1 { tsc_khz: Some(9), ..good };
-        assert!(matches!(fast.apply(&mut *vcpu), Err(StateError::TscRate { saved: 9, host: 2_000_000, .. })));
+        assert!(matches!(
+            fast.apply(&mut *vcpu, Tsc::Value(0)),
+            Err(StateError::TscRate { saved: 9, host: 2_000_000, .. })
+        ));
     }
 
     #[test]
@@ -489,7 +701,7 @@ mod tests {
         let fake = Fake::new();
         let mut vcpu = vcpu(&fake);
         let msrs = [MsrV1 { index: MSR_TSC_DEADLINE, value: 5 }, MsrV1 { index: 0x10, value: 1 }];
-        set_msrs(&mut *vcpu, &msrs).unwrap();
+        set_msrs(&mut *vcpu, &msrs, Tsc::Value(1)).unwrap();
         assert_eq!(vcpu.msrs(&[0x10, MSR_TSC_DEADLINE]).unwrap().len(), 2);
     }
 
@@ -498,18 +710,19 @@ mod tests {
         let fake = Fake::new();
         let mut one = vcpu(&fake);
         let before = fake.calls().len();
-        let state = VcpuV1::capture(&*one, &[0x10]).unwrap();
+        let state = VcpuV1::capture(&*one, &[], &[0x10]).unwrap();
         let captured = fake.calls().len();
-        state.apply(&mut *one).unwrap();
+        state.apply(&mut *one, Tsc::Value(0)).unwrap();
         let applied = fake.calls().len();
         for nth in 1..=captured - before {
             fake.fail_nth(nth);
-            VcpuV1::capture(&*one, &[0x10]).unwrap_err();
+            VcpuV1::capture(&*one, &[], &[0x10]).unwrap_err();
             fake.heal();
         }
-        for nth in 1..=applied - captured {
+        // The last one, telling the guest's clock of the pause, is a courtesy.
+        for nth in 1..applied - captured {
             fake.fail_nth(nth);
-            state.apply(&mut *one).unwrap_err();
+            state.apply(&mut *one, Tsc::Value(0)).unwrap_err();
             fake.heal();
         }
     }

@@ -11,7 +11,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::{Control, Entry};
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, VcpuSet, VcpuSpec};
-use vmm_cpu_manager::state::VcpuV1;
+use vmm_cpu_manager::state::{MsrV1, TimeBase, VcpuV1};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
 use vmm_device_model::metrics::Value;
@@ -75,7 +75,15 @@ fn create_with(
     let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
     let cpuid = Cpuid::new(&fake.supported_cpuid()?, &options);
     let affinity = vec![(0, vec![0])];
-    let spec = VcpuSpec { boot, topology, cpuid, affinity, core_scheduling: CoreScheduling::Vm, threads };
+    let spec = VcpuSpec {
+        boot,
+        topology,
+        cpuid,
+        msrs: None,
+        affinity,
+        core_scheduling: CoreScheduling::Vm,
+        threads,
+    };
     let vm = fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 })?;
     let entry = Entry {
         regs: Regs { rip: 0x1000, ..Regs::default() },
@@ -168,10 +176,43 @@ fn state_moves_to_another_set() {
     assert_eq!(states[0].regs.rip, 0x1000);
     drop(first);
     let mut second = create(&fake, 2, &world.targets).unwrap();
-    second.restore(states.clone()).unwrap();
+    second.restore(states.clone(), TimeBase::SameVm).unwrap();
     assert_eq!(second.save().unwrap(), states);
-    let error = second.restore(states[..1].to_vec()).unwrap_err();
+    let error = second.restore(states[..1].to_vec(), TimeBase::SameVm).unwrap_err();
     assert!(matches!(error, VcpuError::Count { states: 1, vcpus: 2 }));
+}
+
+fn tsc(state: &mut VcpuV1) -> &mut MsrV1 {
+    state.msrs.iter_mut().find(|msr| msr.index == 0x10).unwrap()
+}
+
+#[test]
+fn tscs_go_on_together_and_keep_what_the_guest_put_between_them() {
+    for offsets_known in [true, false] {
+        let (fake, world) = (Fake::new(), world());
+        fake.set_host_tsc(3_000);
+        let mut set = create(&fake, 2, &world.targets).unwrap();
+        let mut states = set.save().unwrap();
+        // Read one after the other; the second vCPU's is 3 ahead.
+        for (state, value, offset) in [(0, 10_000, 7_000), (1, 10_500, 7_003)] {
+            tsc(&mut states[state]).value = value;
+            states[state].tsc_offset = Some(offset);
+        }
+        if !offsets_known {
+            fake.unsupported("KVM_GET_DEVICE_ATTR");
+        }
+        fake.set_host_tsc(1 << 40);
+        // At 2 GHz.
+        set.restore(states.clone(), TimeBase::After(Duration::from_micros(1))).unwrap();
+        let values: Vec<_> = set.save().unwrap().iter_mut().map(|state| tsc(state).value).collect();
+        assert_eq!(values, if offsets_known { [12_000, 12_003] } else { [12_000, 12_500] });
+        if offsets_known {
+            // In the VM itself nothing happens to them.
+            set.restore(states, TimeBase::SameVm).unwrap();
+            let offsets: Vec<_> = set.save().unwrap().iter().map(|state| state.tsc_offset).collect();
+            assert_eq!(offsets, [Some(7_000), Some(7_003)]);
+        }
+    }
 }
 
 /// Every integer of a saved state at its edges: refused, or taken; and the vCPU still obeys.
@@ -182,14 +223,14 @@ fn fuzz_states() {
     let good = set.save().unwrap();
     let (mut taken, mut refused) = (0, 0);
     for bytes in vmm_fuzzing::hostile_records(&good[0].encode()) {
-        match VcpuV1::decode(&bytes).map(|state| set.restore(vec![state])) {
+        match VcpuV1::decode(&bytes).map(|state| set.restore(vec![state], TimeBase::SameVm)) {
             Ok(Ok(())) => taken += 1,
             Ok(Err(_)) | Err(_) => refused += 1,
         }
         set.save().unwrap();
     }
     assert!(taken > 0 && refused > 0, "{taken} taken, {refused} refused");
-    set.restore(good.clone()).unwrap();
+    set.restore(good.clone(), TimeBase::SameVm).unwrap();
     assert_eq!(set.save().unwrap(), good);
 }
 
@@ -268,7 +309,7 @@ fn an_nmi_to_a_paused_guest_waits_in_its_state() {
     let states = set.save().unwrap();
     drop(set);
     let mut set = create(&fake, 2, &world.targets).unwrap();
-    set.restore(states).unwrap();
+    set.restore(states, TimeBase::SameVm).unwrap();
     assert_eq!(pending(&set), [1, 1], "it moves with the state");
     set.run();
     set.pause().unwrap();

@@ -8,6 +8,7 @@
 pub mod machine;
 pub mod node;
 pub mod set;
+pub mod tree;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -1,6 +1,6 @@
 //! What the devices of a machine are built from, and the books on who has what.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -17,8 +17,10 @@ use vmm_pci::host_bridge::{Attachment, HostBridge};
 use vmm_pci::resources::PciResources;
 use vmm_pci::slots::SlotAllocator;
 use vmm_pci::windows::{BarAllocator, Windows};
+use vmm_snapshot::RecordError;
 
 use crate::node::Resource;
+use crate::tree::{DeviceTreeV1, ResourceV1, invalid};
 
 /// Gives the pins of the machine's interrupt controller.
 pub trait Lines: Send + fmt::Debug {
@@ -62,6 +64,8 @@ pub struct Machine {
     lines_taken: BTreeMap<u32, String>,
     slots: SlotAllocator,
     bars: BarAllocator,
+    /// BARs that a saved device tree keeps for devices that are yet to be built: base and size, in order.
+    kept: BTreeMap<String, VecDeque<(u64, u64)>>,
 }
 
 impl Machine {
@@ -73,7 +77,40 @@ impl Machine {
         let mut slots = SlotAllocator::new();
         slots.take("host bridge", Some(0)).map_err(|e| slot_error("host bridge", e))?;
         let bars = BarAllocator::new(parts.windows.clone());
-        Ok(Self { parts, lines_taken: BTreeMap::new(), slots, bars })
+        Ok(Self { parts, lines_taken: BTreeMap::new(), slots, bars, kept: BTreeMap::new() })
+    }
+
+    /// Keeps the device numbers and BAR addresses of a saved tree for its devices. Before any device is built.
+    ///
+    /// # Errors
+    /// The tree is impossible here.
+    pub(crate) fn keep(&mut self, tree: &DeviceTreeV1) -> Result<(), RecordError> {
+        for node in &tree.devices {
+            let id = &node.id;
+            for resource in &node.resources {
+                match *resource {
+                    ResourceV1::Slot { device } => {
+                        let taken = self.slots.take(id, Some(device));
+                        taken.map_err(|error| invalid(format!("device {id:?}: {error}")))?;
+                    }
+                    ResourceV1::Bar { base, len } => {
+                        if !self.bars.take_at(base, len) {
+                            let what =
+                                format!("device {id:?} cannot have a BAR of {len:#x} bytes at {base:#x}");
+                            return Err(invalid(what));
+                        }
+                        self.kept.entry(id.clone()).or_default().push_back((base, len));
+                    }
+                    // Their owners ask for these by number.
+                    ResourceV1::Pio { .. }
+                    | ResourceV1::Mmio { .. }
+                    | ResourceV1::Line { .. }
+                    | ResourceV1::Msi { .. }
+                    | ResourceV1::Function { .. } => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Resources for the device `id`; what it takes is booked until the builder's end.
@@ -198,7 +235,16 @@ impl PciResources for Builder<'_> {
     }
 
     fn bar_address(&mut self, kind: BarKind, size: u64) -> Result<u64, BuildError> {
-        let base = self.machine.bars.take(kind, size);
+        let kept = self.machine.kept.get_mut(self.id).and_then(VecDeque::pop_front);
+        let base = match kept {
+            Some((base, len)) if len == size => Some(base),
+            Some((base, len)) => {
+                self.machine.bars.release(base);
+                let what = format!("BAR of {len:#x} bytes at {base:#x}, which has {size:#x} bytes here,");
+                return Err(BuildError::Taken { what });
+            }
+            None => self.machine.bars.take(kind, size),
+        };
         let base = base.ok_or(BuildError::Exhausted { what: "PCI address space" })?;
         self.booked.push(Resource::Bar { base, len: size });
         Ok(base)

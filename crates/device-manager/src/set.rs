@@ -11,6 +11,7 @@ use vmm_snapshot::{RecordError, RecordSet, SetError};
 
 use crate::machine::Machine;
 use crate::node::{DeviceNode, Resource};
+use crate::tree::DeviceTreeV1;
 
 /// A recipe as the set takes it: anything from a port to a PCI function.
 pub type AnyRecipe = Box<dyn for<'a> Recipe<dyn PciResources + 'a>>;
@@ -43,6 +44,14 @@ impl DeviceSet {
     /// No devices yet.
     pub fn new(machine: Machine) -> Self {
         Self { devices: Vec::new(), machine }
+    }
+
+    /// Keeps for the devices of a saved tree, which are yet to be added, what they had.
+    ///
+    /// # Errors
+    /// The tree is impossible here.
+    pub fn keep(&mut self, tree: &DeviceTreeV1) -> Result<(), RecordError> {
+        self.machine.keep(tree)
     }
 
     /// Builds a device and adds it.
@@ -183,6 +192,19 @@ impl DeviceSet {
             }
         }
         counts
+    }
+
+    /// The device tree, as saved state.
+    pub fn tree(&self) -> DeviceTreeV1 {
+        DeviceTreeV1::of(&self.nodes())
+    }
+
+    /// Checks that every device of a saved tree is here and has what it had.
+    ///
+    /// # Errors
+    /// The first that has not, by name.
+    pub fn check(&self, saved: &DeviceTreeV1) -> Result<(), RecordError> {
+        saved.check(&self.tree())
     }
 
     /// The device tree.

@@ -16,6 +16,8 @@ use crate::{
     VcpuExit, Vm, VmOptions,
 };
 
+const MSR_TSC: u32 = 0x10;
+
 /// The scripted hypervisor. Clones share everything.
 #[derive(Debug, Clone, Default)]
 pub struct Fake {
@@ -42,6 +44,7 @@ struct State {
     /// Memory slots, by VM and number: a slot that is set again is no second one.
     slots: BTreeSet<(usize, u32)>,
     clock: ClockData,
+    host_tsc: u64,
     vms_made: usize,
     live: Live,
 }
@@ -184,6 +187,11 @@ impl Fake {
     /// Messages signalled so far.
     pub fn signalled(&self) -> Vec<Msi> {
         self.lock().signalled.clone()
+    }
+
+    /// The host's TSC, which stands still otherwise.
+    pub fn set_host_tsc(&self, tsc: u64) {
+        self.lock().host_tsc = tsc;
     }
 
     /// Marks 4 KiB pages of a slot as written by the guest: one bit per page, lowest first.
@@ -380,6 +388,8 @@ struct Registers {
     mp_state: MpState,
     debug_regs: DebugRegs,
     tsc_khz: u32,
+    tsc_offset: u64,
+    nested_state: Option<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -551,13 +561,19 @@ impl Vcpu for FakeVcpu {
     }
 
     fn msrs(&self, indices: &[u32]) -> Result<Vec<MsrEntry>> {
-        drop(self.fake.enter("KVM_GET_MSRS")?);
-        let value = |index: &u32| self.registers.msrs.get(index).copied().unwrap_or(0);
+        let tsc = self.fake.enter("KVM_GET_MSRS")?.host_tsc.wrapping_add(self.registers.tsc_offset);
+        let value = |index: &u32| match *index {
+            MSR_TSC => tsc,
+            index => self.registers.msrs.get(&index).copied().unwrap_or(0),
+        };
         Ok(indices.iter().map(|index| MsrEntry { index: *index, value: value(index) }).collect())
     }
 
     fn set_msrs(&mut self, entries: &[MsrEntry]) -> Result<Vec<u32>> {
-        drop(self.fake.enter("KVM_SET_MSRS")?);
+        let host_tsc = self.fake.enter("KVM_SET_MSRS")?.host_tsc;
+        if let Some(tsc) = entries.iter().find(|e| e.index == MSR_TSC) {
+            self.registers.tsc_offset = tsc.value.wrapping_sub(host_tsc);
+        }
         self.registers.msrs.extend(entries.iter().map(|e| (e.index, e.value)));
         Ok(Vec::new())
     }
@@ -581,6 +597,28 @@ impl Vcpu for FakeVcpu {
     fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
         drop(self.fake.enter("KVM_SET_TSC_KHZ")?);
         self.registers.tsc_khz = khz;
+        Ok(())
+    }
+
+    fn tsc_offset(&self) -> Result<u64> {
+        drop(self.fake.enter("KVM_GET_DEVICE_ATTR")?);
+        Ok(self.registers.tsc_offset)
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) -> Result<()> {
+        drop(self.fake.enter("KVM_SET_DEVICE_ATTR")?);
+        self.registers.tsc_offset = offset;
+        Ok(())
+    }
+
+    fn nested_state(&self) -> Result<Option<Vec<u8>>> {
+        drop(self.fake.enter("KVM_GET_NESTED_STATE")?);
+        Ok(self.registers.nested_state.clone())
+    }
+
+    fn set_nested_state(&mut self, state: &[u8]) -> Result<()> {
+        drop(self.fake.enter("KVM_SET_NESTED_STATE")?);
+        self.registers.nested_state = Some(state.to_vec());
         Ok(())
     }
 

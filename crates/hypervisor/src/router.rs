@@ -27,12 +27,42 @@ struct Table {
     routes: BTreeMap<u32, Msi>,
     /// Which GSI of `first..` is given out; index 0 is the first after the pins.
     taken: Vec<bool>,
+    /// Changes are written down, and told to the hypervisor together.
+    held: bool,
+}
+
+/// While this is there, changes of routes wait for [`commit`](Self::commit). Dropped without, they wait for the next change.
+#[derive(Debug)]
+#[must_use]
+pub struct HeldRoutes<'a>(&'a InterruptRouter);
+
+impl HeldRoutes<'_> {
+    /// Tells the hypervisor all that changed, in one call.
+    ///
+    /// # Errors
+    /// The hypervisor refuses; the routes in force are those before.
+    pub fn commit(self) -> io::Result<()> {
+        let table = self.0.lock();
+        self.0.tell(&table.routes)
+    }
+}
+
+impl Drop for HeldRoutes<'_> {
+    fn drop(&mut self) {
+        self.0.lock().held = false;
+    }
 }
 
 impl InterruptRouter {
     /// A router for `vm` with `pins` IOAPIC pins and GSIs below `capacity` in all (KVM: 4096).
     pub fn new(vm: Arc<dyn Vm>, pins: u32, capacity: u32) -> Arc<Self> {
         Arc::new(Self { vm, pins, capacity, table: Mutex::default() })
+    }
+
+    /// Gathers changes of routes, so that a restore of many devices is one call. No interrupt may be raised meanwhile.
+    pub fn hold(&self) -> HeldRoutes<'_> {
+        self.lock().held = true;
+        HeldRoutes(self)
     }
 
     /// Sets or removes the routes of IOAPIC pins, all in one call.
@@ -109,10 +139,16 @@ impl InterruptRouter {
         if routes == table.routes {
             return Ok(());
         }
-        let list: Vec<_> = routes.iter().map(|(gsi, msi)| MsiRoute { gsi: *gsi, msi: *msi }).collect();
-        self.vm.set_routes(&list).map_err(io::Error::other)?;
+        if !table.held {
+            self.tell(&routes)?;
+        }
         table.routes = routes;
         Ok(())
+    }
+
+    fn tell(&self, routes: &BTreeMap<u32, Msi>) -> io::Result<()> {
+        let list: Vec<_> = routes.iter().map(|(gsi, msi)| MsiRoute { gsi: *gsi, msi: *msi }).collect();
+        self.vm.set_routes(&list).map_err(io::Error::other)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Table> {
@@ -236,6 +272,23 @@ mod tests {
         assert_eq!(fake.routes().first().unwrap().gsi, 24);
         second.set_routes(&[(1, Some(MSI))]).unwrap();
         assert_eq!(fake.routes().last().unwrap().gsi, 29);
+    }
+
+    #[test]
+    fn held_changes_are_one_call() {
+        let (fake, router) = router(64);
+        let block = router.allocate(2).unwrap();
+        let held = router.hold();
+        router.set_pins(&[(4, Some(MSI))]).unwrap();
+        block.set_routes(&[(0, Some(MSI))]).unwrap();
+        block.set_routes(&[(1, Some(MSI))]).unwrap();
+        assert_eq!(fake.count("KVM_SET_GSI_ROUTING"), 0);
+        held.commit().unwrap();
+        assert_eq!((fake.count("KVM_SET_GSI_ROUTING"), fake.routes().len()), (1, 3));
+        block.set_routes(&[(1, None)]).unwrap();
+        assert_eq!((fake.count("KVM_SET_GSI_ROUTING"), fake.routes().len()), (2, 2));
+        fake.fail_nth_of("KVM_SET_GSI_ROUTING", 1);
+        router.hold().commit().unwrap_err();
     }
 
     #[test]

@@ -248,7 +248,7 @@ pub trait Vcpu: Send + fmt::Debug {
     /// Sets [`xsave`](Self::xsave).
     ///
     /// # Errors
-    /// The area has another size than this host's, or the call failed.
+    /// The area has components that this host does not know, or the call failed.
     fn set_xsave(&mut self, area: &[u8]) -> Result<()>;
 
     /// Extended control registers (XCR0).
@@ -325,8 +325,31 @@ pub trait Vcpu: Send + fmt::Debug {
     /// Sets [`tsc_khz`](Self::tsc_khz).
     ///
     /// # Errors
-    /// The host cannot give that rate, or the call failed.
+    /// The host cannot give that rate: it is more than 250 ppm from the host's own, and the processor does not scale. Or the
+    /// call failed.
     fn set_tsc_khz(&mut self, khz: u32) -> Result<()>;
+
+    /// What is added to the host's TSC, scaled to the guest's rate, to make the guest's (KVM_VCPU_TSC_OFFSET); it wraps.
+    ///
+    /// # Errors
+    /// The call failed.
+    fn tsc_offset(&self) -> Result<u64>;
+    /// Sets [`tsc_offset`](Self::tsc_offset). Two vCPUs with one offset have one TSC.
+    ///
+    /// # Errors
+    /// The call failed.
+    fn set_tsc_offset(&mut self, offset: u64) -> Result<()>;
+
+    /// What the vCPU has of guests of its own, in the hypervisor's form; `None` while it has none.
+    ///
+    /// # Errors
+    /// The call failed.
+    fn nested_state(&self) -> Result<Option<Vec<u8>>>;
+    /// Sets [`nested_state`](Self::nested_state). After the control registers, which turn VMX or SVM on.
+    ///
+    /// # Errors
+    /// The state is another processor's, or the call failed.
+    fn set_nested_state(&mut self, state: &[u8]) -> Result<()>;
 
     /// Tells the guest's paravirtual clock that it was paused, so that its watchdogs keep still
     /// (KVM_KVMCLOCK_CTRL).

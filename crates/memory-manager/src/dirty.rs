@@ -10,6 +10,7 @@ use std::sync::Arc;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap};
 use vmm_device_model::dirty::DirtySource;
+use vmm_hypervisor::MemorySlot;
 
 use crate::layout::{PAGE_SIZE, Range};
 use crate::map::MemoryMap;
@@ -27,6 +28,9 @@ impl std::fmt::Debug for DirtyCollector {
         f.debug_struct("DirtyCollector").field("trackers", &self.trackers.keys()).finish_non_exhaustive()
     }
 }
+
+/// Per region of [`MemoryMap::source`] the bytes that may have changed, in offsets in it.
+pub type Changed = Vec<Vec<std::ops::Range<u64>>>;
 
 /// One bit per page, one bitmap per slot.
 #[derive(Debug, Clone)]
@@ -86,17 +90,59 @@ impl DirtyCollector {
     /// # Errors
     /// No such tracker, or a source could not be asked; no page is lost, the next call reports it.
     pub fn take(&mut self, map: &MemoryMap, name: &str) -> Result<Vec<Range>, DirtyError> {
+        let mut ranges = Vec::new();
+        self.drain(map, name, &mut |slot, bitmap| append_ranges(slot.guest_address, bitmap, &mut ranges))?;
+        Ok(ranges)
+    }
+
+    /// As [`take`](Self::take), per region of [`MemoryMap::source`] and in offsets in it: what an incremental
+    /// snapshot wants. If that fails, [`give_back`](Self::give_back) what was taken.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub fn take_changed(&mut self, map: &MemoryMap, name: &str) -> Result<Changed, DirtyError> {
+        let mut changed = Vec::new();
+        self.drain(map, name, &mut |_, bitmap| {
+            let mut ranges = Vec::new();
+            append_ranges(0, bitmap, &mut ranges);
+            changed.push(ranges.iter().map(|range| range.start..range.end()).collect());
+        })?;
+        Ok(changed)
+    }
+
+    /// Marks what was taken for `name` again, for the next call to report it with what was written since.
+    ///
+    /// # Errors
+    /// No such tracker.
+    pub fn give_back(&mut self, map: &MemoryMap, name: &str, changed: &Changed) -> Result<(), DirtyError> {
+        let tracker = self.trackers.get_mut(name);
+        let tracker = tracker.ok_or_else(|| DirtyError::Unknown { name: name.to_owned() })?;
+        for (slot, ranges) in map.slots().iter().zip(changed) {
+            for range in ranges {
+                let len = range.end.saturating_sub(range.start);
+                tracker.mark(map, slot.guest_address.saturating_add(range.start), len);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands each slot's bitmap of `name` to `each` and clears it.
+    fn drain(
+        &mut self,
+        map: &MemoryMap,
+        name: &str,
+        each: &mut dyn FnMut(&MemorySlot, &[u64]),
+    ) -> Result<(), DirtyError> {
         if !self.trackers.contains_key(name) {
             return Err(DirtyError::Unknown { name: name.to_owned() });
         }
         self.collect(map)?;
-        let Some(Tracker(bitmaps)) = self.trackers.get_mut(name) else { return Ok(Vec::new()) };
-        let mut ranges = Vec::new();
+        let Some(Tracker(bitmaps)) = self.trackers.get_mut(name) else { return Ok(()) };
         for (slot, bitmap) in map.slots().iter().zip(bitmaps) {
-            append_ranges(slot.guest_address, bitmap, &mut ranges);
+            each(slot, bitmap);
             bitmap.fill(0);
         }
-        Ok(ranges)
+        Ok(())
     }
 
     /// Fetches from every source into every tracker.

@@ -3,11 +3,16 @@
 //! - [`layout`]: where RAM and the windows for devices lie in the guest's address space;
 //! - [`zone`]: RAM as the host backs it: memfd, file, huge pages, anonymous memory;
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
+//! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
+//! - [`restore`]: RAM from a snapshot, mapped or copied;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
 pub mod layout;
 pub mod map;
+mod pagemap;
+pub mod restore;
+pub mod source;
 mod sys;
 pub mod zone;
 

@@ -1,6 +1,7 @@
 //! The RAM of one VM.
 #![expect(unsafe_code, reason = "host memory is given to the guest")]
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use minicbor::{Decode, Encode};
@@ -21,6 +22,19 @@ pub struct MemoryMap {
     slots: Vec<MemorySlot>,
     memory: Arc<GuestRam>,
     dma: DmaMemory,
+    /// Per region the snapshot's file that it is a private mapping of; empty where nothing was restored.
+    files: Vec<Option<PathBuf>>,
+}
+
+/// A snapshot's file that guest memory is a mapping of.
+///
+/// An access to `addresses` that raises SIGBUS says that the file has shrunk, or cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MappedFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Addresses in this process.
+    pub addresses: std::ops::Range<usize>,
 }
 
 impl MemoryMap {
@@ -36,13 +50,25 @@ impl MemoryMap {
         let mut regions = Vec::with_capacity(layout.ram.len());
         for piece in &layout.ram {
             if let Some(backing) = backings.get(piece.zone) {
-                regions.push(backing.map(piece)?);
+                regions.push(backing.map(piece, piece.offset)?);
             }
         }
         let memory = Arc::new(GuestRam::from_regions(regions)?);
-        let dma = DmaMemory::from(Arc::clone(&memory));
         let zones = zones.iter().map(|zone| zone.id.clone()).collect();
-        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma };
+        Self::assemble(vm, layout, zones, memory, Vec::new())
+    }
+
+    /// Gives `memory`, a region per piece of `layout`, to the guest. `files` are the files of a snapshot that
+    /// regions are mappings of.
+    pub(crate) fn assemble(
+        vm: Arc<dyn Vm>,
+        layout: Layout,
+        zones: Vec<String>,
+        memory: Arc<GuestRam>,
+        files: Vec<Option<PathBuf>>,
+    ) -> Result<Self, ZoneError> {
+        let dma = DmaMemory::from(Arc::clone(&memory));
+        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma, files };
         map.give_to_guest()?;
         Ok(map)
     }
@@ -78,6 +104,16 @@ impl MemoryMap {
     /// The handle that devices get.
     pub fn dma(&self) -> DmaMemory {
         self.dma.clone()
+    }
+
+    /// The snapshot's files that RAM is a mapping of; for a handler of SIGBUS.
+    pub fn mapped_files(&self) -> Vec<MappedFile> {
+        let mapped = self.memory.iter().zip(&self.files).filter_map(|(region, path)| {
+            let mapping = region.get_mmap();
+            let start = mapping.as_ptr() as usize;
+            Some(MappedFile { path: path.clone()?, addresses: start..start + mapping.size() })
+        });
+        mapped.collect()
     }
 
     /// RAM in bytes.

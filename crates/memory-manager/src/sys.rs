@@ -1,9 +1,10 @@
 //! The system calls of this crate.
-#![expect(unsafe_code, reason = "memfd_create, madvise and sysinfo are C calls")]
+#![expect(unsafe_code, reason = "memfd_create, madvise, sysinfo and ioctl are C calls")]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 /// A memory file named `name`; with `huge_page` (bytes, a power of two) in huge pages of that size.
 pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
@@ -62,4 +63,67 @@ pub(crate) fn host_memory() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok((info.totalram + info.totalswap).saturating_mul(info.mem_unit.into()))
+}
+
+/// Argument of PAGEMAP_SCAN (`struct pm_scan_arg` of linux/fs.h).
+#[repr(C)]
+#[derive(Debug, Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// What PAGEMAP_SCAN finds (`struct page_region` of linux/fs.h).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// Runs that one scan finds at most.
+const MOST_RUNS: usize = 64;
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+/// The first runs of pages in `range` (addresses of this process) that are its own: in memory or swapped out, no
+/// file's, not the zero page; at most `most` pages. And where it stopped to look, or the end of the range.
+///
+/// `pagemap` is /proc/self/pagemap.
+pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+    let mut found = [PageRegion::default(); MOST_RUNS];
+    let mut arg = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        start: range.start,
+        end: range.end,
+        vec: found.as_mut_ptr() as u64,
+        vec_len: found.len() as u64,
+        max_pages: most,
+        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        // Any one: runs are split where it differs, and this one does not.
+        return_mask: PAGE_IS_FILE,
+        ..ScanArg::default()
+    };
+    // SAFETY: `arg` is as the kernel defines it, and `vec` is a place for the regions that `vec_len` allows.
+    let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+    let Ok(count) = usize::try_from(count) else { return Err(io::Error::last_os_error()) };
+    Ok((found.iter().take(count).map(|run| run.start..run.end).collect(), arg.walk_end))
 }

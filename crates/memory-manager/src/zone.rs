@@ -2,8 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
@@ -57,6 +59,9 @@ pub fn check_host(wanted: u64) -> Result<(), ZoneError> {
     }
 }
 
+/// Memory as it is mapped.
+pub(crate) type Region = GuestRegionMmap<AtomicBitmap>;
+
 /// A zone's open backing.
 #[derive(Debug)]
 pub(crate) struct Backing<'a> {
@@ -92,8 +97,33 @@ impl<'a> Backing<'a> {
         Ok(Self { config, file })
     }
 
-    /// Maps a piece of the zone.
-    pub(crate) fn map(&self, piece: &Placement) -> Result<GuestRegionMmap<AtomicBitmap>, ZoneError> {
+    /// As [`open`](Self::open), of all zeroes, whatever is in the zone's file.
+    pub(crate) fn open_empty(config: &'a ZoneConfig) -> Result<Self, ZoneError> {
+        let backing = Self::open(config)?;
+        let named = config.file.as_ref().is_some_and(|path| !path.is_dir());
+        if let Some(file) = backing.file.as_ref().filter(|_| named) {
+            let failed = |source| {
+                let what = "clear the file of";
+                ZoneError::Backing { zone: config.id.clone(), what, source }
+            };
+            if config.shared {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(file, flags, 0, config.size).map_err(|error| failed(error.into()))?;
+            } else if file.metadata().map_err(failed)?.blocks() != 0 {
+                // Not ours to clear, and in the way.
+                return Err(failed(io::ErrorKind::AlreadyExists.into()));
+            }
+        }
+        Ok(backing)
+    }
+
+    /// A zone whose pieces are in files of their own; this is one.
+    pub(crate) fn of_file(config: &'a ZoneConfig, file: File) -> Self {
+        Self { config, file: Some(file) }
+    }
+
+    /// Maps a piece of the zone that begins at `offset` of its file.
+    pub(crate) fn map(&self, piece: &Placement, offset: u64) -> Result<Region, ZoneError> {
         let config = self.config;
         let failed = |what| move |source| ZoneError::Backing { zone: config.id.clone(), what, source };
         let size = usize::try_from(piece.range.size)
@@ -111,10 +141,13 @@ impl<'a> Backing<'a> {
             .with_hugetlbfs(config.huge_page.is_some());
         if let Some(file) = &self.file {
             let file = file.try_clone().map_err(failed("duplicate the file of"))?;
-            builder = builder.with_file_offset(FileOffset::new(file, piece.offset));
+            builder = builder.with_file_offset(FileOffset::new(file, offset));
         }
         let mapping = builder.build().map_err(|e| failed("map")(io::Error::other(e)))?;
-        advise(mapping.as_ptr() as usize, size, piece, config).map_err(failed("set the options of"))?;
+        // What is private and in a file, yet not the zone's, is a snapshot's: its pages come one by one.
+        let thp = config.huge_page.is_none() && config.file.is_none();
+        let thp = thp && (self.file.is_none() || config.shared);
+        advise(mapping.as_ptr() as usize, size, piece, config, thp).map_err(failed("set the options of"))?;
         GuestRegionMmap::new(mapping, GuestAddress(piece.range.start))
             .ok_or(ZoneError::Layout(LayoutError::TooLarge { phys_bits: 64 }))
     }
@@ -134,13 +167,13 @@ fn nameless_file(directory: &std::path::Path) -> io::Result<File> {
     }
 }
 
-fn advise(start: usize, len: usize, piece: &Placement, config: &ZoneConfig) -> io::Result<()> {
+fn advise(start: usize, len: usize, piece: &Placement, config: &ZoneConfig, thp: bool) -> io::Result<()> {
     // Guest memory in a core dump helps nobody and leaks the guest.
     sys::advise(start, len, Advice::DontDump)?;
     if config.options.mergeable {
         sys::advise(start, len, Advice::Mergeable)?;
     }
-    if config.huge_page.is_none() && config.file.is_none() {
+    if thp {
         let low = if piece.range.start == 0 { THP_FREE_LOW.min(len) } else { 0 };
         let wanted = if config.options.thp { Advice::HugePage } else { Advice::NoHugePage };
         // EINVAL: a kernel without transparent huge pages; then there are none, as good as asked.

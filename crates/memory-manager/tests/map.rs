@@ -146,3 +146,36 @@ fn every_tracker_sees_every_page_of_every_source_once() {
     dirty.stop(&mut map, "migration").unwrap();
     assert!(matches!(dirty.stop(&mut map, "migration"), Err(DirtyError::Unknown { .. })));
 }
+
+#[test]
+#[expect(clippy::single_range_in_vec_init, reason = "one range")]
+fn a_tracker_that_could_not_start_or_stop_is_none() {
+    let fake = Fake::new();
+    let zones = [zone(1 << 20), ZoneConfig { id: "mem1".to_owned(), ..zone(1 << 20) }];
+    let mut map = MemoryMap::create(vm(&fake), &zones, 40).unwrap();
+    let mut dirty = DirtyCollector::new();
+    for nth in 1.. {
+        fake.fail_nth(nth);
+        let started = dirty.start(&mut map, "snapshot");
+        fake.heal();
+        if started.is_ok() {
+            assert_eq!(nth, 5, "two slots, two logs");
+            break;
+        }
+        assert!(matches!(dirty.take(&map, "snapshot"), Err(DirtyError::Unknown { .. })));
+        assert!(matches!(dirty.give_back(&map, "snapshot", &vec![]), Err(DirtyError::Unknown { .. })));
+    }
+    // In both regions, and a hole between what was told.
+    fake.set_dirty(0, vec![1]);
+    map.memory().write_obj(1_u8, GuestAddress((1 << 20) + 0x5000)).unwrap();
+    let changed = dirty.take_changed(&map, "snapshot").unwrap();
+    assert_eq!(changed, [vec![0..0x1000], vec![0x5000..0x6000]]);
+    for nth in 1..=2 {
+        fake.fail_nth(nth);
+        assert!(matches!(dirty.stop(&mut map, "snapshot"), Err(DirtyError::Log(_))));
+        assert!(matches!(dirty.take(&map, "snapshot"), Err(DirtyError::Unknown { .. })));
+        dirty.start(&mut map, "snapshot").unwrap();
+        map.memory().write_obj(1_u8, GuestAddress(0x7000)).unwrap();
+        assert_eq!(dirty.take_changed(&map, "snapshot").unwrap(), [vec![0x7000..0x8000], vec![]]);
+    }
+}

@@ -54,6 +54,18 @@ impl BarAllocator {
         Some(base)
     }
 
+    /// Takes the range of `size` bytes at `base`, aligned to its size. Returns whether it was free and inside the windows.
+    pub fn take_at(&mut self, base: u64, size: u64) -> bool {
+        let fits = size.is_power_of_two() && base.is_multiple_of(size) && self.windows.contain(base, size);
+        // Inside a window, so this does not wrap.
+        let free =
+            fits && self.taken.range(..base + size).next_back().is_none_or(|(at, len)| at + len <= base);
+        if free {
+            self.taken.insert(base, size);
+        }
+        free
+    }
+
     /// Gives an address back; returns whether it was taken.
     pub fn release(&mut self, base: u64) -> bool {
         self.taken.remove(&base).is_some()

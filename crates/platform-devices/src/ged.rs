@@ -30,9 +30,11 @@ pub enum GedEvent {
     Pci = 4,
     /// The power button was pressed.
     PowerButton = 8,
+    /// The generation id has changed.
+    GenerationId = 16,
 }
 
-const ALL_EVENTS: u8 = 0x0f;
+const ALL_EVENTS: u8 = 0x1f;
 
 /// The event register and its interrupt line.
 #[derive(Debug)]
@@ -194,7 +196,7 @@ mod tests {
         assert_eq!(read(&mut device), 2);
         device.resume();
         assert_eq!(line.edges(), 1);
-        device.restore(GedV1 { pending: 0x10 }).unwrap_err();
+        device.restore(GedV1 { pending: 0x20 }).unwrap_err();
     }
 
     #[test]

@@ -15,3 +15,4 @@ pub mod pvpanic;
 pub mod registers;
 pub mod serial;
 pub mod testing;
+pub mod vm_generation;

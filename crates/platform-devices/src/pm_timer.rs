@@ -18,21 +18,22 @@ pub const PM_TIMER_LEN: u16 = 4;
 /// Ticks per second.
 pub const PM_TIMER_HZ: u32 = 3_579_545;
 
-/// The power management timer. It stands still while the VM is paused.
+/// The power management timer. It reads the same while the VM is paused, and then shows that time has passed, as the TSC and the
+/// paravirtual clock do: guests compare them.
 #[derive(Debug)]
 pub struct PmTimer {
     clock: Arc<dyn Clock>,
-    /// The counter when it last started or stopped.
+    /// The counter at `since`.
     counter: u32,
-    /// When it started; `None` while it stands still.
-    started: Option<Duration>,
+    since: Duration,
+    paused: bool,
 }
 
 impl PmTimer {
     /// Counts from 0 from now on; `clock` is monotonic.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
-        let started = Some(clock.now());
-        Self { clock, counter: 0, started }
+        let since = clock.now();
+        Self { clock, counter: 0, since, paused: false }
     }
 
     /// Recipe of the timer at [`PM_TIMER_PORT`].
@@ -41,12 +42,16 @@ impl PmTimer {
     }
 
     fn counter(&self) -> u32 {
-        let Some(started) = self.started else { return self.counter };
-        let nanos = self.clock.now().saturating_sub(started).as_nanos();
-        let ticks = nanos.saturating_mul(PM_TIMER_HZ.into()) / NANOS_PER_SECOND;
-        // The counter wraps: its low 32 bits are the counter.
-        self.counter.wrapping_add(ticks as u32)
+        if self.paused {
+            return self.counter;
+        }
+        self.counter.wrapping_add(ticks(self.clock.now().saturating_sub(self.since)))
     }
+}
+
+/// The counter wraps: the low 32 bits are the counter.
+fn ticks(time: Duration) -> u32 {
+    (time.as_nanos().saturating_mul(PM_TIMER_HZ.into()) / NANOS_PER_SECOND) as u32
 }
 
 const NANOS_PER_SECOND: u128 = 1_000_000_000;
@@ -64,16 +69,18 @@ impl Metered for PmTimer {}
 impl RegisterFile for PmTimer {
     fn pause(&mut self) {
         self.counter = self.counter();
-        self.started = None;
+        if !self.paused {
+            self.since = self.clock.now();
+        }
+        self.paused = true;
     }
 
     fn resume(&mut self) {
-        self.started.get_or_insert_with(|| self.clock.now());
+        self.paused = false;
     }
 
     fn reset(&mut self) {
-        self.counter = 0;
-        self.started = self.started.map(|_| self.clock.now());
+        (self.counter, self.since) = (0, self.clock.now());
     }
 }
 
@@ -87,18 +94,25 @@ pub struct PmTimerV1 {
 
 vmm_snapshot::schema!(PmTimerV1: "pm-timer" v1);
 
+impl PmTimerV1 {
+    /// The state of a timer that went on for so long.
+    #[must_use]
+    pub fn after(self, time: Duration) -> Self {
+        Self { counter: self.counter.wrapping_add(ticks(time)) }
+    }
+}
+
 impl SaveState for PmTimer {
     type State = PmTimerV1;
 
     fn save(&self) -> PmTimerV1 {
-        let Self { clock: _, counter: _, started: _ } = self;
+        let Self { clock: _, counter: _, since: _, paused: _ } = self;
         PmTimerV1 { counter: self.counter() }
     }
 
     fn restore(&mut self, state: PmTimerV1) -> Result<(), RecordError> {
         let PmTimerV1 { counter } = state;
-        self.counter = counter;
-        self.started = None;
+        (self.counter, self.since) = (counter, self.clock.now());
         Ok(())
     }
 }
@@ -148,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn stands_still_while_paused_and_goes_on_from_there() {
+    fn reads_the_same_while_paused_and_then_shows_the_time_that_passed() {
         let clock = Arc::<TestClock>::default();
         let mut timer = PmTimer::new(clock.clone());
         clock.set(Duration::from_secs(1));
@@ -157,16 +171,21 @@ mod tests {
         assert_eq!(read(&mut timer), PM_TIMER_HZ);
         let saved = timer.save();
 
+        timer.pause();
+        timer.resume();
+        timer.resume();
+        assert_eq!(read(&mut timer), 50 * PM_TIMER_HZ);
+
         let mut other = PmTimer::new(clock.clone());
         clock.set(Duration::from_secs(60));
+        other.pause();
         other.restore(saved).unwrap();
-        other.resume();
-        other.resume();
+        assert_eq!(read(&mut other), PM_TIMER_HZ);
+        other.restore(saved.after(Duration::from_secs(10))).unwrap();
+        assert_eq!(read(&mut other), 11 * PM_TIMER_HZ);
         clock.set(Duration::from_secs(61));
-        assert_eq!(read(&mut other), 2 * PM_TIMER_HZ);
-        assert_eq!(read(&mut timer), PM_TIMER_HZ);
         other.resume();
-        assert_eq!(read(&mut other), 2 * PM_TIMER_HZ, "running already");
+        assert_eq!(read(&mut other), 12 * PM_TIMER_HZ, "it goes on from the restore");
     }
 
     #[test]

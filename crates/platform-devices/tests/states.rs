@@ -20,6 +20,7 @@ use vmm_platform_devices::pm_timer::PmTimer;
 use vmm_platform_devices::pvpanic::PvPanicRecipe;
 use vmm_platform_devices::serial::SerialRecipe;
 use vmm_platform_devices::testing::{TestClock, TestEvents, TestTarget};
+use vmm_platform_devices::vm_generation::VmGenerationRecipe;
 use vmm_snapshot::{Record, golden};
 
 /// A device on buses of its own, and its registers.
@@ -126,6 +127,12 @@ fn pvpanic() -> Rig {
     rig
 }
 
+/// No registers: what the guest sees of it is in its memory.
+fn vm_generation() -> Rig {
+    let ged = GedRecipe::new("_ged", GED, 5).ged();
+    Rig::new(VmGenerationRecipe::new("_vm_generation", 0x800, ged), 0..0)
+}
+
 fn stateless() -> [Rig; 3] {
     let events = Arc::<TestEvents>::default();
     [
@@ -135,7 +142,7 @@ fn stateless() -> [Rig; 3] {
     ]
 }
 
-const RIGS: [fn() -> Rig; 7] = [serial, i8042, cmos, ioapic, pm_timer, ged, pvpanic];
+const RIGS: [fn() -> Rig; 8] = [serial, i8042, cmos, ioapic, pm_timer, ged, pvpanic, vm_generation];
 
 #[test]
 fn shipped_bytes() {

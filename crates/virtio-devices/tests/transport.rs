@@ -491,6 +491,23 @@ fn a_kick_while_paused_is_served_on_resume() {
 }
 
 #[test]
+fn a_restored_driver_is_interrupted_once_for_what_may_have_been_lost() {
+    let mut driver = running();
+    let before = [driver.interrupts(1), driver.interrupts(2)];
+    save_reset_restore(&mut driver.device).unwrap();
+    assert_eq!([driver.interrupts(1), driver.interrupts(2)], before.map(|count| count + 1));
+    driver.device.quiesce_begin();
+    driver.device.quiesce_finish(Instant::now() + LIMIT).unwrap();
+    driver.device.resume().unwrap();
+    assert_eq!(
+        [driver.interrupts(1), driver.interrupts(2)],
+        before.map(|count| count + 1),
+        "not after a pause"
+    );
+    assert_eq!(driver.interrupts(0), 0);
+}
+
+#[test]
 fn save_reset_restore_in_every_phase() {
     let mut fresh = driver();
     save_reset_restore(&mut fresh.device).unwrap();

@@ -11,7 +11,7 @@ use vmm_boot as boot;
 use vmm_cpu_manager::entry::{Control, Entry};
 use vmm_cpu_manager::topology::Topology;
 use vmm_hypervisor::state::{DescriptorTable, Regs, Segment};
-use vmm_memory_manager::layout::{self, Layout};
+use vmm_memory_manager::layout::{self, Layout, Range};
 use vmm_memory_manager::map::MemoryMap;
 use vmm_pci::host_bridge::ECAM_SIZE;
 use vmm_platform_devices::{acpi_pm, pm_timer, serial};
@@ -21,6 +21,8 @@ use super::recipes::{GED_ADDRESS, GED_GSI};
 /// ACPI tables lie where PCs have their firmware; nothing else of ours is there.
 const ACPI_START: u64 = 0xa_0000;
 const ACPI_END: u64 = 0x10_0000;
+/// The generation ID has a page of its own, which the guest is told to leave alone. It never moves.
+pub(super) const GENERATION_ID: Range = Range { start: 0xf_e000, size: 0x1000 };
 /// Where a PC's firmware is entered in real mode. Linux goes there to reset a machine of reduced hardware
 /// that has no EFI, which is what this one is.
 const RESET_VECTOR: u64 = 0xf_fff0;
@@ -95,13 +97,17 @@ fn memory_map(layout: &Layout) -> Result<boot::MemoryMap, boot::MemoryMapError> 
         .iter()
         .map(|piece| range(piece.range.start, piece.range.size, boot::MemoryKind::Ram))
         .collect();
-    ranges.push(range(ACPI_START, ACPI_END - ACPI_START, boot::MemoryKind::Acpi));
+    let Range { start: id, size: id_size } = GENERATION_ID;
+    ranges.push(range(ACPI_START, id - ACPI_START, boot::MemoryKind::Acpi));
+    ranges.push(range(id, id_size, boot::MemoryKind::Reserved));
+    let rest = GENERATION_ID.end();
+    ranges.push(range(rest, ACPI_END - rest, boot::MemoryKind::Acpi));
     ranges.push(range(layout::ECAM.start, layout::ECAM.size, boot::MemoryKind::Reserved));
     boot::MemoryMap::new(&ranges)
 }
 
 fn describe(spec: &MachineSpec, layout: &Layout, topology: &Topology) -> acpi::Machine {
-    let window = |range: layout::Range| acpi::Window { start: range.start, size: range.size };
+    let window = |range: Range| acpi::Window { start: range.start, size: range.size };
     let cpu = |index| acpi::Cpu { apic_id: topology.apic_id(index), enabled: index < spec.cpus.boot };
     let buses = u8::try_from(ECAM_SIZE >> 20).unwrap_or(u8::MAX);
     acpi::Machine {
@@ -130,12 +136,13 @@ fn describe(spec: &MachineSpec, layout: &Layout, topology: &Topology) -> acpi::M
         power_button: true,
         ports: acpi::PowerPorts { pm_timer: pm_timer::PM_TIMER_PORT, control: acpi_pm::ACPI_PM_PORT },
         rtc: true,
+        generation_id: Some(GENERATION_ID.start),
     }
 }
 
 /// Returns the address of the RSDP.
 fn write_tables(machine: &acpi::Machine, memory: &MemoryMap) -> Result<u64, BootError> {
-    let tables = acpi::build(machine, ACPI_START, RESET_VECTOR - ACPI_START)?;
+    let tables = acpi::build(machine, ACPI_START, GENERATION_ID.start - ACPI_START)?;
     let blobs = tables.blobs.iter().map(|blob| (blob.address, blob.bytes.as_slice()));
     for (address, bytes) in blobs.chain([(RESET_VECTOR, reset_code().as_slice())]) {
         memory.memory().write_slice(bytes, GuestAddress(address)).map_err(BootError::NoRoom)?;

@@ -4,25 +4,32 @@ mod adapters;
 mod counts;
 mod kernel;
 mod recipes;
+mod saved;
 pub mod stages;
 pub(crate) mod trial;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmm_api::spec::{Backing, CpuSpec, Hugepages, MachineSpec, MemorySpec, ZoneSpec};
+use vmm_api::spec::{Backing, CpuSpec, Hugepages, MachineSpec, ZoneSpec};
 use vmm_cpu_manager::affinity::CoreScheduling;
+use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
+use vmm_cpu_manager::entry::Entry;
 use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
 use vmm_device_manager::node::DeviceNode;
 use vmm_device_manager::set::{AddError, DeviceSet, RestoreError, StepError};
+use vmm_device_manager::tree::DeviceTreeV1;
 use vmm_device_model::bus::Bus;
 use vmm_device_model::device::DeviceChange;
 use vmm_device_model::recipe::BuildError;
 use vmm_device_model::thread::ThreadHook;
 use vmm_hypervisor::router::InterruptRouter;
+use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Vm, VmOptions};
 use vmm_memory_manager::layout;
 use vmm_memory_manager::map::MemoryMap;
@@ -31,12 +38,14 @@ use vmm_pci::host_bridge::HostBridge;
 use vmm_pci::windows::Windows;
 use vmm_platform_devices::ged::GedEvent;
 use vmm_platform_devices::ioapic::{IoApic, PINS};
-use vmm_snapshot::SetError;
+use vmm_platform_devices::vm_generation::GenerationId;
+use vmm_snapshot::{RecordError, SetError};
 use vmm_virtio_devices::rng::RngError;
 
 pub use adapters::{EventPost, MachineEvent, MachineMessage};
 pub use kernel::BootError;
 pub use recipes::{DiskError, Ports};
+pub use saved::{ClockChoice, ClockV1, GetMemory, MachineV1, Saved, SavedMemory};
 
 use crate::boot_trace::{BootTrace, Recorder};
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
@@ -56,14 +65,49 @@ pub struct Machine {
     devices: DeviceSet,
     memory: MemoryMap,
     ways: Ways,
+    vm: Arc<dyn Vm>,
+    /// What the guest knows of it.
+    identity: MachineV1,
     number: u64,
     trace: BootTrace,
+}
+
+/// What a machine is made from.
+#[derive(Clone, Copy)]
+pub struct Plan<'a> {
+    /// Who runs it.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// What it is.
+    pub spec: &'a MachineSpec,
+    /// Where its consoles end.
+    pub ports: &'a Ports,
+    /// Where it tells what happens.
+    pub post: &'a EventPost,
+    /// What all its threads begin with.
+    pub threads: &'a Arc<dyn ThreadHook>,
+}
+
+impl fmt::Debug for Plan<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plan").field("spec", self.spec).finish_non_exhaustive()
+    }
+}
+
+/// A machine without vCPUs.
+struct Frame {
+    // Devices use memory, so they go first.
+    board: Board,
+    ways: Ways,
+    memory: MemoryMap,
+    vm: Arc<dyn Vm>,
+    recorder: Recorder,
 }
 
 /// The address spaces of a machine and who stands on them.
 struct Board {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
+    router: Arc<InterruptRouter>,
     ioapic: Arc<IoApic>,
     bridge: Arc<HostBridge>,
     devices: DeviceSet,
@@ -83,33 +127,22 @@ impl Machine {
         threads: &Arc<dyn ThreadHook>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
+        let plan = Plan { hypervisor, spec, ports, post, threads };
         let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
-            let vm = hypervisor.create_vm(&options)?;
-            Ok::<_, MachineError>((vm, vcpu_spec(hypervisor, &spec.cpus, threads)?))
+            let vm = plan.create_vm()?;
+            Ok::<_, MachineError>((vm, plan.vcpu_spec(None)?))
         })?;
         let memory = stages.time(Stage::Memory, || {
-            let zones = zones(&spec.memory)?;
-            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &zones, vcpu_spec.cpuid.phys_bits())?)
+            let phys_bits = vcpu_spec.cpuid.phys_bits();
+            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
         })?;
-        let mut recorder = Recorder::default();
-        let (board, ways) = stages.time(Stage::Devices, || {
-            let mut board = Board::new(&vm, &memory, post, threads)?;
-            let ways = recipes::add_all(&mut board, spec, ports, post, &mut recorder)?;
-            Ok::<_, MachineError>((board, ways))
+        let frame = Frame::new(&plan, vm, memory, None, stages)?;
+        let entry = stages.time(Stage::Kernel, || {
+            let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
+            frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
+            Ok::<_, MachineError>(entry)
         })?;
-        let entry = stages.time(Stage::Kernel, || kernel::load(spec, &memory, &vcpu_spec.topology))?;
-        let (events, ioapic) = (post.clone(), board.ioapic);
-        let targets = ExitTargets {
-            pio: board.pio,
-            mmio: board.mmio,
-            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
-            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
-        };
-        let vcpus = stages
-            .time(Stage::Vcpus, || VcpuSet::create(hypervisor, &vm, &vcpu_spec, Some(entry), &targets))?;
-        let trace = BootTrace::new(post.machine, stages, recorder);
-        Ok(Self { vcpus, devices: board.devices, memory, ways, number: post.machine, trace })
+        frame.finish(&plan, &vcpu_spec, Some(entry), stages)
     }
 
     /// Number of the machine, as in its events.
@@ -120,6 +153,11 @@ impl Machine {
     /// Guest memory in bytes.
     pub fn memory_size(&self) -> u64 {
         self.memory.size()
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &MemoryMap {
+        &self.memory
     }
 
     /// The device tree.
@@ -198,7 +236,7 @@ impl Machine {
         let vcpus = self.vcpus.save()?;
         self.devices.reset()?;
         self.devices.restore(devices.clone())?;
-        self.vcpus.restore(vcpus)?;
+        self.vcpus.restore(vcpus, TimeBase::SameVm)?;
         if self.devices.save()? != devices {
             return Err(MachineError::Changed);
         }
@@ -227,51 +265,117 @@ impl Board {
             mmio: Arc::clone(&mmio),
             memory: memory.dma(),
             lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
-            msi: Arc::new(MsiBlocks(router)),
+            msi: Arc::new(MsiBlocks(Arc::clone(&router))),
             attentions: Box::new(post.clone()),
             threads: Arc::clone(threads),
             bridge: Arc::clone(&bridge),
             windows,
         };
         let devices = DeviceSet::new(DeviceResources::new(parts)?);
-        Ok(Self { pio, mmio, ioapic, bridge, devices })
+        Ok(Self { pio, mmio, router, ioapic, bridge, devices })
     }
 }
 
-fn vcpu_spec(
-    hypervisor: &dyn Hypervisor,
-    cpus: &CpuSpec,
-    threads: &Arc<dyn ThreadHook>,
-) -> Result<VcpuSpec, MachineError> {
-    if cpus.max > hypervisor.max_vcpus() {
-        return Err(MachineError::TooManyVcpus { wanted: cpus.max, most: hypervisor.max_vcpus() });
+impl Plan<'_> {
+    fn create_vm(&self) -> Result<Arc<dyn Vm>, MachineError> {
+        let options = VmOptions { ioapic_pins: PINS.into(), tss_address: layout::TSS_ADDRESS };
+        Ok(self.hypervisor.create_vm(&options)?)
     }
+
+    /// What the vCPUs are made from; with what CPUID told a restored guest's.
+    fn vcpu_spec(&self, saved: Option<Vec<Vec<CpuidEntry>>>) -> Result<VcpuSpec, MachineError> {
+        let cpus = &self.spec.cpus;
+        let most = self.hypervisor.max_vcpus();
+        if cpus.max > most {
+            return Err(MachineError::TooManyVcpus { wanted: cpus.max, most });
+        }
+        let topology = topology(cpus);
+        let options = CpuidOptions { topology, max_phys_bits: Some(cpus.max_phys_bits), nested: cpus.nested };
+        let cpuid = match saved {
+            Some(leaves) => Cpuid::saved(leaves),
+            None => Cpuid::new(&self.hypervisor.supported_cpuid()?, &options),
+        };
+        let affinity = cpus
+            .affinity
+            .iter()
+            .map(|(vcpu, host)| (*vcpu, host.iter().filter_map(|cpu| usize::try_from(*cpu).ok()).collect()))
+            .collect();
+        let core_scheduling = match cpus.core_scheduling {
+            vmm_api::spec::CoreScheduling::Off => CoreScheduling::Off,
+            vmm_api::spec::CoreScheduling::Vm => CoreScheduling::Vm,
+            vmm_api::spec::CoreScheduling::Vcpu => CoreScheduling::Vcpu,
+        };
+        let threads = Arc::clone(self.threads);
+        Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, msrs: None, affinity, core_scheduling, threads })
+    }
+
+    fn zones(&self) -> Result<Vec<ZoneConfig>, MachineError> {
+        let memory = &self.spec.memory;
+        memory.zones.iter().map(|zone| zone_config(zone, memory.thp)).collect()
+    }
+}
+
+impl Frame {
+    /// Buses and devices around memory. Devices of a saved `tree` get what they had.
+    fn new(
+        plan: &Plan<'_>,
+        vm: Arc<dyn Vm>,
+        memory: MemoryMap,
+        tree: Option<&DeviceTreeV1>,
+        stages: &mut Stages,
+    ) -> Result<Self, MachineError> {
+        let mut recorder = Recorder::default();
+        let (board, ways) = stages.time(Stage::Devices, || {
+            let mut board = Board::new(&vm, &memory, plan.post, plan.threads)?;
+            if let Some(tree) = tree {
+                board.devices.keep(tree).map_err(MachineError::Tree)?;
+            }
+            let ways = recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, &mut recorder)?;
+            Ok::<_, MachineError>((board, ways))
+        })?;
+        Ok(Self { board, ways, memory, vm, recorder })
+    }
+
+    /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow.
+    fn finish(
+        self,
+        plan: &Plan<'_>,
+        vcpu_spec: &VcpuSpec,
+        entry: Option<Entry>,
+        stages: &mut Stages,
+    ) -> Result<Machine, MachineError> {
+        let Self { board, ways, memory, vm, recorder } = self;
+        let (events, ioapic) = (plan.post.clone(), board.ioapic);
+        let targets = ExitTargets {
+            pio: board.pio,
+            mmio: board.mmio,
+            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
+            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
+        };
+        let vcpus = stages
+            .time(Stage::Vcpus, || VcpuSet::create(plan.hypervisor, &vm, vcpu_spec, entry, &targets))?;
+        let identity = MachineV1::of(plan.spec, vcpu_spec.cpuid.phys_bits(), vcpus.msrs());
+        let trace = BootTrace::new(plan.post.machine, stages, recorder);
+        let number = plan.post.machine;
+        Ok(Machine { vcpus, devices: board.devices, memory, ways, vm, identity, number, trace })
+    }
+}
+
+fn generation_id() -> Result<GenerationId, MachineError> {
+    let mut id = GenerationId::default();
+    getrandom::fill(&mut id).map_err(MachineError::Random)?;
+    Ok(id)
+}
+
+fn topology(cpus: &CpuSpec) -> Topology {
     // At most 254 in all, says the spec.
     let part = |n: u32| u8::try_from(n).unwrap_or(u8::MAX);
-    let topology = Topology {
+    Topology {
         threads_per_core: part(cpus.topology.threads_per_core),
         cores_per_die: part(cpus.topology.cores_per_die),
         dies_per_package: part(cpus.topology.dies_per_package),
         packages: part(cpus.topology.packages),
-    };
-    let options = CpuidOptions { topology, max_phys_bits: Some(cpus.max_phys_bits), nested: cpus.nested };
-    let cpuid = Cpuid::new(&hypervisor.supported_cpuid()?, &options);
-    let affinity = cpus
-        .affinity
-        .iter()
-        .map(|(vcpu, host)| (*vcpu, host.iter().filter_map(|cpu| usize::try_from(*cpu).ok()).collect()))
-        .collect();
-    let core_scheduling = match cpus.core_scheduling {
-        vmm_api::spec::CoreScheduling::Off => CoreScheduling::Off,
-        vmm_api::spec::CoreScheduling::Vm => CoreScheduling::Vm,
-        vmm_api::spec::CoreScheduling::Vcpu => CoreScheduling::Vcpu,
-    };
-    let threads = Arc::clone(threads);
-    Ok(VcpuSpec { boot: cpus.boot, topology, cpuid, affinity, core_scheduling, threads })
-}
-
-fn zones(memory: &MemorySpec) -> Result<Vec<ZoneConfig>, MachineError> {
-    memory.zones.iter().map(|zone| zone_config(zone, memory.thp)).collect()
+    }
 }
 
 fn zone_config(zone: &ZoneSpec, thp: bool) -> Result<ZoneConfig, MachineError> {
@@ -316,6 +420,9 @@ pub enum MachineError {
     /// Guest memory cannot be had.
     #[error("cannot set guest memory up")]
     Memory(#[from] ZoneError),
+    /// Guest memory cannot be had with what was in it.
+    #[error("cannot restore guest memory")]
+    SavedMemory(#[from] vmm_memory_manager::restore::RestoreError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),
@@ -349,9 +456,48 @@ pub enum MachineError {
     /// A device failed.
     #[error("devices")]
     Device(#[from] StepError),
-    /// State cannot be collected.
-    #[error("cannot save the devices' state")]
-    Save(#[from] SetError),
+    /// Only a paused machine can be saved.
+    #[error("the guest runs")]
+    Running,
+    /// A device stands against saving the machine.
+    #[error("device {device:?} cannot be saved: {reason}")]
+    Blocked {
+        /// Id of the device.
+        device: String,
+        /// Why, in its words.
+        reason: String,
+    },
+    /// State is missing, left over or not what it should be.
+    #[error("saved state")]
+    Records(#[from] SetError),
+    /// The system has no random bytes.
+    #[error("cannot draw a generation ID")]
+    Random(#[source] getrandom::Error),
+    /// There is no memory where the generation ID is.
+    #[error("cannot write the generation ID")]
+    GenerationId(#[source] vm_memory::GuestMemoryError),
+    /// The guest knows another machine.
+    #[error("the guest had {what} {saved}, this VM has {here}")]
+    Differs {
+        /// What differs.
+        what: &'static str,
+        /// What the guest had.
+        saved: String,
+        /// What it would have now.
+        here: String,
+    },
+    /// The guest was given a processor that this host does not have.
+    #[error("the processor")]
+    Processor(#[from] Lacks),
+    /// The guest's memory lay elsewhere.
+    #[error("guest memory")]
+    Layout(#[source] RecordError),
+    /// Devices cannot be where they were.
+    #[error("the places of the devices")]
+    Tree(#[source] RecordError),
+    /// The hypervisor does not take the interrupts' routes.
+    #[error("cannot route interrupts")]
+    Routes(#[source] std::io::Error),
     /// State cannot be taken over.
     #[error("cannot restore the devices' state")]
     Restore(#[from] RestoreError),

@@ -23,18 +23,22 @@ use vmm_platform_devices::output::ByteSink;
 use vmm_platform_devices::pm_timer::PmTimer;
 use vmm_platform_devices::pvpanic::PvPanicRecipe;
 use vmm_platform_devices::serial::SerialRecipe;
+use vmm_platform_devices::vm_generation::{Generation, VmGenerationRecipe};
 use vmm_virtio_devices::block::{BlockDevice, BlockError, BlockOptions};
 use vmm_virtio_devices::console::ConsoleDevice;
 use vmm_virtio_devices::device::VirtioDevice;
 use vmm_virtio_devices::rng::RngDevice;
 use vmm_virtio_devices::transport::VirtioPciRecipe;
 
+use super::kernel::GENERATION_ID;
 use super::{Board, EventPost, MachineError};
 use crate::boot_trace::Recorder;
 use crate::console::End;
 
 /// The GED's event register.
 pub(super) const GED_ADDRESS: u64 = layout::PLATFORM.start;
+/// The id of the power management timer.
+pub(super) const PM_TIMER: &str = "_pm_timer";
 /// The GED's interrupt.
 pub(super) const GED_GSI: u32 = 5;
 
@@ -54,6 +58,8 @@ pub struct Ports {
 pub(super) struct Ways {
     /// Tells the guest of events.
     pub(super) ged: Ged,
+    /// Tells the guest that it is another.
+    pub(super) generation: Generation,
     /// Where consoles write, by device.
     pub(super) outputs: Vec<(String, ConsoleOutput)>,
 }
@@ -87,6 +93,8 @@ pub(super) fn add_all(
 ) -> Result<Ways, MachineError> {
     let ged = GedRecipe::new("_ged", GED_ADDRESS, GED_GSI);
     let raise = ged.ged();
+    let generation = VmGenerationRecipe::new("_vm_generation", GENERATION_ID.start, ged.ged());
+    let another = generation.generation();
     let clock = || Arc::new(Monotonic::new());
     let events = Arc::new(post.clone());
     let ram = ram_size(spec.memory.total().get());
@@ -97,8 +105,9 @@ pub(super) fn add_all(
         Box::new(I8042::recipe("_i8042", Arc::clone(&events) as _)),
         Box::new(Cmos::recipe("_cmos", Arc::new(Utc), ram)),
         Box::new(AcpiPm::recipe("_acpi", Arc::clone(&events) as _)),
-        Box::new(PmTimer::recipe("_pm_timer", clock())),
+        Box::new(PmTimer::recipe(PM_TIMER, clock())),
         Box::new(ged),
+        Box::new(generation),
         Box::new(PostPort::recipe("_post", clock(), recorder.codes())),
     ];
     let mut outputs = Vec::new();
@@ -130,7 +139,7 @@ pub(super) fn add_all(
     for recipe in recipes {
         recorder.time(recipe.id().to_owned(), || board.devices.add(recipe))?;
     }
-    Ok(Ways { ged: raise, outputs })
+    Ok(Ways { ged: raise, generation: another, outputs })
 }
 
 /// Opens and locks the image of a disk.

@@ -18,12 +18,14 @@ pub enum Stage {
     Kernel,
     /// The vCPUs and their threads are made.
     Vcpus,
+    /// Devices and vCPUs take their saved state over, of a restore.
+    State,
 }
 
 impl Stage {
-    /// All of them, in the order of a boot.
-    pub const ALL: [Self; 6] =
-        [Self::Console, Self::Vm, Self::Memory, Self::Devices, Self::Kernel, Self::Vcpus];
+    /// All of them, in the order of a boot; a restore has no kernel, and takes state over in two steps.
+    pub const ALL: [Self; 7] =
+        [Self::Console, Self::Vm, Self::Memory, Self::Devices, Self::Kernel, Self::Vcpus, Self::State];
 
     /// The stage's name in events and traces.
     #[must_use]
@@ -35,6 +37,7 @@ impl Stage {
             Self::Devices => "devices",
             Self::Kernel => "kernel",
             Self::Vcpus => "vcpus",
+            Self::State => "state",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod convert;
 mod kick;
+mod nested;
 mod vcpu;
 mod vm;
 

@@ -6,18 +6,37 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, Xsave, kvm_lapic_state, kvm_mp_state,
+    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, KVMIO, Msrs, Xsave, kvm_device_attr, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr, ioctl_with_ref};
 
 use super::kick::{Binding, bound_already};
-use super::{convert, failed};
+use super::{convert, failed, nested};
 use crate::state::{CpuidEntry, DebugRegs, Lapic, MpState, MsrEntry, Regs, Sregs, VcpuEvents, Xcr};
 use crate::{HypervisorError, Kick, Result, Vcpu, VcpuExit};
 
 /// Bytes of the XSAVE area that KVM_GET_XSAVE knows.
 const XSAVE_SIZE: usize = 4096;
+/// The legacy area and the header, which every XSAVE area has.
+const XSAVE_HEADER_END: usize = 576;
+/// KVM gives a rate within this of the host's without scaling (its parameter `tsc_tolerance_ppm`).
+const TSC_TOLERANCE_PPM: u64 = 250;
+
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = ioctl_expr(_IOC_WRITE, KVMIO, 0xe1, ATTRIBUTE_SIZE);
+const KVM_GET_DEVICE_ATTR: libc::c_ulong = ioctl_expr(_IOC_WRITE, KVMIO, 0xe2, ATTRIBUTE_SIZE);
+const ATTRIBUTE_SIZE: libc::c_uint = size_of::<kvm_device_attr>() as libc::c_uint;
+
+/// The attribute KVM_VCPU_TSC_OFFSET, whose value is in this process at `addr`.
+fn tsc_offset_at(addr: u64) -> kvm_device_attr {
+    kvm_device_attr { group: KVM_VCPU_TSC_CTRL, attr: KVM_VCPU_TSC_OFFSET.into(), addr, flags: 0 }
+}
+
+fn last(call: &'static str) -> HypervisorError {
+    HypervisorError { call, source: std::io::Error::last_os_error() }
+}
 
 #[derive(Debug)]
 pub(super) struct KvmVcpu {
@@ -26,14 +45,31 @@ pub(super) struct KvmVcpu {
     fd: ManuallyDrop<VcpuFd>,
     /// Bytes of the XSAVE area on this host (KVM_CAP_XSAVE2), at least `XSAVE_SIZE`.
     xsave_size: usize,
+    /// KVM_CAP_TSC_CONTROL.
+    scales_tsc: bool,
+    /// KVM_CAP_X86_TRIPLE_FAULT_EVENT, enabled.
+    tells_triple_fault: bool,
     /// The VM outlives its vCPUs.
     _vm: Arc<VmFd>,
 }
 
+/// What this host can do with a vCPU, by KVM's capabilities.
+#[derive(Clone, Copy)]
+pub(super) struct Can {
+    /// KVM_CAP_XSAVE2, in bytes.
+    pub(super) xsave_size: i32,
+    /// KVM_CAP_TSC_CONTROL.
+    pub(super) scale_tsc: bool,
+    /// KVM_CAP_X86_TRIPLE_FAULT_EVENT.
+    pub(super) tell_triple_fault: bool,
+}
+
 impl KvmVcpu {
-    pub(super) fn new(fd: VcpuFd, vm: Arc<VmFd>, xsave_size: i32) -> Self {
-        let xsave_size = usize::try_from(xsave_size).unwrap_or(0).max(XSAVE_SIZE);
-        Self { binding: None, fd: ManuallyDrop::new(fd), xsave_size, _vm: vm }
+    pub(super) fn new(fd: VcpuFd, vm: Arc<VmFd>, can: Can) -> Self {
+        let xsave_size = usize::try_from(can.xsave_size).unwrap_or(0).max(XSAVE_SIZE);
+        let (scales_tsc, tells_triple_fault) = (can.scale_tsc, can.tell_triple_fault);
+        let fd = ManuallyDrop::new(fd);
+        Self { binding: None, fd, xsave_size, scales_tsc, tells_triple_fault, _vm: vm }
     }
 
     fn xsave_buffer(&self) -> Result<Xsave> {
@@ -201,8 +237,13 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_xsave(&mut self, area: &[u8]) -> Result<()> {
-        let size = self.xsave_size.next_multiple_of(size_of::<u32>());
-        if area.len() != size {
+        // The offsets of components are the same on every host: of a smaller area the others are in their initial state,
+        // of a larger one they must be.
+        let (area, rest) = area.split_at(area.len().min(self.xsave_size));
+        if area.len() < XSAVE_HEADER_END
+            || !area.len().is_multiple_of(4)
+            || rest.iter().any(|byte| *byte != 0)
+        {
             return Err(HypervisorError::from_errno("KVM_SET_XSAVE", libc::EINVAL));
         }
         let mut words =
@@ -294,7 +335,12 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_events(&mut self, events: &VcpuEvents) -> Result<()> {
-        self.fd.set_vcpu_events(&convert::to_events(events)).map_err(failed("KVM_SET_VCPU_EVENTS"))
+        let mut events = convert::to_events(events);
+        if !self.tells_triple_fault && events.triple_fault.pending == 0 {
+            // Another host's KVM told that none waits; this one refuses to hear it.
+            events.flags &= !KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
+        self.fd.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
     }
 
     fn mp_state(&self) -> Result<MpState> {
@@ -333,7 +379,39 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_tsc_khz(&mut self, khz: u32) -> Result<()> {
+        let host = u64::from(self.tsc_khz()?);
+        if !self.scales_tsc && host.abs_diff(khz.into()) > host * TSC_TOLERANCE_PPM / 1_000_000 {
+            // KVM would take a higher rate, and only catch up with it whenever it enters the guest.
+            return Err(HypervisorError::from_errno("KVM_SET_TSC_KHZ", libc::EOPNOTSUPP));
+        }
         self.fd.set_tsc_khz(khz).map_err(failed("KVM_SET_TSC_KHZ"))
+    }
+
+    fn tsc_offset(&self) -> Result<u64> {
+        let mut offset = 0_u64;
+        let attribute = tsc_offset_at((&raw mut offset) as u64);
+        // SAFETY: KVM writes the 8 bytes of this attribute to `addr`, which is `offset`.
+        match unsafe { ioctl_with_ref(&*self.fd, KVM_GET_DEVICE_ATTR, &attribute) } {
+            0 => Ok(offset),
+            _ => Err(last("KVM_GET_DEVICE_ATTR")),
+        }
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) -> Result<()> {
+        let attribute = tsc_offset_at((&raw const offset) as u64);
+        // SAFETY: KVM reads the 8 bytes of this attribute at `addr`, which is `offset`.
+        match unsafe { ioctl_with_ref(&*self.fd, KVM_SET_DEVICE_ATTR, &attribute) } {
+            0 => Ok(()),
+            _ => Err(last("KVM_SET_DEVICE_ATTR")),
+        }
+    }
+
+    fn nested_state(&self) -> Result<Option<Vec<u8>>> {
+        nested::get(&self.fd)
+    }
+
+    fn set_nested_state(&mut self, state: &[u8]) -> Result<()> {
+        nested::set(&self.fd, state)
     }
 
     fn notify_paused(&self) -> Result<()> {

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
-    KVM_IRQ_ROUTING_MSI, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_API_VERSION, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
+    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQ_ROUTING_MSI,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
     KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
     kvm_msi, kvm_userspace_memory_region,
 };
@@ -13,7 +14,7 @@ use kvm_ioctls::{IoEventAddress as KvmIoEventAddress, Kvm as KvmFd, NoDatamatch,
 use vmm_sys_util::eventfd::EventFd;
 
 use super::failed;
-use super::vcpu::KvmVcpu;
+use super::vcpu::{Can, KvmVcpu};
 use crate::{
     ClockData, HypervisorError, IoEventAddress, MemorySlot, Msi, MsiRoute, Result, Vcpu, Vm, VmOptions,
 };
@@ -23,11 +24,13 @@ const _: () = assert!(KVM_API_VERSION == 12);
 #[derive(Debug)]
 pub(super) struct KvmVm {
     fd: Arc<VmFd>,
+    /// Whether a triple fault that waits is told (KVM_CAP_X86_TRIPLE_FAULT_EVENT).
+    tells_triple_fault: bool,
 }
 
 impl KvmVm {
     pub(super) fn create(kvm: &KvmFd, options: &VmOptions) -> Result<Self> {
-        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let fd = create(kvm).map_err(failed("KVM_CREATE_VM"))?;
         let bad_address = || HypervisorError::from_errno("KVM_SET_TSS_ADDR", libc::EINVAL);
         let tss = usize::try_from(options.tss_address).map_err(|_| bad_address())?;
         // The page of the identity map comes before the three of the TSS; before any vCPU, says the API.
@@ -41,8 +44,36 @@ impl KvmVm {
         cap.args =
             [u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK), 0, 0, 0];
         fd.enable_cap(&cap).map_err(failed("KVM_ENABLE_CAP(KVM_CAP_X2APIC_API)"))?;
-        Ok(Self { fd: Arc::new(fd) })
+        // Without it KVM_GET_VCPU_EVENTS changes CR2 and DR6, and calls a pending exception an injected one.
+        enable_if_there(&fd, KVM_CAP_EXCEPTION_PAYLOAD)?;
+        let tells_triple_fault = enable_if_there(&fd, KVM_CAP_X86_TRIPLE_FAULT_EVENT)?;
+        Ok(Self { fd: Arc::new(fd), tells_triple_fault })
     }
+}
+
+/// Most times that a VM is tried to be created when signals are in the way.
+const CREATE_TRIES: u32 = 100;
+
+/// KVM gives up with EINTR when anything wants the thread's attention meanwhile, be it work of io_uring's.
+fn create(kvm: &KvmFd) -> std::result::Result<VmFd, kvm_ioctls::Error> {
+    let mut tries = 1;
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR && tries < CREATE_TRIES => tries += 1,
+            done => return done,
+        }
+    }
+}
+
+/// Enables a capability of the VM where the host has it; returns whether it has.
+fn enable_if_there(fd: &VmFd, cap: u32) -> Result<bool> {
+    if fd.check_extension_raw(cap.into()) <= 0 {
+        return Ok(false);
+    }
+    let mut enable = kvm_enable_cap { cap, ..Default::default() };
+    enable.args = [1, 0, 0, 0];
+    fd.enable_cap(&enable).map_err(failed("KVM_ENABLE_CAP"))?;
+    Ok(true)
 }
 
 fn region(slot: &MemorySlot, size: u64) -> kvm_userspace_memory_region {
@@ -71,8 +102,12 @@ fn halves(address: u64) -> (u32, u32) {
 impl Vm for KvmVm {
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>> {
         let fd = self.fd.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
-        let xsave_size = self.fd.check_extension_int(kvm_ioctls::Cap::Xsave2);
-        Ok(Box::new(KvmVcpu::new(fd, Arc::clone(&self.fd), xsave_size)))
+        let can = Can {
+            xsave_size: self.fd.check_extension_int(kvm_ioctls::Cap::Xsave2),
+            scale_tsc: self.fd.check_extension(kvm_ioctls::Cap::TscControl),
+            tell_triple_fault: self.tells_triple_fault,
+        };
+        Ok(Box::new(KvmVcpu::new(fd, Arc::clone(&self.fd), can)))
     }
 
     unsafe fn set_memory_slot(&self, slot: &MemorySlot) -> Result<()> {

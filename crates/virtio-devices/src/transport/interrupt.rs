@@ -99,6 +99,12 @@ impl PciInterrupt {
         self.isr.store(0, Ordering::Relaxed);
     }
 
+    /// Interrupts for every queue that has a vector.
+    pub(super) fn interrupt_all(&self) {
+        let vectors = self.queues.iter().map(|queue| queue.vector.load(Ordering::Relaxed));
+        vectors.filter(|vector| *vector != NO_VECTOR).for_each(|vector| self.msix.trigger(vector));
+    }
+
     /// Interrupts of each queue so far.
     pub(super) fn raised(&self) -> impl Iterator<Item = u64> + '_ {
         self.queues.iter().map(|queue| queue.raised.load(Ordering::Relaxed))

@@ -38,6 +38,8 @@ pub struct VirtioPci {
     threads: Threads,
     /// The VM is paused: what a driver asked for waits until it resumes.
     quiesced: bool,
+    /// The driver has not been interrupted since a restore.
+    restored: bool,
     slow_stop: Limiter,
     /// A driver set the device up, and did not reset it since.
     active: bool,
@@ -80,6 +82,7 @@ impl VirtioPci {
             host,
             threads: Threads::Idle,
             quiesced: false,
+            restored: false,
             slow_stop: Limiter::for_guest(),
             active: false,
             changes: Vec::new(),
@@ -264,7 +267,13 @@ impl Lifecycle for VirtioPci {
     fn resume(&mut self) -> Result<(), DeviceError> {
         self.quiesced = false;
         let starts = self.phase() == Phase::Starting;
-        match self.follow_or_later() {
+        let followed = self.follow_or_later();
+        if std::mem::take(&mut self.restored) && self.threads == Threads::Started {
+            // An interrupt may have been on its way when the state was saved. A driver that finds nothing goes on.
+            let interrupt = Arc::clone(&self.front().interrupt);
+            interrupt.interrupt_all();
+        }
+        match followed {
             // What the driver asked for just before the pause, and its mistake: its status register tells.
             Err(error) if starts => {
                 let cause = error.source().map(ToString::to_string).unwrap_or_default();
@@ -280,7 +289,7 @@ impl Lifecycle for VirtioPci {
             return Err(DeviceError::new(format!("virtio device {} is not quiesced", self.id)));
         }
         self.device.reset();
-        self.active = false;
+        (self.active, self.restored) = (false, false);
         self.front().power_on();
         self.attachment.sync_bars();
         Ok(())
@@ -310,6 +319,7 @@ impl SaveState for VirtioPci {
         self.front().restore(self.device.device_type(), &state, &self.host.memory)?;
         self.device.restore_record(&state.device)?;
         self.attachment.sync_bars();
+        self.restored = true;
         Ok(())
     }
 }
