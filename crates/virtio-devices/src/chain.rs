@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::bitmap::{AtomicBitmap, RefSlice};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
 use vmm_device_model::dma::GuestRam;
 
 /// The driver does not want interrupts (virtio 1.3, section 2.7.7).
@@ -33,7 +33,7 @@ impl<'m> Table<'m> {
 
     fn new(memory: &'m GuestRam, address: GuestAddress, len: u32) -> Self {
         let bytes = len.checked_mul(DESCRIPTOR_LEN);
-        let whole = bytes.and_then(|bytes| in_one_piece(memory, address, bytes as usize, Permissions::Read));
+        let whole = bytes.and_then(|bytes| in_one_piece(memory, address, bytes as usize));
         Self { memory, address, len, whole }
     }
 
@@ -180,7 +180,7 @@ pub(crate) fn read(memory: &GuestRam, spans: &[Span], to: &mut [u8]) -> Result<u
         let rest = to.get_mut(done..).unwrap_or_default();
         let count = rest.len().min(span.len as usize);
         let Some(part) = rest.get_mut(..count).filter(|part| !part.is_empty()) else { break };
-        match in_one_piece(memory, span.address, count, Permissions::Read) {
+        match in_one_piece(memory, span.address, count) {
             Some(slice) => slice.read_slice(part, 0)?,
             None => memory.read_slice(part, span.address)?,
         }
@@ -196,7 +196,7 @@ pub(crate) fn write(memory: &GuestRam, spans: &[Span], from: &[u8]) -> Result<us
         let rest = from.get(done..).unwrap_or_default();
         let count = rest.len().min(span.len as usize);
         let Some(part) = rest.get(..count).filter(|part| !part.is_empty()) else { break };
-        match in_one_piece(memory, span.address, count, Permissions::Write) {
+        match in_one_piece(memory, span.address, count) {
             Some(slice) => slice.write_slice(part, 0)?,
             None => memory.write_slice(part, span.address)?,
         }
@@ -206,14 +206,8 @@ pub(crate) fn write(memory: &GuestRam, spans: &[Span], from: &[u8]) -> Result<us
 }
 
 /// The range as one slice; `None` if it is not in memory, or in several regions. Quicker than the general way.
-pub(crate) fn in_one_piece(
-    memory: &GuestRam,
-    address: GuestAddress,
-    len: usize,
-    access: Permissions,
-) -> Option<RamSlice<'_>> {
-    let first = memory.get_slices(address, len, access).ok()?.next()?.ok()?;
-    (first.len() == len).then_some(first)
+pub(crate) fn in_one_piece(memory: &GuestRam, address: GuestAddress, len: usize) -> Option<RamSlice<'_>> {
+    memory.get_slice(address, len).ok()
 }
 
 /// Takes up to `most` available chains: their heads are appended to `heads`.
@@ -226,15 +220,34 @@ pub(crate) fn take_heads(
     most: usize,
     heads: &mut Vec<u16>,
 ) -> Result<(), RingError> {
-    let size = queue.size();
+    let (size, start) = (queue.size(), queue.avail_ring());
+    if !queue.ready() || start == 0 {
+        return Err(RingError::Index);
+    }
+    let whole = in_one_piece(memory, GuestAddress(start), AVAILABLE_HEADER as usize + 2 * usize::from(size));
+    let read = |offset: u64| {
+        let value = match &whole {
+            Some(whole) => whole.load(offset as usize, Ordering::Acquire).ok(),
+            None => memory.load(GuestAddress(start.checked_add(offset)?), Ordering::Acquire).ok(),
+        };
+        value.map(u16::from_le)
+    };
+    let mut next = Wrapping(queue.next_avail());
+    let available = Wrapping(read(AVAILABLE_INDEX).ok_or(RingError::Index)?) - next;
+    if available.0 > size {
+        return Err(RingError::Index);
+    }
     let mut end = Ok(());
-    for chain in queue.iter(memory).map_err(|_| RingError::Index)?.take(most) {
-        if chain.head_index() < size {
-            heads.push(chain.head_index());
+    for _ in 0..most.min(available.0.into()) {
+        let Some(head) = read(AVAILABLE_HEADER + 2 * u64::from(next.0 % size)) else { break };
+        next += 1;
+        if head < size {
+            heads.push(head);
         } else {
             end = Err(RingError::Head);
         }
     }
+    queue.set_next_avail(next.0);
     end
 }
 
@@ -277,7 +290,7 @@ impl Used {
         // The rings were validated: nothing wraps.
         let ring = GuestAddress(queue.used_ring());
         let len = USED_HEADER + USED_ELEMENT * usize::from(size);
-        let whole = in_one_piece(memory, ring, len, Permissions::Write);
+        let whole = in_one_piece(memory, ring, len);
         for (head, len) in self.chains.drain(..) {
             let offset = USED_HEADER + USED_ELEMENT * usize::from(next.0 % size);
             let element = (u64::from(head) | u64::from(len) << 32).to_le();
@@ -319,8 +332,9 @@ impl Used {
 const USED_HEADER: usize = 4;
 const USED_ELEMENT: usize = 8;
 const USED_INDEX: u64 = 2;
-/// Bytes before the entries of an available ring (virtio 1.3, section 2.7.6).
+/// Bytes before the entries of an available ring, and where among them is the index of its end (virtio 1.3, section 2.7.6).
 const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_INDEX: u64 = 2;
 
 /// Why an available ring makes no sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

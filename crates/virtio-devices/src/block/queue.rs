@@ -415,7 +415,9 @@ impl Task for BlockQueue {
     fn work(&mut self, stopping: bool) -> Next {
         // As long as it works it looks by itself.
         self.announce(false);
-        match self.rounds(stopping) {
+        let next = self.rounds(stopping);
+        self.pool.let_go();
+        match next {
             Next::Wait if self.announce(true) => Next::Again,
             next => next,
         }
