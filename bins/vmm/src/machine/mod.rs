@@ -1,6 +1,7 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+pub(crate) mod ahead;
 mod counts;
 mod kernel;
 mod recipes;
@@ -17,7 +18,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
-use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::set::{ExitTargets, Unfinished, VcpuError, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
@@ -93,9 +94,10 @@ impl fmt::Debug for Plan<'_> {
     }
 }
 
-/// A machine without vCPUs.
+/// A machine without vCPUs, or with such as are still being made.
 struct Frame {
-    // Devices use memory, so they go first.
+    // In the order in which they must go: vCPUs use devices, devices use memory.
+    vcpus: Option<Unfinished>,
     board: Board,
     ways: Ways,
     memory: MemoryMap,
@@ -136,7 +138,7 @@ impl Machine {
             let phys_bits = vcpu_spec.cpuid.phys_bits();
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
         })?;
-        let frame = Frame::new(&plan, vm, memory, None, stages)?;
+        let frame = Frame::new(&plan, vm, memory, Origin::PowerOn(&vcpu_spec), stages)?;
         let entry = stages.time(Stage::Kernel, || {
             let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
             frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
@@ -274,6 +276,17 @@ impl Board {
         let devices = DeviceSet::new(DeviceResources::new(parts)?);
         Ok(Self { pio, mmio, router, ioapic, bridge, devices })
     }
+
+    /// Where exits of vCPUs go.
+    fn targets(&self, post: &EventPost) -> ExitTargets {
+        let (events, ioapic) = (post.clone(), Arc::clone(&self.ioapic));
+        ExitTargets {
+            pio: Arc::clone(&self.pio),
+            mmio: Arc::clone(&self.mmio),
+            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
+            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
+        }
+    }
 }
 
 impl Plan<'_> {
@@ -315,25 +328,39 @@ impl Plan<'_> {
     }
 }
 
+/// Where a machine comes from.
+enum Origin<'a> {
+    /// Nowhere: its vCPUs are made beside its devices.
+    PowerOn(&'a VcpuSpec),
+    /// Another one, with these devices, which get what they had there; then come the vCPUs.
+    Saved(&'a DeviceTreeV1),
+}
+
 impl Frame {
-    /// Buses and devices around memory. Devices of a saved `tree` get what they had.
+    /// Buses and devices around memory.
     fn new(
         plan: &Plan<'_>,
         vm: Arc<dyn Vm>,
         memory: MemoryMap,
-        tree: Option<&DeviceTreeV1>,
+        origin: Origin<'_>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let mut recorder = Recorder::default();
-        let (board, ways) = stages.time(Stage::Devices, || {
+        let (board, vcpus, ways) = stages.time(Stage::Devices, || {
             let mut board = Board::new(&vm, &memory, plan.post, plan.threads)?;
-            if let Some(tree) = tree {
-                board.devices.keep(tree).map_err(MachineError::Tree)?;
-            }
+            let vcpus = match origin {
+                Origin::PowerOn(spec) => {
+                    Some(VcpuSet::begin(plan.hypervisor, &vm, spec, &board.targets(plan.post))?)
+                }
+                Origin::Saved(tree) => {
+                    board.devices.keep(tree).map_err(MachineError::Tree)?;
+                    None
+                }
+            };
             let ways = recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, &mut recorder)?;
-            Ok::<_, MachineError>((board, ways))
+            Ok::<_, MachineError>((board, vcpus, ways))
         })?;
-        Ok(Self { board, ways, memory, vm, recorder })
+        Ok(Self { vcpus, board, ways, memory, vm, recorder })
     }
 
     /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow.
@@ -344,16 +371,11 @@ impl Frame {
         entry: Option<Entry>,
         stages: &mut Stages,
     ) -> Result<Machine, MachineError> {
-        let Self { board, ways, memory, vm, recorder } = self;
-        let (events, ioapic) = (plan.post.clone(), board.ioapic);
-        let targets = ExitTargets {
-            pio: board.pio,
-            mmio: board.mmio,
-            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
-            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
-        };
-        let vcpus = stages
-            .time(Stage::Vcpus, || VcpuSet::create(plan.hypervisor, &vm, vcpu_spec, entry, &targets))?;
+        let Self { vcpus, board, ways, memory, vm, recorder } = self;
+        let vcpus = stages.time(Stage::Vcpus, || match vcpus {
+            Some(unfinished) => unfinished.finish(entry),
+            None => VcpuSet::create(plan.hypervisor, &vm, vcpu_spec, entry, &board.targets(plan.post)),
+        })?;
         let identity = MachineV1::of(plan.spec, vcpu_spec.cpuid.phys_bits(), vcpus.msrs());
         let trace = BootTrace::new(plan.post.machine, stages, recorder);
         let number = plan.post.machine;

@@ -14,6 +14,7 @@ use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::exit::ExitCode;
+use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
 use crate::sandbox::Sandbox;
@@ -151,6 +152,7 @@ impl Vmm {
         self.events.tell(self.boot.machines, &Event::Booting);
         let mut stages = told::stages(&self.events, self.boot.machines);
         self.sandbox.confine_paths(&configured.spec);
+        let hypervisor = Ahead::ask(&self.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
             Some(consoles) => Ok(consoles),
@@ -168,7 +170,7 @@ impl Vmm {
         };
         configured.consoles = Some(consoles);
         let build = Build {
-            hypervisor: Arc::clone(&self.hypervisor),
+            hypervisor,
             spec: Arc::clone(&configured.spec),
             ports,
             post: EventPost::new(self.boot.machines, self.post.clone()),
@@ -260,7 +262,7 @@ fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
 
 /// All that a machine is built from, to be carried to another thread.
 struct Build {
-    hypervisor: Arc<dyn vmm_hypervisor::Hypervisor>,
+    hypervisor: Ahead,
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
@@ -275,7 +277,7 @@ impl Build {
         self.before.wait();
         let stages = &mut self.stages;
         let result =
-            Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages);
+            Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages);
         (result, self.stages)
     }
 }
