@@ -1,12 +1,14 @@
 //! Descriptor chains, taken out of the guest's hands: what it wrote is read once, into memory of ours.
 
 use std::num::Wrapping;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::bitmap::{AtomicBitmap, RefSlice};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+};
 use vmm_device_model::dma::GuestRam;
 
 /// The driver does not want interrupts (virtio 1.3, section 2.7.7).
@@ -264,10 +266,15 @@ pub(crate) fn take_head(queue: &mut Queue, memory: &GuestRam) -> Result<Option<u
 
 /// Chains that are done, until the driver is told of all of them at once: it watches the ring's index, which each
 /// change takes away from its CPU.
+///
+/// Pages are marked dirty just before that, all at once: each mark is a locked operation, which waits until what was
+/// written before, in memory that the driver's CPU had, is there.
 #[derive(Debug, Default)]
 pub(crate) struct Used {
     /// Head and bytes written.
     chains: Vec<(u16, u32)>,
+    /// Memory that was written for them and is not marked dirty yet.
+    written: Vec<Span>,
     /// Published since the driver was last interrupted, or found not to want it.
     news: u16,
 }
@@ -278,6 +285,27 @@ impl Used {
         self.chains.push((head, len));
     }
 
+    /// What the device wrote for a chain that is done without marking it dirty.
+    pub(crate) fn wrote(&mut self, span: Span) {
+        self.written.push(span);
+    }
+
+    /// Writes one byte for such a chain.
+    ///
+    /// # Errors
+    /// It is not in memory.
+    pub(crate) fn write_byte(
+        &mut self,
+        memory: &GuestRam,
+        address: GuestAddress,
+        value: u8,
+    ) -> Result<(), GuestMemoryError> {
+        let slice = memory.get_slice(address, 1)?;
+        slice.get_atomic_ref::<AtomicU8>(0)?.store(value, Ordering::Relaxed);
+        self.wrote(Span { address, len: 1 });
+        Ok(())
+    }
+
     /// Puts all that is done into the used ring, and its new end last.
     ///
     /// # Errors
@@ -286,6 +314,8 @@ impl Used {
         if self.chains.is_empty() {
             return Ok(());
         }
+        mark_dirty(memory, &self.written);
+        self.written.clear();
         let (size, mut next) = (queue.size(), Wrapping(queue.next_used()));
         // The rings were validated: nothing wraps.
         let ring = GuestAddress(queue.used_ring());
@@ -295,11 +325,19 @@ impl Used {
             let offset = USED_HEADER + USED_ELEMENT * usize::from(next.0 % size);
             let element = (u64::from(head) | u64::from(len) << 32).to_le();
             match &whole {
-                Some(whole) => whole.write_obj(element, offset)?,
+                Some(whole) => {
+                    // Only aligned to four bytes.
+                    let [low, high] = [element as u32, (element >> 32) as u32];
+                    whole.get_atomic_ref::<AtomicU32>(offset)?.store(low, Ordering::Relaxed);
+                    whole.get_atomic_ref::<AtomicU32>(offset + 4)?.store(high, Ordering::Relaxed);
+                }
                 None => memory.write_obj(element, ring.unchecked_add(offset as u64))?,
             }
             next += 1;
             self.news = self.news.saturating_add(1);
+        }
+        if let Some(whole) = whole {
+            whole.bitmap().mark_dirty(0, whole.len());
         }
         queue.set_next_used(next.0);
         memory.store(next.0.to_le(), ring.unchecked_add(USED_INDEX), Ordering::Release)
@@ -324,6 +362,20 @@ impl Used {
             return queue.next_used().wrapping_sub(event).wrapping_sub(1) < news;
         }
         read(0) & NO_INTERRUPT == 0
+    }
+}
+
+/// Marks what was written past guest memory's bitmap, for that sees only what this process writes in the usual way.
+pub(crate) fn mark_dirty(memory: &GuestRam, spans: &[Span]) {
+    for span in spans {
+        if let Some(slice) = in_one_piece(memory, span.address, span.len as usize) {
+            slice.bitmap().mark_dirty(0, slice.len());
+            continue;
+        }
+        let slices = memory.get_slices(span.address, span.len as usize);
+        for slice in slices.flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
     }
 }
 
@@ -482,10 +534,27 @@ mod tests {
             assert_eq!(elements, [2, u32::MAX, 0, 0, 3, 513, 0, 1], "head and length of each");
             used.publish(&mut queue, &memory).unwrap();
             assert_eq!(index(&memory), 1, "nothing new");
+            let dirty =
+                |address| in_one_piece(&memory, GuestAddress(address), 1).unwrap().bitmap().dirty_at(0);
+            assert!(dirty(ring + 4) && dirty(ring + 35), "where elements were written");
         }
         let (memory, mut queue, mut used) = (memory(), queue(0x3000 - 8, true), Used::default());
         used.add(1, 1);
         assert!(used.publish(&mut queue, &memory).is_err(), "past the end of memory");
+    }
+
+    #[test]
+    fn what_was_written_for_chains_is_dirty_once_they_are_published() {
+        let (memory, mut queue, mut used) = (memory(), queue(0x100, true), Used::default());
+        let dirty = |address| in_one_piece(&memory, GuestAddress(address), 1).unwrap().bitmap().dirty_at(0);
+        used.write_byte(&memory, GuestAddress(0x2800), 7).unwrap();
+        used.wrote(Span { address: GuestAddress(0x1fff), len: 1 });
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x2800)).unwrap(), 7);
+        used.add(0, 1);
+        assert!(!dirty(0x2800) && !dirty(0x1fff), "not yet");
+        used.publish(&mut queue, &memory).unwrap();
+        assert!(dirty(0x2800) && dirty(0x1fff) && dirty(0x104));
+        assert!(used.write_byte(&memory, GuestAddress(0x3000), 7).is_err(), "past the end of memory");
     }
 
     #[test]

@@ -4,7 +4,6 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemory, Permissions};
 use vmm_device_model::dma::GuestRam;
 use vmm_disk_image::Buffers;
@@ -72,19 +71,5 @@ impl BufferPool {
     /// Lets go of guest memory.
     pub(super) fn let_go(&mut self) {
         self.spare.iter_mut().for_each(Buffers::clear);
-    }
-}
-
-/// Marks what the kernel wrote, for guest memory's bitmap sees only writes of this process.
-pub(super) fn mark_dirty(memory: &GuestRam, spans: &[Span]) {
-    for span in spans {
-        if let Some(slice) = in_one_piece(memory, span.address, span.len as usize) {
-            slice.bitmap().mark_dirty(0, slice.len());
-            continue;
-        }
-        let slices = memory.get_slices(span.address, span.len as usize, Permissions::Write);
-        for slice in slices.into_iter().flatten().flatten() {
-            slice.bitmap().mark_dirty(0, slice.len());
-        }
     }
 }

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{BlockConfig, F_CONFIG_WCE, F_FLUSH, segments};
 use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
-use super::memory::{BufferPool, mark_dirty};
+use super::memory::BufferPool;
 use super::request::{Command, ID_LEN, Status, parse};
 use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
@@ -231,7 +231,7 @@ impl BlockQueue {
         let Request { head, status, kind, spans, taken } = request;
         if kind == Kind::Read {
             // Of a read that failed, too: part of it may be there.
-            mark_dirty(memory, &spans);
+            spans.iter().for_each(|span| self.used.wrote(*span));
         }
         let settling = match (&result, kind) {
             (Ok(len), Kind::Write) if !self.writeback() => Some(Kind::Settling(*len)),
@@ -307,7 +307,7 @@ impl BlockQueue {
         self.engine = None;
         self.watch.in_flight(0);
         while let Some(Request { head, status, spans, .. }) = self.flights.remove_any() {
-            mark_dirty(memory, &spans);
+            spans.iter().for_each(|span| self.used.wrote(*span));
             self.watch.failed();
             self.answer(memory, head, status, Status::IoError, 0);
         }
@@ -315,8 +315,8 @@ impl BlockQueue {
 
     /// Writes the status byte and gives the chain back; `len` is what was written besides.
     fn answer(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, answer: Status, len: u32) {
-        match chain::write(memory, &[Span { address: status, len: 1 }], &[answer as u8]) {
-            Ok(_) => self.used.add(head, len.saturating_add(1)),
+        match self.used.write_byte(memory, status, answer as u8) {
+            Ok(()) => self.used.add(head, len.saturating_add(1)),
             Err(error) => {
                 self.shared.misused(&error);
                 self.used.add(head, 0);
