@@ -20,6 +20,9 @@ use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
 use crate::worker::{Next, Task};
 
+/// Most requests that are begun in a round. What the page cache has is done at once, so a driver that keeps many in
+/// flight prepares new ones while the next of the old are worked on.
+const BATCH: usize = 16;
 /// Rounds of work before the thread looks whether it is to stop.
 const ROUNDS: usize = 64;
 /// Looks at an empty queue before the thread sleeps; each gives the CPU to whoever wants it. A few microseconds,
@@ -112,7 +115,8 @@ impl BlockQueue {
         // Fails only if the rings are not in memory, and then the next line tells.
         let _ = self.rings.queue.disable_notification(&**memory);
         let mut heads = std::mem::take(&mut self.heads);
-        let end = take_heads(&mut self.rings.queue, memory, self.flights.room(), &mut heads);
+        let most = self.flights.room().min(BATCH);
+        let end = take_heads(&mut self.rings.queue, memory, most, &mut heads);
         let table = Table::of(&self.rings.queue, memory);
         let taken = heads.len();
         if taken > 0 {
