@@ -101,16 +101,21 @@ struct Frame {
     board: Board,
     ways: Ways,
     memory: MemoryMap,
-    vm: Arc<dyn Vm>,
     recorder: Recorder,
 }
 
-/// The address spaces of a machine and who stands on them.
-struct Board {
+/// A VM and the ways into and out of it, on which nobody stands yet.
+struct Roads {
+    vm: Arc<dyn Vm>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     router: Arc<InterruptRouter>,
     ioapic: Arc<IoApic>,
+}
+
+/// Who stands on the address spaces of a machine.
+struct Board {
+    roads: Roads,
     bridge: Arc<HostBridge>,
     devices: DeviceSet,
 }
@@ -130,15 +135,18 @@ impl Machine {
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let plan = Plan { hypervisor, spec, ports, post, threads };
-        let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let vm = plan.create_vm()?;
-            Ok::<_, MachineError>((vm, plan.vcpu_spec(None)?))
+        let (roads, vcpu_spec, vcpus) = stages.time(Stage::Vm, || {
+            let roads = Roads::new(plan.create_vm()?);
+            let vcpu_spec = plan.vcpu_spec(None)?;
+            // They arise beside all that follows.
+            let vcpus = VcpuSet::begin(hypervisor, &roads.vm, &vcpu_spec, &roads.targets(post))?;
+            Ok::<_, MachineError>((roads, vcpu_spec, vcpus))
         })?;
         let memory = stages.time(Stage::Memory, || {
             let phys_bits = vcpu_spec.cpuid.phys_bits();
-            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
+            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&roads.vm), &plan.zones()?, phys_bits)?)
         })?;
-        let frame = Frame::new(&plan, vm, memory, Origin::PowerOn(&vcpu_spec), stages)?;
+        let frame = Frame::new(&plan, roads, memory, Origin::PowerOn(vcpus), stages)?;
         let entry = stages.time(Stage::Kernel, || {
             let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
             frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
@@ -246,35 +254,12 @@ impl Machine {
     }
 }
 
-impl Board {
-    fn new(
-        vm: &Arc<dyn Vm>,
-        memory: &MemoryMap,
-        post: &EventPost,
-        threads: &Arc<dyn ThreadHook>,
-    ) -> Result<Self, MachineError> {
+impl Roads {
+    fn new(vm: Arc<dyn Vm>) -> Self {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let router = InterruptRouter::new(Arc::clone(vm), PINS.into(), GSI_CAPACITY);
+        let router = InterruptRouter::new(Arc::clone(&vm), PINS.into(), GSI_CAPACITY);
         let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
-        let windows = Windows {
-            mmio32: layout::MMIO32.start..layout::MMIO32.end(),
-            mmio64: memory.layout().mmio64.start..memory.layout().mmio64.end(),
-        };
-        let doorbells = Arc::new(IoEvents(Arc::clone(vm)));
-        let bridge = HostBridge::new(0, Arc::clone(&mmio), doorbells, windows.clone());
-        let parts = Parts {
-            pio: Arc::clone(&pio),
-            mmio: Arc::clone(&mmio),
-            memory: memory.dma(),
-            lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
-            msi: Arc::new(MsiBlocks(Arc::clone(&router))),
-            attentions: Box::new(post.clone()),
-            threads: Arc::clone(threads),
-            bridge: Arc::clone(&bridge),
-            windows,
-        };
-        let devices = DeviceSet::new(DeviceResources::new(parts)?);
-        Ok(Self { pio, mmio, router, ioapic, bridge, devices })
+        Self { vm, pio, mmio, router, ioapic }
     }
 
     /// Where exits of vCPUs go.
@@ -286,6 +271,36 @@ impl Board {
             end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
             events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
         }
+    }
+}
+
+impl Board {
+    fn new(
+        roads: Roads,
+        memory: &MemoryMap,
+        post: &EventPost,
+        threads: &Arc<dyn ThreadHook>,
+    ) -> Result<Self, MachineError> {
+        let Roads { vm, pio, mmio, router, ioapic } = &roads;
+        let windows = Windows {
+            mmio32: layout::MMIO32.start..layout::MMIO32.end(),
+            mmio64: memory.layout().mmio64.start..memory.layout().mmio64.end(),
+        };
+        let doorbells = Arc::new(IoEvents(Arc::clone(vm)));
+        let bridge = HostBridge::new(0, Arc::clone(mmio), doorbells, windows.clone());
+        let parts = Parts {
+            pio: Arc::clone(pio),
+            mmio: Arc::clone(mmio),
+            memory: memory.dma(),
+            lines: Box::new(IoApicLines(Arc::clone(ioapic))),
+            msi: Arc::new(MsiBlocks(Arc::clone(router))),
+            attentions: Box::new(post.clone()),
+            threads: Arc::clone(threads),
+            bridge: Arc::clone(&bridge),
+            windows,
+        };
+        let devices = DeviceSet::new(DeviceResources::new(parts)?);
+        Ok(Self { roads, bridge, devices })
     }
 }
 
@@ -330,37 +345,35 @@ impl Plan<'_> {
 
 /// Where a machine comes from.
 enum Origin<'a> {
-    /// Nowhere: its vCPUs are made beside its devices.
-    PowerOn(&'a VcpuSpec),
+    /// Nowhere: its vCPUs are being made meanwhile.
+    PowerOn(Unfinished),
     /// Another one, with these devices, which get what they had there; then come the vCPUs.
     Saved(&'a DeviceTreeV1),
 }
 
 impl Frame {
-    /// Buses and devices around memory.
+    /// Devices around memory.
     fn new(
         plan: &Plan<'_>,
-        vm: Arc<dyn Vm>,
+        roads: Roads,
         memory: MemoryMap,
         origin: Origin<'_>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let mut recorder = Recorder::default();
-        let (board, vcpus, ways) = stages.time(Stage::Devices, || {
-            let mut board = Board::new(&vm, &memory, plan.post, plan.threads)?;
-            let vcpus = match origin {
-                Origin::PowerOn(spec) => {
-                    Some(VcpuSet::begin(plan.hypervisor, &vm, spec, &board.targets(plan.post))?)
-                }
-                Origin::Saved(tree) => {
-                    board.devices.keep(tree).map_err(MachineError::Tree)?;
-                    None
-                }
-            };
+        let (board, ways) = stages.time(Stage::Devices, || {
+            let mut board = Board::new(roads, &memory, plan.post, plan.threads)?;
+            if let Origin::Saved(tree) = &origin {
+                board.devices.keep(tree).map_err(MachineError::Tree)?;
+            }
             let ways = recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, &mut recorder)?;
-            Ok::<_, MachineError>((board, vcpus, ways))
+            Ok::<_, MachineError>((board, ways))
         })?;
-        Ok(Self { vcpus, board, ways, memory, vm, recorder })
+        let vcpus = match origin {
+            Origin::PowerOn(vcpus) => Some(vcpus),
+            Origin::Saved(_) => None,
+        };
+        Ok(Self { vcpus, board, ways, memory, recorder })
     }
 
     /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow.
@@ -371,15 +384,16 @@ impl Frame {
         entry: Option<Entry>,
         stages: &mut Stages,
     ) -> Result<Machine, MachineError> {
-        let Self { vcpus, board, ways, memory, vm, recorder } = self;
+        let Self { vcpus, board, ways, memory, recorder } = self;
+        let Board { roads, devices, .. } = board;
         let vcpus = stages.time(Stage::Vcpus, || match vcpus {
             Some(unfinished) => unfinished.finish(entry),
-            None => VcpuSet::create(plan.hypervisor, &vm, vcpu_spec, entry, &board.targets(plan.post)),
+            None => VcpuSet::create(plan.hypervisor, &roads.vm, vcpu_spec, entry, &roads.targets(plan.post)),
         })?;
         let identity = MachineV1::of(plan.spec, vcpu_spec.cpuid.phys_bits(), vcpus.msrs());
         let trace = BootTrace::new(plan.post.machine, stages, recorder);
         let number = plan.post.machine;
-        Ok(Machine { vcpus, devices: board.devices, memory, ways, vm, identity, number, trace })
+        Ok(Machine { vcpus, devices, memory, ways, vm: roads.vm, identity, number, trace })
     }
 }
 
