@@ -3,7 +3,7 @@
 pub(crate) mod cargo;
 mod checks;
 mod counts;
-mod run;
+pub(crate) mod run;
 pub(crate) mod test;
 
 use std::path::Path;

@@ -5,6 +5,7 @@ mod ci;
 mod images;
 mod nested;
 mod quickstart;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -15,6 +16,7 @@ usage: cargo xtask COMMAND [ARGUMENT...]
   test        run every test; Linux guests run in the nested KVM where the host's cannot
   quickstart  from nothing to a Linux guest that introduces itself and shuts down
   bench       measure, and print a table (--json FILE, --only NAME, --list)
+  soak        long tests in batches whose counts add up over runs (--list, --only NAME)
   images      fetch and build what guests boot
   nested      run one command in a machine with a KVM that runs unmodified kernels
 
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Some("alone") => ci::cargo::alone(),
         Some("package") => ci::cargo::package(),
         Some("release") => ci::cargo::release(),
+        Some("soak") => soak::run(rest),
         Some("bench") => bench::run(rest),
         Some("images") => images::run(rest),
         Some("quickstart") => quickstart::run(rest),

@@ -19,9 +19,9 @@ use vmm_api::options::{Arity, FLAGS, VmFlags};
 use vmm_api::spec::{Checked, MachineSpec, fill_ids};
 use vmm_state::Reactions;
 
-use crate::ctl;
 use crate::events::MonitorTarget;
 use crate::logger::LogOptions;
+use crate::{ctl, snapshot};
 
 use command::Help;
 pub(crate) use command::{CH_REMOTE, vm_arguments};
@@ -50,6 +50,8 @@ pub enum Invocation {
     },
     /// Send a command to a VMM.
     Ctl(Box<ctl::Job>),
+    /// Work on snapshot directories.
+    Snapshot(snapshot::Job),
     /// Print this text on standard output, and be done: help, version, a shell's completion.
     Print(String),
 }
@@ -181,6 +183,9 @@ fn subcommand(args: &[OsString]) -> Option<Result<Invocation, UsageError>> {
             let shell = given.get_one::<Shell>("shell").copied().unwrap_or(Shell::Bash);
             Invocation::Print(command::script(shell))
         }),
+        command::SNAPSHOT => {
+            read(snapshot::command("vmm snapshot"), |given| Invocation::Snapshot(snapshot::job(given)))
+        }
         command::CTL => Some(ctl::parse(rest, false)),
         _ => None,
     }

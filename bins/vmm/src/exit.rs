@@ -16,6 +16,8 @@ pub enum ExitCode {
     NoVmm = 3,
     /// A time limit passed.
     TimedOut = 4,
+    /// A snapshot is not whole, or not the same as another.
+    Mismatch = 5,
     /// The guest crashed.
     GuestCrashed = 10,
     /// A thread made a system call that its filter forbids.
@@ -24,12 +26,13 @@ pub enum ExitCode {
 
 impl ExitCode {
     /// All of them, by number.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Success,
         Self::VmmError,
         Self::Usage,
         Self::NoVmm,
         Self::TimedOut,
+        Self::Mismatch,
         Self::GuestCrashed,
         Self::ForbiddenCall,
     ];
@@ -39,14 +42,17 @@ impl ExitCode {
     pub const fn meaning(self) -> &'static str {
         match self {
             Self::Success => {
-                "The guest powered off, or a client or a signal ended the VMM; `doctor`: a VM can run here; `ctl`: it is done."
+                "The guest powered off, or a client or a signal ended the VMM; `doctor`: a VM can run here; `ctl`, `snapshot`: it is done."
             }
             Self::VmmError => {
-                "The VMM could not start or go on; `doctor`: no VM can run here; `validate`: the VM would not boot; `ctl`: the VMM refuses, or the command failed."
+                "The VMM could not start or go on; `doctor`: no VM can run here; `validate`: the VM would not boot; `ctl`: the VMM refuses, or the command failed; `snapshot`: it cannot be read or written."
             }
             Self::Usage => "The command line is wrong; nothing was started.",
             Self::NoVmm => "`ctl`: no VMM listens at the socket, or it went away before it answered.",
             Self::TimedOut => "`ctl`: the time limit passed.",
+            Self::Mismatch => {
+                "`snapshot verify`: the snapshot or one of its parents is damaged, missing or of another version; `snapshot diff`: the two differ."
+            }
             Self::GuestCrashed => "The guest crashed: KVM could not go on with a vCPU.",
             Self::ForbiddenCall => {
                 "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."

@@ -7,7 +7,7 @@
 
 mod filter;
 mod line;
-mod time;
+pub(crate) mod time;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use vmm::boot_trace::Startup;
 use vmm::cli::{self, Invocation};
 use vmm::exit::{self, ExitCode};
-use vmm::{console, ctl, doctor, logger, run, validate};
+use vmm::{console, ctl, doctor, logger, run, signals, snapshot, validate};
 
 fn main() -> std::process::ExitCode {
     let mut startup = Startup::begin();
@@ -14,6 +14,10 @@ fn main() -> std::process::ExitCode {
         Ok(Invocation::Doctor { json }) => doctor::run(json),
         Ok(Invocation::Validate { file, json }) => validate::run(file.as_deref(), json),
         Ok(Invocation::Ctl(job)) => ctl::run(*job),
+        Ok(Invocation::Snapshot(job)) => {
+            signals::ignore_file_size_limit();
+            snapshot::run(&job)
+        }
         Ok(Invocation::Print(text)) => {
             // Nobody may be listening any more; `print!` would panic.
             let _ = io::stdout().write_all(text.as_bytes());
@@ -28,6 +32,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn start(options: cli::RunOptions, startup: Startup) -> ExitCode {
+    signals::ignore_file_size_limit();
     let result = logger::init(&options.log).map_err(|e| exit::report(&e)).and_then(|log| {
         run::confine(log).and_then(|()| run::run(options, startup)).map_err(|e| exit::report(&e))
     });

@@ -58,6 +58,12 @@ pub fn block() -> Result<File, SignalError> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+/// Lets a write beyond the limit of a file's size (RLIMIT_FSIZE) fail with EFBIG, where it would end the process.
+pub fn ignore_file_size_limit() {
+    // SAFETY: no handler is installed, only the kernel's own disposition for the signal.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Whether whoever started this process has it ignore the signal.
 fn is_ignored(signal: libc::c_int) -> bool {
     // SAFETY: all zeroes is a valid sigaction.

@@ -242,6 +242,28 @@ fn what_is_restored_is_what_was_saved() {
 }
 
 #[test]
+fn a_host_that_knows_fewer_calls_saves_and_restores_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let calls = [
+        ("KVM_GET_DEVICE_ATTR", "KVM_SET_DEVICE_ATTR"),
+        ("KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE"),
+        ("KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS"),
+        ("KVM_GET_XCRS", "KVM_SET_XCRS"),
+        ("KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS"),
+        ("KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ"),
+    ];
+    for (get, set) in calls {
+        let fake = Fake::new();
+        fake.unsupported(get);
+        fake.unsupported(set);
+        let records = save(&fake, &spec);
+        drop(restore(&fake, &spec, records).unwrap());
+        assert_eq!(fake.live(), Live::default());
+    }
+}
+
+#[test]
 fn a_save_that_fails_leaves_the_guest_and_can_be_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let spec = spec(folder.path());

@@ -27,7 +27,7 @@ fn whole() -> Command {
     whole
 }
 
-const SUBCOMMANDS: [&str; 4] = ["ctl", "validate", "doctor", "completion"];
+const SUBCOMMANDS: [&str; 5] = ["ctl", "validate", "snapshot", "doctor", "completion"];
 
 fn manual_pages() -> Vec<Page> {
     let whole = whole();
@@ -47,7 +47,7 @@ fn manual_page(command: &Command, name: &str) -> String {
     page.control("SH", ["DESCRIPTION"]);
     page.text([roman(command.get_long_about().map_or_else(|| about(command), ToString::to_string))]);
     options(&mut page, command);
-    if name == "vmm-ctl" {
+    if command.has_subcommands() && name != "vmm" {
         commands(&mut page, command);
     }
     if let Some(end) = command.get_after_long_help().or(command.get_after_help()) {
@@ -99,10 +99,10 @@ fn argument(page: &mut Roff, arg: &Arg) {
     }
 }
 
-/// Each command of `vmm ctl` with what it takes.
-fn commands(page: &mut Roff, ctl: &Command) {
+/// Each command of a subcommand with what it takes.
+fn commands(page: &mut Roff, parent: &Command) {
     page.control("SH", ["COMMANDS"]);
-    for command in ctl.get_subcommands() {
+    for command in parent.get_subcommands() {
         page.control("SS", [usage(command).as_str()]);
         page.text([roman(about(command))]);
         // The flags of a VM are in the page of `vmm`.
@@ -119,7 +119,8 @@ fn about(command: &Command) -> String {
 fn usage(command: &Command) -> String {
     let usage = command.clone().render_usage().to_string();
     let first = usage.trim_start_matches("Usage: ").lines().next().unwrap_or_default();
-    first.trim_start_matches("vmm ctl ").replace(" [OPTIONS]", "")
+    let of_parent = first.strip_prefix("vmm ctl ").or(first.strip_prefix("vmm snapshot "));
+    of_parent.unwrap_or(first).replace(" [OPTIONS]", "")
 }
 
 /// What only this subcommand takes.
@@ -232,8 +233,8 @@ fn pages_are_what_the_command_line_says() {
 
 #[test]
 fn the_page_has_each_exit_status_of_the_client() {
-    let of_guests = [ExitCode::GuestCrashed, ExitCode::ForbiddenCall];
-    for code in ExitCode::ALL.into_iter().filter(|code| !of_guests.contains(code)) {
+    let of_others = [ExitCode::Mismatch, ExitCode::GuestCrashed, ExitCode::ForbiddenCall];
+    for code in ExitCode::ALL.into_iter().filter(|code| !of_others.contains(code)) {
         assert!(INTRODUCTION.contains(&format!("\n| {} | ", code as u8)), "{code:?}");
     }
 }

@@ -200,7 +200,7 @@ fn tsc(state: &mut VcpuV1) -> &mut MsrV1 {
 
 #[test]
 fn tscs_go_on_together_and_keep_what_the_guest_put_between_them() {
-    for offsets_known in [true, false] {
+    for (offsets_known, guesses) in [(true, false), (true, true), (false, false)] {
         let (fake, world) = (Fake::new(), world());
         fake.set_host_tsc(3_000);
         let mut set = create(&fake, 2, &world.targets).unwrap();
@@ -209,6 +209,9 @@ fn tscs_go_on_together_and_keep_what_the_guest_put_between_them() {
         for (state, value, offset) in [(0, 10_000, 7_000), (1, 10_500, 7_003)] {
             tsc(&mut states[state]).value = value;
             states[state].tsc_offset = Some(offset);
+        }
+        if guesses {
+            fake.guess_tsc();
         }
         if !offsets_known {
             fake.unsupported("KVM_GET_DEVICE_ATTR");

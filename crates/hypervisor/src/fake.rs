@@ -45,6 +45,7 @@ struct State {
     slots: BTreeSet<(usize, u32)>,
     clock: ClockData,
     host_tsc: u64,
+    guesses_tsc: bool,
     vms_made: usize,
     live: Live,
 }
@@ -187,6 +188,11 @@ impl Fake {
     /// Messages signalled so far.
     pub fn signalled(&self) -> Vec<Msi> {
         self.lock().signalled.clone()
+    }
+
+    /// From now on a write to a vCPU's TSC changes nothing, as in a KVM that takes the value for one that the vCPU has already.
+    pub fn guess_tsc(&self) {
+        self.lock().guesses_tsc = true;
     }
 
     /// The host's TSC, which stands still otherwise.
@@ -570,8 +576,10 @@ impl Vcpu for FakeVcpu {
     }
 
     fn set_msrs(&mut self, entries: &[MsrEntry]) -> Result<Vec<u32>> {
-        let host_tsc = self.fake.enter("KVM_SET_MSRS")?.host_tsc;
-        if let Some(tsc) = entries.iter().find(|e| e.index == MSR_TSC) {
+        let state = self.fake.enter("KVM_SET_MSRS")?;
+        let (host_tsc, guesses) = (state.host_tsc, state.guesses_tsc);
+        drop(state);
+        if let Some(tsc) = entries.iter().find(|e| e.index == MSR_TSC && !guesses) {
             self.registers.tsc_offset = tsc.value.wrapping_sub(host_tsc);
         }
         self.registers.msrs.extend(entries.iter().map(|e| (e.index, e.value)));

@@ -115,7 +115,22 @@ fn state_reads_back_as_written() {
     let xsave = vcpu.xsave().unwrap();
     vcpu.set_xsave(&xsave).unwrap();
     assert_eq!(vcpu.xsave().unwrap(), xsave);
-    assert!(vcpu.set_xsave(&xsave[1..]).is_err(), "another host's size is refused");
+    assert!(vcpu.set_xsave(&xsave[1..]).is_err() && vcpu.set_xsave(&xsave[..512]).is_err());
+    vcpu.set_xsave(&xsave[..576]).unwrap();
+    let longer = |last: u8| xsave.iter().copied().chain([0, 0, 0, last]).collect::<Vec<_>>();
+    vcpu.set_xsave(&longer(0)).unwrap();
+    assert!(vcpu.set_xsave(&longer(1)).is_err(), "a component that this host does not have");
+    let khz = vcpu.tsc_khz().unwrap();
+    vcpu.set_tsc_khz(khz).unwrap();
+    // Some KVMs take another offset, some keep theirs, old ones have none.
+    if let Ok(offset) = vcpu.tsc_offset() {
+        vcpu.set_tsc_offset(offset).unwrap();
+        assert_eq!(vcpu.tsc_offset().unwrap(), offset);
+    }
+    if let Ok(nested) = vcpu.nested_state() {
+        assert_eq!(nested, None, "nothing is nested");
+    }
+    assert!(vcpu.set_nested_state(&[0; 7]).is_err());
     let lapic = vcpu.lapic().unwrap();
     vcpu.set_lapic(&lapic).unwrap();
     assert_eq!(vcpu.lapic().unwrap().register(0x30), lapic.register(0x30));

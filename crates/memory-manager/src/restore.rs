@@ -63,6 +63,9 @@ impl MemoryMap {
         check_host(layout.ram_size())?;
         let zones: Vec<_> = zones.iter().map(restored).collect();
         let lazy: Vec<_> = zones.iter().map(|zone| is_lazy(zone, saved.fill)).collect();
+        for (zone, _) in zones.iter().zip(&lazy).filter(|(_, lazy)| saved.fill == Fill::Lazy && !**lazy) {
+            log::info!(zone = zone.id.as_str(); "memory of this kind is filled before the guest runs");
+        }
         let (regions, files) = map_all(&layout, &zones, &lazy, saved.chain)?;
         let memory = Arc::new(GuestRam::from_regions(regions).map_err(ZoneError::from)?);
         fill(&memory, &files, saved.chain, work)?;
@@ -178,17 +181,14 @@ fn fill(memory: &GuestRam, files: &Files, chain: &Chain, work: &Work<'_>) -> Res
         let region = chain.regions().get(piece.region);
         region.map(|region| region.gpa + piece.offset).ok_or(io::ErrorKind::NotFound)
     };
-    if (0..files.len()).any(is_mapped) && chain.depth() > 1 {
-        chain.load_overlay(work, &|piece| match is_mapped(piece.region) {
-            true => put(memory, gpa(&piece)?, piece.bytes),
-            false => Ok(()),
-        })?;
+    // What has nothing to do does not start threads for it.
+    if chain.depth() > 1 && (0..files.len()).any(is_mapped) {
+        let put = |piece: Piece<'_>| put(memory, gpa(&piece)?, piece.bytes);
+        chain.load_overlay_of(&is_mapped, work, &put)?;
     }
     if !(0..files.len()).all(is_mapped) {
-        chain.load(work, &|piece| match is_mapped(piece.region) {
-            true => Ok(()),
-            false => put_used(memory, gpa(&piece)?, piece.bytes),
-        })?;
+        let put_used = |piece: Piece<'_>| put_used(memory, gpa(&piece)?, piece.bytes);
+        chain.load_of(&|region| !is_mapped(region), work, &put_used)?;
     }
     Ok(())
 }

@@ -3,12 +3,17 @@
 
 mod common;
 
-use common::{MIB, PAGE, write, zone};
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{MIB, PAGE, content, save, work, write, zone};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_hypervisor::kvm::Kvm;
-use vmm_hypervisor::{Hypervisor, Vcpu, VcpuExit, VmOptions};
+use vmm_hypervisor::{Hypervisor, Vcpu, VcpuExit, Vm, VmOptions};
 use vmm_memory_manager::dirty::{Changed, DirtyCollector};
 use vmm_memory_manager::map::MemoryMap;
+use vmm_memory_manager::restore::{Fill, Saved};
+use vmm_snapshot::directory::{Chain, Increment};
 
 const CODE: u64 = 0x1000;
 
@@ -20,17 +25,24 @@ const GUEST: [u8; 10] = [
     0xeb, 0xf6, // jmp l
 ];
 
-fn guest() -> (MemoryMap, Box<dyn Vcpu>) {
+/// A VM with the memory that `memory` makes, and a vCPU that can run `GUEST` in it.
+fn guest(memory: impl FnOnce(Arc<dyn Vm>) -> MemoryMap) -> (MemoryMap, Box<dyn Vcpu>) {
     let kvm = Kvm::open().unwrap_or_else(|e| panic!("this test needs a usable /dev/kvm: {e}"));
     let vm = kvm.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0xfffb_d000 }).unwrap();
-    let map = MemoryMap::create(vm.clone(), &[zone(MIB)], 40).unwrap();
-    write(&map, CODE, &GUEST);
+    let map = memory(vm.clone());
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
     let mut sregs = vcpu.sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     (map, vcpu)
+}
+
+/// Memory with nothing but `GUEST` in it.
+fn fresh(vm: Arc<dyn Vm>) -> MemoryMap {
+    let map = MemoryMap::create(vm, &[zone(MIB)], 40).unwrap();
+    write(&map, CODE, &GUEST);
+    map
 }
 
 /// Has the guest write to `page`.
@@ -48,7 +60,7 @@ fn pages(changed: &Changed) -> Vec<u64> {
 
 #[test]
 fn trackers_see_guest_and_devices_from_the_start_to_the_end() {
-    let (mut map, mut vcpu) = guest();
+    let (mut map, mut vcpu) = guest(fresh);
     let mut dirty = DirtyCollector::new();
     // Mapped for the guest, with its dirty bits set, before anybody tracks.
     [8, 9].into_iter().for_each(|page| touch(&mut *vcpu, page));
@@ -85,4 +97,39 @@ fn trackers_see_guest_and_devices_from_the_start_to_the_end() {
     let counts: Vec<u8> =
         (8..=14).map(|page| map.memory().read_obj(GuestAddress(page * PAGE)).unwrap()).collect();
     assert_eq!(counts, [1, 2, 2, 1, 1, 1, 1], "the guest wrote what it should");
+}
+
+#[test]
+fn a_guest_goes_on_from_a_mapped_snapshot_and_from_its_child() {
+    let dir = tempfile::tempdir().unwrap();
+    let (map, mut vcpu) = guest(fresh);
+    [8, 9, 9].into_iter().for_each(|page| touch(&mut *vcpu, page));
+    save(&map, &dir.path().join("a"), None);
+    let layout = map.save();
+    let restored = |name: &str, fill| {
+        let chain = Chain::open(&dir.path().join(name)).unwrap();
+        guest(|vm| {
+            let saved = Saved { layout: &layout, chain: &chain, fill };
+            MemoryMap::restore(vm, &[zone(MIB)], &saved, &work()).unwrap()
+        })
+    };
+    let (mut map, mut vcpu) = restored("a", Fill::Lazy);
+    // Before the guest runs, as after a restore: everything that it writes is seen.
+    let mut dirty = DirtyCollector::new();
+    dirty.start(&mut map, "snapshot").unwrap();
+    [9, 10].into_iter().for_each(|page| touch(&mut *vcpu, page));
+    let changed = map.changed_since_restore().unwrap().unwrap();
+    assert_eq!(pages(&changed), [9, 10]);
+    assert_eq!(dirty.take_changed(&map, "snapshot").unwrap(), changed, "both ways tell the same");
+    Chain::open(&dir.path().join("a")).unwrap().verify(&work()).unwrap();
+
+    save(&map, &dir.path().join("b"), Some(&Increment { parent: Path::new("../a"), changed: &changed }));
+    for fill in [Fill::Lazy, Fill::Eager] {
+        let (back, mut vcpu) = restored("b", fill);
+        touch(&mut *vcpu, 10);
+        let counts: Vec<u8> =
+            (8..=11).map(|page| back.memory().read_obj(GuestAddress(page * PAGE)).unwrap()).collect();
+        assert_eq!(counts, [1, 3, 2, 0], "{fill:?}");
+        assert!(content(&back) != content(&map));
+    }
 }

@@ -80,6 +80,7 @@ fn a_chain_comes_back_byte_for_byte_into_every_backing() {
                 assert_eq!(back.mapped_files().len(), usize::from(lazy));
                 drop(back);
                 let left = std::fs::read(&named).unwrap();
+                assert_eq!(left.len(), 9 << 20);
                 assert!(left[8 << 20..].iter().all(|byte| *byte == 0xff), "beyond the zone");
                 if !(shared && file.as_ref() == Some(&named)) {
                     assert!(left.iter().all(|byte| *byte == 0xff), "another's file");
@@ -214,6 +215,34 @@ fn a_damaged_snapshot_is_refused_with_nothing_mapped() {
             );
         }
     }
+}
+
+#[test]
+#[expect(clippy::single_range_in_vec_init, reason = "one range")]
+fn zones_are_filled_each_in_its_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let zones = [zone(SIZE), ZoneConfig { id: "mem1".to_owned(), shared: true, ..zone(SIZE) }];
+    let map = create(&zones);
+    for place in map.places() {
+        write(&map, place.gpa + 3 * PAGE, place.zone.as_bytes());
+    }
+    save(&map, &dir.path().join("a"), None);
+    write(&map, SIZE + PAGE, b"changed");
+    write(&map, 2 * PAGE, b"changed");
+    let changed = [vec![2 * PAGE..3 * PAGE], vec![PAGE..2 * PAGE]];
+    save(&map, &dir.path().join("b"), Some(&Increment { parent: Path::new("../a"), changed: &changed }));
+    let both = |fill| restore(&Fake::new(), &map, &zones, &dir.path().join("b"), fill);
+    let back = both(Fill::Lazy).unwrap();
+    assert_eq!(back.mapped_files().len(), 1);
+    assert_eq!(back.changed_since_restore().unwrap(), None, "of a part only");
+    assert!(content(&back) == content(&map));
+
+    // What is mapped is not read: its damage goes unseen. What is copied is verified.
+    reopen(&dir.path().join("a/memory-0.bin")).write_all_at(b"!", 5 * PAGE).unwrap();
+    both(Fill::Lazy).unwrap();
+    assert!(matches!(both(Fill::Eager), Err(RestoreError::Read(ReadError::Chunk { .. }))));
+    reopen(&dir.path().join("a/memory-1.bin")).write_all_at(b"!", 5 * PAGE).unwrap();
+    assert!(matches!(both(Fill::Lazy), Err(RestoreError::Read(ReadError::Chunk { .. }))));
 }
 
 #[test]

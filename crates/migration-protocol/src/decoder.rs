@@ -1,7 +1,17 @@
 //! Frames out of a stream that arrives in pieces: [`Decoder`].
 
-use crate::frame::Header;
-use crate::{Frame, FrameError, HEADER_LENGTH};
+use crate::frame::{BULK_PREFIX, Header};
+use crate::{Bulk, Frame, FrameError, HEADER_LENGTH};
+
+/// What a [`Decoder`] finds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    /// A frame, whole.
+    Frame(Frame),
+    /// The beginning of a bulk frame. The next [`Bulk::length`] bytes of the stream are its contents: take them
+    /// from there to where they belong, past the decoder, and give their checksum to [`Bulk::check`].
+    Bulk(Bulk),
+}
 
 /// Takes bytes as they arrive and gives frames.
 ///
@@ -16,7 +26,7 @@ pub struct Decoder {
 enum State {
     /// Collecting a header; the first `have` bytes are there.
     Header { bytes: [u8; HEADER_LENGTH], have: usize },
-    /// Collecting the payload of a header that is allowed.
+    /// Collecting the part of the payload that the header's checksum covers.
     Payload { header: Header, checksum: u32, payload: Vec<u8> },
     /// The stream is lost.
     Failed(FrameError),
@@ -35,18 +45,23 @@ impl Decoder {
         Self::default()
     }
 
-    /// Takes bytes from the front of `input`, up to the end of one frame, and gives that frame.
+    /// Takes bytes from the front of `input`, up to the end of one frame or of a bulk frame's beginning, and gives
+    /// that.
     ///
     /// Call it until it gives `None`; then `input` is empty:
     ///
     /// ```
-    /// # use vmm_migration_protocol::{Command, Decoder, Frame, FrameError};
+    /// # use vmm_migration_protocol::{Command, Decoder, Frame, FrameError, Item};
     /// # fn main() -> Result<(), FrameError> {
     /// # let received = Frame::new(Command::Start, Vec::new())?.encode();
     /// # let mut decoder = Decoder::new();
     /// let mut input = received.as_slice();
-    /// while let Some(frame) = decoder.push(&mut input)? {
-    ///     println!("{}", frame.command());
+    /// while let Some(item) = decoder.push(&mut input)? {
+    ///     match item {
+    ///         Item::Frame(frame) => println!("{}", frame.command()),
+    ///         // As many bytes of `input`, and of what arrives later, are guest memory.
+    ///         Item::Bulk(bulk) => println!("{} bytes follow", bulk.length()),
+    ///     }
     /// }
     /// # Ok(())
     /// # }
@@ -54,7 +69,7 @@ impl Decoder {
     ///
     /// # Errors
     /// What arrived is not a frame of this version. The stream cannot be read on.
-    pub fn push(&mut self, input: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
+    pub fn push(&mut self, input: &mut &[u8]) -> Result<Option<Item>, FrameError> {
         let result = self.step(input);
         if let Err(error) = result {
             self.state = State::Failed(error);
@@ -77,7 +92,7 @@ impl Decoder {
         }
     }
 
-    fn step(&mut self, input: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
+    fn step(&mut self, input: &mut &[u8]) -> Result<Option<Item>, FrameError> {
         if let State::Header { bytes, have } = &mut self.state {
             for place in bytes.iter_mut().skip(*have) {
                 let Some(byte) = input.split_off_first() else { return Ok(None) };
@@ -90,7 +105,7 @@ impl Decoder {
         match &mut self.state {
             State::Payload { header, checksum, payload } => {
                 let (header, checksum) = (*header, *checksum);
-                let missing = header.length.saturating_sub(payload.len());
+                let missing = header.covered().saturating_sub(payload.len());
                 let part = input.split_off(..missing.min(input.len())).unwrap_or_default();
                 payload.extend_from_slice(part);
                 if part.len() < missing {
@@ -106,10 +121,13 @@ impl Decoder {
     }
 }
 
-fn complete(header: Header, found: u32, payload: Vec<u8>) -> Result<Frame, FrameError> {
-    let computed = header.checksum(&[&payload]);
+fn complete(header: Header, found: u32, payload: Vec<u8>) -> Result<Item, FrameError> {
+    let computed = header.checksum(&payload);
     if found != computed {
         return Err(FrameError::Checksum { command: header.command, found, computed });
     }
-    Frame::new(header.command, payload)
+    match <[u8; BULK_PREFIX]>::try_from(payload.as_slice()) {
+        Ok(prefix) if header.command.is_bulk() => Bulk::read(header, &prefix).map(Item::Bulk),
+        _ => Frame::new(header.command, payload).map(Item::Frame),
+    }
 }

@@ -5,7 +5,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use vmm_migration_protocol::{Command, Decoder, HEADER_LENGTH, header};
+use vmm_migration_protocol::{Command, Decoder, Frame, HEADER_LENGTH, Message};
 
 /// Largest single request since the last reset.
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
@@ -35,17 +35,39 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// Largest request while `work` runs, in bytes.
+fn largest(work: impl FnOnce()) -> usize {
+    LARGEST.store(0, Ordering::Relaxed);
+    work();
+    LARGEST.load(Ordering::Relaxed)
+}
+
+// One test, for the counter is everybody's.
 #[test]
 fn memory_follows_what_arrived() {
     let biggest = vec![0; 64 << 20];
-    let header: [u8; HEADER_LENGTH] = header(Command::State, &[&biggest]).unwrap();
+    let header: [u8; HEADER_LENGTH] = Frame::new(Command::State, biggest.clone()).unwrap().header();
     for received in [0_usize, 1, 100, 4096] {
-        LARGEST.store(0, Ordering::Relaxed);
-        let mut decoder = Decoder::new();
-        assert_eq!(decoder.push(&mut &header[..]), Ok(None));
-        let mut rest = biggest.get(..received).unwrap();
-        assert_eq!(decoder.push(&mut rest), Ok(None));
-        let largest = LARGEST.load(Ordering::Relaxed);
+        let largest = largest(|| {
+            let mut decoder = Decoder::new();
+            assert_eq!(decoder.push(&mut &header[..]), Ok(None));
+            let mut rest = biggest.get(..received).unwrap();
+            assert_eq!(decoder.push(&mut rest), Ok(None));
+        });
         assert!(largest <= 2 * received + 64, "{largest} bytes for {received}");
+    }
+
+    // CBOR that announces arrays, texts and bytes of 2^32 - 1 and has none of it.
+    for announced in [0x9a, 0x7a, 0x5a, 0xba] {
+        for before in [&[][..], &[0xbf, 0x06], &[0xbf, 0x07, 0x84, 1, 1, 1], &[0xbf, 0x08], &[0xbf, 0x03]] {
+            let cbor = [before, &[announced, 0xff, 0xff, 0xff, 0xff]].concat();
+            let hello = Frame::new(Command::Hello, [&b"VMMigrat"[..], &cbor].concat()).unwrap();
+            let nack = Frame::new(Command::Nack, cbor).unwrap();
+            let largest = largest(|| {
+                assert!(Message::decode(hello).is_err());
+                assert!(Message::decode(nack).is_err());
+            });
+            assert!(largest <= 1024, "{largest} bytes for {before:?} and {announced:#x}");
+        }
     }
 }

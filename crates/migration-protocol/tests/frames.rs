@@ -6,9 +6,12 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use vmm_fuzzing::{Random, mutate, rounds};
-use vmm_migration_protocol::{Command, Decoder, Frame, FrameError, HEADER_LENGTH, header};
+use vmm_migration_protocol::{
+    BULK_HEADER_LENGTH, Bulk, CHUNK, Command, Frame, FrameError, HEADER_LENGTH, Message, PAGE, Reason,
+    contents_checksum,
+};
 
-use common::{decode, run};
+use common::{Whole, decode, run, samples};
 
 mod common;
 
@@ -21,7 +24,16 @@ fn limits(command: Command) -> (u32, u32) {
     (*command.payload_lengths().start(), *command.payload_lengths().end())
 }
 
-/// The frame of the smallest payload, as bytes.
+/// Commands whose payload is all in the frame.
+fn plain() -> Vec<Command> {
+    Command::ALL.into_iter().filter(|command| !command.is_bulk()).collect()
+}
+
+/// A frame of each command, as bytes.
+fn all() -> Vec<(Command, Vec<u8>)> {
+    samples::frames().into_iter().map(|(command, frame)| (command, frame.encode())).collect()
+}
+
 fn smallest(command: Command) -> Vec<u8> {
     Frame::new(command, payload(limits(command).0)).unwrap().encode()
 }
@@ -32,17 +44,20 @@ fn first_error(bytes: &[u8]) -> FrameError {
     end.unwrap_err()
 }
 
-/// Puts `length` into the header and makes the checksum right again, as a hostile peer would.
+/// Makes the checksum right again, as a hostile peer would.
+fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
+    let number = u16::from_le_bytes([bytes[0], bytes[1]]);
+    let bulk = Command::from_number(number).is_some_and(Command::is_bulk);
+    let end = if bulk { BULK_HEADER_LENGTH.min(bytes.len()) } else { bytes.len() };
+    bytes[4..8].fill(0);
+    let checksum = crc32c::crc32c(&bytes[..end]);
+    bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
 fn with_length(mut bytes: Vec<u8>, length: u64) -> Vec<u8> {
     bytes[8..16].copy_from_slice(&length.to_le_bytes());
     seal(bytes)
-}
-
-fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
-    bytes[4..8].fill(0);
-    let checksum = crc32c::crc32c(&bytes);
-    bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
-    bytes
 }
 
 #[test]
@@ -50,21 +65,33 @@ fn the_document_has_this_table() {
     let rows = include_str!("../WIRE.md").lines().filter_map(|line| {
         let mut cells = line.trim_matches('|').split('|').map(str::trim);
         let number: u16 = cells.next()?.parse().ok()?;
-        let name = cells.next()?.to_owned();
-        let lengths = cells.nth(1)?;
+        let (name, sender, lengths) = (cells.next()?.to_owned(), cells.next()?.to_owned(), cells.next()?);
         let (least, most) = lengths.split_once(" to ").unwrap_or((lengths, lengths));
-        Some((number, name, documented(least)..=documented(most)))
+        Some((number, name, sender, documented(least)..=documented(most)))
     });
-    // The table of the header's fields also has a number first, but none in its place for lengths.
-    let rows: Vec<_> = rows.filter(|(_, name, _)| name.starts_with(char::is_uppercase)).collect();
-    let code = Command::ALL.map(|command| (command.number(), command.to_string(), command.payload_lengths()));
+    // The other tables also have a number first.
+    let rows: Vec<_> =
+        rows.filter(|(_, name, _, _)| Command::ALL.iter().any(|c| c.to_string() == *name)).collect();
+    let code = Command::ALL.map(|command| {
+        let sender = format!("{:?}", command.sender()).to_lowercase();
+        (command.number(), command.to_string(), sender, command.payload_lengths())
+    });
     assert_eq!(rows, code);
 }
 
-/// "2 MiB + 16" as a number; 0 for what is none.
+#[test]
+fn the_document_has_these_reasons() {
+    for reason in Reason::ALL.into_iter().filter(|reason| *reason != Reason::Lost) {
+        let row = format!("\n| {} | {} |\n", reason.number(), reason.text());
+        assert!(include_str!("../WIRE.md").contains(&row), "{row}");
+    }
+}
+
+/// "2 MiB + 24" as a number; 0 for what is none.
 fn documented(text: &str) -> u32 {
     let term = |term: &str| match term.trim().split_once(' ') {
         Some((count, "MiB")) => count.parse().unwrap_or(0) << 20,
+        Some((count, "KiB")) => count.parse().unwrap_or(0) << 10,
         _ => term.trim().parse::<u32>().unwrap_or(0),
     };
     text.split('+').map(term).sum()
@@ -72,25 +99,26 @@ fn documented(text: &str) -> u32 {
 
 #[test]
 fn allowed_payloads_pass() {
-    for command in Command::ALL {
+    for command in plain() {
         let (least, most) = limits(command);
         for length in [least, most] {
             let frame = Frame::new(command, payload(length)).unwrap();
-            let bytes = frame.encode();
+            let bytes = [&frame.header()[..], frame.payload()].concat();
+            assert_eq!(bytes, frame.encode());
             let (frames, end) = run(std::iter::once(&bytes[..]));
-            assert_eq!((frames, end), (vec![frame], Ok(())), "{command} of {length}");
+            assert_eq!((frames, end), (vec![Whole::Frame(frame)], Ok(())), "{command} of {length}");
         }
     }
 }
 
 #[test]
 fn lengths_outside_the_bounds_are_refused_from_the_header_alone() {
-    for command in Command::ALL {
+    for (command, bytes) in all() {
         let (least, most) = limits(command);
         let mut wrong = vec![u64::from(most) + 1, 1 << 32, (1 << 32) + u64::from(least), 1 << 63, u64::MAX];
         wrong.extend(least.checked_sub(1).map(u64::from));
         for length in wrong {
-            let bytes = with_length(smallest(command), length);
+            let bytes = with_length(bytes.clone(), length);
             let expected = FrameError::Length { command, length, least, most };
             assert_eq!(first_error(&bytes[..HEADER_LENGTH]), expected, "{command} of {length}");
         }
@@ -99,21 +127,22 @@ fn lengths_outside_the_bounds_are_refused_from_the_header_alone() {
 
 #[test]
 fn a_sender_cannot_build_them_either() {
-    for command in Command::ALL {
+    for command in plain() {
         let (least, most) = limits(command);
         for length in [least.checked_sub(1), most.checked_add(1)].into_iter().flatten() {
-            let payload = payload(length);
-            assert!(Frame::new(command, payload.clone()).is_err(), "{command} of {length}");
-            assert!(header(command, &[&payload]).is_err(), "{command} of {length}");
+            assert!(Frame::new(command, payload(length)).is_err(), "{command} of {length}");
         }
     }
+    assert_eq!(Frame::new(Command::Memory, payload(100)), Err(FrameError::Bulk { command: Command::Memory }));
+    assert!(Bulk::memory(samples::range(0, CHUNK), 0, 0).is_ok());
+    assert!(Bulk::memory(samples::range(0, CHUNK + PAGE), 0, 0).is_err());
+    assert!(Bulk::packed(samples::range(0, CHUNK), 0, 0, 0).is_err());
+    assert!(Bulk::packed(samples::range(0, CHUNK), 0, 0, CHUNK as usize + 1).is_err());
 }
 
 #[test]
 fn a_short_or_absent_payload_is_waited_for_and_told_at_the_end() {
-    for command in Command::ALL {
-        let length = limits(command).0.max(1).min(limits(command).1);
-        let bytes = Frame::new(command, payload(length)).unwrap().encode();
+    for (command, bytes) in all() {
         for received in 1..bytes.len() {
             assert_eq!(first_error(&bytes[..received]), FrameError::Truncated { received }, "{command}");
         }
@@ -122,8 +151,7 @@ fn a_short_or_absent_payload_is_waited_for_and_told_at_the_end() {
 
 #[test]
 fn a_long_payload_is_the_next_frames_header() {
-    for command in Command::ALL {
-        let mut bytes = smallest(command);
+    for (command, mut bytes) in all() {
         bytes.extend([0xff; HEADER_LENGTH]);
         let (frames, end) = run(std::iter::once(&bytes[..]));
         assert_eq!(frames.len(), 1, "{command}");
@@ -133,9 +161,9 @@ fn a_long_payload_is_the_next_frames_header() {
 
 #[test]
 fn damage_anywhere_is_found() {
-    for command in Command::ALL {
-        let good = smallest(command);
-        for at in 0..good.len() * 8 {
+    for (command, good) in all() {
+        let whole = if command.is_bulk() { BULK_HEADER_LENGTH } else { good.len() };
+        for at in 0..whole * 8 {
             let mut bytes = good.clone();
             bytes[at / 8] ^= 1 << (at % 8);
             let error = first_error(&bytes);
@@ -152,11 +180,43 @@ fn damage_anywhere_is_found() {
 }
 
 #[test]
+fn damaged_contents_are_found_and_the_stream_goes_on() {
+    let (command, good) = all().into_iter().find(|(command, _)| *command == Command::Memory).unwrap();
+    for at in [BULK_HEADER_LENGTH, good.len() - 1] {
+        let mut bytes = good.clone();
+        bytes[at] ^= 1;
+        bytes.extend(&good);
+        let (frames, end) = run(std::iter::once(&bytes[..]));
+        assert_eq!(end, Ok(()));
+        let checks: Vec<bool> = frames
+            .iter()
+            .map(|frame| match frame {
+                Whole::Bulk(bulk, contents) => bulk.check(contents_checksum([&contents[..]])).is_ok(),
+                Whole::Frame(_) => panic!("{command} is bulk"),
+            })
+            .collect();
+        assert_eq!(checks, [false, true]);
+    }
+}
+
+#[test]
+fn ranges_that_disagree_are_refused_before_contents_land() {
+    let (_, good) = all().into_iter().find(|(command, _)| *command == Command::Memory).unwrap();
+    let beyond = u64::MAX - PAGE + 1;
+    for (gpa, length) in [(1, PAGE), (0, PAGE + 1), (0, 2 * PAGE), (0, 0), (beyond, PAGE), (0, u64::MAX)] {
+        let mut bytes = good.clone();
+        bytes[16..24].copy_from_slice(&gpa.to_le_bytes());
+        bytes[24..32].copy_from_slice(&length.to_le_bytes());
+        assert_eq!(first_error(&seal(bytes)[..BULK_HEADER_LENGTH]), FrameError::Range { gpa, length });
+    }
+}
+
+#[test]
 fn other_versions_are_refused_even_when_whole() {
-    for command in Command::ALL {
+    for (command, good) in all() {
         for version in [0, 2, u16::MAX] {
-            let mut bytes = smallest(command);
-            bytes[2..4].copy_from_slice(&version.to_le_bytes());
+            let mut bytes = good.clone();
+            bytes[2..4].copy_from_slice(&u16::to_le_bytes(version));
             assert_eq!(first_error(&seal(bytes)), FrameError::Version { found: version }, "{command}");
         }
     }
@@ -164,16 +224,16 @@ fn other_versions_are_refused_even_when_whole() {
 
 #[test]
 fn unknown_commands_are_refused_even_when_whole() {
-    for number in [0, 7, 63, 71, u16::MAX] {
+    for number in [0, 7, 63, 82, 96, u16::MAX] {
         let mut bytes = smallest(Command::Start);
-        bytes[0..2].copy_from_slice(&number.to_le_bytes());
+        bytes[0..2].copy_from_slice(&u16::to_le_bytes(number));
         assert_eq!(first_error(&seal(bytes)), FrameError::Command { number });
     }
 }
 
 #[test]
 fn an_error_is_final() {
-    let mut decoder = Decoder::new();
+    let mut decoder = vmm_migration_protocol::Decoder::new();
     let mut bad = smallest(Command::Start);
     bad[4] ^= 1;
     let error = decoder.push(&mut &bad[..]).unwrap_err();
@@ -192,22 +252,50 @@ fn golden_bytes() {
     assert_eq!(start, [1, 0, 1, 0, 0x52, 0xc2, 0x7b, 0xe4, 0, 0, 0, 0, 0, 0, 0, 0]);
 
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    for command in Command::ALL {
-        let bytes = smallest(command);
+    for (command, frame) in samples::frames() {
         let path = folder.join(format!("{}-v1.bin", command.to_string().to_lowercase()));
         if std::env::var_os("VMM_BLESS").is_some_and(|value| value == "1") && !path.exists() {
-            fs::write(&path, &bytes).unwrap();
+            fs::write(&path, frame.encode()).unwrap();
         }
         let golden = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        assert_eq!(bytes, golden, "{command}: shipped bytes never change");
+        assert_eq!(frame.encode(), golden, "{command}: shipped bytes never change");
+        assert_eq!(run(std::iter::once(&golden[..])), (vec![frame], Ok(())), "{command}");
+    }
+}
+
+#[test]
+fn golden_messages_are_understood() {
+    for message in samples::messages() {
+        let frame = message.clone().encode().unwrap();
+        assert_eq!(Message::decode(frame).unwrap(), message);
+    }
+}
+
+#[test]
+fn keys_of_later_builds_are_skipped() {
+    for (at, message) in [
+        (8, samples::messages()[5].clone()),
+        (0, Message::Accept(samples::accept())),
+        (0, samples::messages()[7].clone()),
+    ] {
+        let command = message.command();
+        let mut payload = message.clone().encode().unwrap().into_payload();
+        // One entry more in the map: key 42, a list of a text.
+        payload[at] += 1;
+        payload.extend([0x18, 42, 0x81, 0x61, b'x']);
+        assert_eq!(Message::decode(Frame::new(command, payload.clone()).unwrap()).unwrap(), message);
+        payload.push(0);
+        let error = Message::decode(Frame::new(command, payload).unwrap()).unwrap_err();
+        assert_eq!(error.to_string(), format!("{command} frame has bytes after its end"));
     }
 }
 
 #[test]
 fn fuzz_mutated_streams_never_panic() {
-    let seeds: Vec<Vec<u8>> = Command::ALL.map(smallest).to_vec();
+    let seeds: Vec<Vec<u8>> =
+        all().into_iter().map(|(_, bytes)| bytes).filter(|bytes| bytes.len() < 1000).collect();
     let mut random = Random::new(0x2545_f491_4f6c_dd1d);
-    for _ in 0..rounds(40_000) {
+    for _ in 0..rounds(20_000) {
         let mut bytes: Vec<u8> =
             (0..=random.below(3)).flat_map(|_| seeds[random.below(seeds.len())].clone()).collect();
         for _ in 0..random.below(4) {
@@ -221,13 +309,20 @@ fn fuzz_mutated_streams_never_panic() {
     }
 }
 
-fn frame() -> impl Strategy<Value = Frame> {
-    prop::sample::select(Command::ALL.to_vec()).prop_flat_map(|command| {
+fn frame() -> impl Strategy<Value = Whole> {
+    let plain = prop::sample::select(plain()).prop_flat_map(|command| {
         let (least, most) = limits(command);
         let lengths = least as usize..=most.min(least + 300) as usize;
         prop::collection::vec(any::<u8>(), lengths)
-            .prop_map(move |payload| Frame::new(command, payload).unwrap())
-    })
+            .prop_map(move |payload| Whole::Frame(Frame::new(command, payload).unwrap()))
+    });
+    let bulk = (0_u64..1000, 1_u64..512, prop::collection::vec(any::<u8>(), 1..300), any::<u32>());
+    let bulk = bulk.prop_map(|(page, pages, contents, pass)| {
+        let checksum = contents_checksum([&contents[..]]);
+        let range = samples::range(page * PAGE, pages * PAGE);
+        Whole::Bulk(Bulk::packed(range, pass, checksum, contents.len()).unwrap(), contents)
+    });
+    prop_oneof![3 => plain, 1 => bulk]
 }
 
 proptest! {
@@ -236,7 +331,7 @@ proptest! {
         frames in prop::collection::vec(frame(), 0..6),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
     ) {
-        let stream: Vec<u8> = frames.iter().flat_map(Frame::encode).collect();
+        let stream: Vec<u8> = frames.iter().flat_map(Whole::encode).collect();
         let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.index(stream.len() + 1)).collect();
         cuts.sort_unstable();
         cuts.push(stream.len());
@@ -251,5 +346,15 @@ proptest! {
     #[test]
     fn any_bytes_are_answered(bytes: Vec<u8>) {
         decode(&bytes);
+    }
+
+    #[test]
+    fn any_payload_is_answered(
+        command in prop::sample::select(plain()),
+        payload in prop::collection::vec(any::<u8>(), 0..200),
+    ) {
+        if let Ok(frame) = Frame::new(command, payload) {
+            common::message(frame);
+        }
     }
 }

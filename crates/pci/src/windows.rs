@@ -112,6 +112,24 @@ mod tests {
     }
 
     #[test]
+    fn an_address_that_is_asked_for_is_given_if_it_is_free() {
+        let mut bars = BarAllocator::new(windows());
+        assert!(bars.take_at(0xc000_2000, 0x2000));
+        for (base, size) in [(0xc000_2000, 0x2000), (0xc000_3000, 0x1000), (0xc000_0000, 0x4000)] {
+            assert!(!bars.take_at(base, size), "{base:#x} is taken");
+        }
+        for (base, size) in [(0xc000_5000, 0x2000), (0xc000_4000, 0x1800), (0xc000_4000, 0)] {
+            assert!(!bars.take_at(base, size), "{size:#x} bytes at {base:#x} are no BAR");
+        }
+        for (base, size) in [(0xbfff_f000, 0x1000), (0xd000_0000, 0x1000), (1 << 63, 1 << 63)] {
+            assert!(!bars.take_at(base, size), "{base:#x} is outside");
+        }
+        assert!(bars.take_at(0xc000_4000, 0x4000) && bars.take_at(0xc000_0000, 0x2000));
+        assert_eq!(bars.take(BarKind::Memory32, 0x1000), Some(0xc000_8000));
+        assert!(bars.release(0xc000_2000) && bars.take_at(0xc000_3000, 0x1000));
+    }
+
+    #[test]
     fn no_room_and_bad_sizes_give_nothing() {
         let mut bars = BarAllocator::new(windows());
         assert_eq!(bars.take(BarKind::Memory32, 1 << 32), None);

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use std::sync::Mutex;
 
 use fixture::{load, memory, same, state, write_on};
 use vmm_snapshot::directory::{
-    BytesMemory, Chain, HostStorage, Increment, ReadError, Storage, Work, WriteError,
+    BytesMemory, Chain, Draft, HostStorage, Increment, ReadError, Storage, Work, WriteError,
 };
 
 mod fixture;
@@ -26,6 +27,8 @@ enum Fault {
     KillBefore,
     /// It is the last one that does something.
     KillAfter,
+    /// There are no holes, which is no failure.
+    NoHoles,
 }
 
 /// What a crash of the host can take back.
@@ -141,6 +144,16 @@ impl Storage for Faults {
         })
     }
 
+    fn punch(&self, file: &File, range: Range<u64>) -> io::Result<()> {
+        if self.fault == Fault::NoHoles {
+            return Err(io::Error::from_raw_os_error(95));
+        }
+        self.step(|journal| {
+            journal.dirty.push(file.try_clone()?);
+            HostStorage.punch(file, range)
+        })
+    }
+
     fn seal(&self, file: &File) -> io::Result<()> {
         self.step(|_| HostStorage.seal(file))
     }
@@ -173,11 +186,20 @@ impl Storage for Faults {
     }
 }
 
+/// How a snapshot is written.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Full,
+    Incremental,
+    /// Full, in three passes.
+    Live,
+}
+
 /// A parent and what has changed since.
 struct Scene {
     folder: tempfile::TempDir,
     memory: BytesMemory,
-    changed: [Vec<std::ops::Range<u64>>; 2],
+    changed: [Vec<Range<u64>>; 2],
 }
 
 impl Scene {
@@ -194,16 +216,31 @@ impl Scene {
         self.folder.path().join("target")
     }
 
-    fn write(&self, storage: &Faults, incremental: bool) -> Result<(), WriteError> {
+    fn write(&self, storage: &Faults, form: Form) -> Result<(), WriteError> {
         let increment = Increment { parent: Path::new("../parent"), changed: &self.changed };
-        write_on(storage, &self.target(), &self.memory, incremental.then_some(&increment), &one())
+        match form {
+            Form::Full => write_on(storage, &self.target(), &self.memory, None, &one()),
+            Form::Incremental => write_on(storage, &self.target(), &self.memory, Some(&increment), &one()),
+            Form::Live => self.write_live(storage),
+        }
+    }
+
+    /// What becomes zero, something else, or something at all comes in later passes.
+    fn write_live(&self, storage: &Faults) -> Result<(), WriteError> {
+        let mut earlier = self.memory.clone();
+        let (_, first) = fixture::set(&mut earlier, 1, 5);
+        let (_, second) = fixture::set(&mut earlier, 6, 5);
+        let filled = Draft::begin(storage, &self.target())?.memory(&earlier, None, &one())?;
+        let (_, third) = fixture::set(&mut earlier, 3, 0);
+        let filled = filled.again(&earlier, &[vec![first.clone(), third.clone()], vec![]], &one())?;
+        fixture::commit(filled.again(&self.memory, &[vec![first, third], vec![second]], &one())?)
     }
 
     /// Whether a whole snapshot is there; anything between that and none is a failure.
     fn is_whole(&self, context: &str) -> bool {
         let chain = match Chain::open(&self.target()) {
             Ok(chain) => chain,
-            Err(ReadError::NotASnapshot { .. }) => return false,
+            Err(ReadError::NoManifest { .. }) => return false,
             Err(ReadError::Missing { path }) if path == self.target() => return false,
             Err(error) => panic!("{context}: {error}"),
         };
@@ -213,8 +250,8 @@ impl Scene {
         true
     }
 
-    fn retry(&self, was_whole: bool, incremental: bool, context: &str) {
-        match self.write(&Faults::new(0, Fault::None), incremental) {
+    fn retry(&self, was_whole: bool, form: Form, context: &str) {
+        match self.write(&Faults::new(0, Fault::None), form) {
             Ok(()) => assert!(!was_whole, "{context}"),
             Err(WriteError::Exists { .. }) => assert!(was_whole, "{context}"),
             Err(error) => panic!("{context}: {error}: {:?}", std::error::Error::source(&error)),
@@ -228,16 +265,16 @@ fn one() -> Work<'static> {
     Work::quiet(std::num::NonZeroUsize::MIN)
 }
 
-/// Runs `each` with every operation's number, for a full and an incremental snapshot.
-fn at_every_operation(each: impl Fn(&Scene, bool, usize)) {
+/// Runs `each` with every operation's number, for each form of a snapshot.
+fn at_every_operation(each: impl Fn(&Scene, Form, usize)) {
     let scene = Scene::new();
-    for incremental in [false, true] {
+    for form in [Form::Full, Form::Incremental, Form::Live] {
         let count = Faults::new(0, Fault::None);
-        scene.write(&count, incremental).unwrap();
+        scene.write(&count, form).unwrap();
         std::fs::remove_dir_all(scene.target()).unwrap();
         let operations = count.journal.lock().unwrap().operations;
         assert!(operations >= 30, "{operations} operations");
-        (0..operations).for_each(|at| each(&scene, incremental, at));
+        (0..operations).for_each(|at| each(&scene, form, at));
     }
 }
 
@@ -245,15 +282,15 @@ fn at_every_operation(each: impl Fn(&Scene, bool, usize)) {
 fn an_error_leaves_nothing_behind() {
     // EIO, ENOSPC, EDQUOT.
     for number in [5, 28, 122] {
-        at_every_operation(|scene, incremental, at| {
+        at_every_operation(|scene, form, at| {
             let context = format!("error {number} at {at}");
-            let error = scene.write(&Faults::new(at, Fault::Error(number)), incremental).unwrap_err();
+            let error = scene.write(&Faults::new(at, Fault::Error(number)), form).unwrap_err();
             let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<io::Error>());
             assert_eq!(cause.and_then(io::Error::raw_os_error), Some(number), "{context}: {error}");
             if at > 0 {
                 assert!(!scene.target().exists(), "{context}");
             }
-            scene.retry(false, incremental, &context);
+            scene.retry(false, form, &context);
         });
     }
 }
@@ -261,11 +298,11 @@ fn an_error_leaves_nothing_behind() {
 #[test]
 fn a_kill_leaves_none_or_a_whole_one() {
     for fault in [Fault::KillBefore, Fault::KillAfter] {
-        at_every_operation(|scene, incremental, at| {
+        at_every_operation(|scene, form, at| {
             let context = format!("{fault:?} {at}");
-            scene.write(&Faults::new(at, fault), incremental).unwrap_err();
+            scene.write(&Faults::new(at, fault), form).unwrap_err();
             let whole = scene.is_whole(&context);
-            scene.retry(whole, incremental, &context);
+            scene.retry(whole, form, &context);
         });
     }
 }
@@ -281,14 +318,14 @@ fn a_power_loss_leaves_none_or_a_whole_one() {
         &|index, last| index == last,
     ];
     for (number, keep) in keeps.iter().enumerate() {
-        at_every_operation(|scene, incremental, at| {
+        at_every_operation(|scene, form, at| {
             let context = format!("power loss {number} after {at}");
             let faults = Faults::new(at, Fault::KillAfter);
-            scene.write(&faults, incremental).unwrap_err();
+            scene.write(&faults, form).unwrap_err();
             let last = faults.journal.lock().unwrap().entries.len().saturating_sub(1);
             faults.lose_power(&scene.target(), |index| keep(index, last));
             let whole = scene.is_whole(&context);
-            scene.retry(whole, incremental, &context);
+            scene.retry(whole, form, &context);
         });
     }
 }
@@ -297,18 +334,18 @@ fn a_power_loss_leaves_none_or_a_whole_one() {
 fn a_retry_that_is_killed_is_no_worse() {
     let scene = Scene::new();
     let count = Faults::new(0, Fault::None);
-    scene.write(&count, false).unwrap();
+    scene.write(&count, Form::Full).unwrap();
     let operations = count.journal.lock().unwrap().operations;
     std::fs::remove_dir_all(scene.target()).unwrap();
     for at in 0..operations + 10 {
         // Most files are there, finished.
-        scene.write(&Faults::new(operations - 4, Fault::KillBefore), false).unwrap_err();
+        scene.write(&Faults::new(operations - 4, Fault::KillBefore), Form::Full).unwrap_err();
         let context = format!("retry killed at {at}");
-        let whole = match scene.write(&Faults::new(at, Fault::KillAfter), false) {
+        let whole = match scene.write(&Faults::new(at, Fault::KillAfter), Form::Full) {
             Ok(()) | Err(WriteError::Exists { .. }) => true,
             Err(_) => scene.is_whole(&context),
         };
-        scene.retry(whole, false, &context);
+        scene.retry(whole, Form::Full, &context);
     }
 }
 
@@ -316,25 +353,32 @@ fn a_retry_that_is_killed_is_no_worse() {
 fn a_power_loss_while_leftovers_are_removed_is_no_worse() {
     let scene = Scene::new();
     let count = Faults::new(0, Fault::None);
-    scene.write(&count, false).unwrap();
+    scene.write(&count, Form::Full).unwrap();
     let operations = count.journal.lock().unwrap().operations;
     std::fs::remove_dir_all(scene.target()).unwrap();
     for at in 0..operations {
         for keep in [usize::MAX, 0, 1, 2, 3, 4] {
-            scene.write(&Faults::new(operations - 4, Fault::KillBefore), false).unwrap_err();
+            scene.write(&Faults::new(operations - 4, Fault::KillBefore), Form::Full).unwrap_err();
             let context = format!("power loss after {at} of the retry, all but {keep} lost");
             let retry = Faults::new(at, Fault::KillAfter);
-            scene.write(&retry, false).unwrap_err();
+            scene.write(&retry, Form::Full).unwrap_err();
             retry.lose_power(&scene.target(), |index| index == keep);
             let whole = scene.is_whole(&context);
-            scene.retry(whole, false, &context);
+            scene.retry(whole, Form::Full, &context);
         }
     }
 }
 
 #[test]
+fn a_file_system_without_holes_gets_zeros() {
+    let scene = Scene::new();
+    scene.write(&Faults::new(0, Fault::NoHoles), Form::Live).unwrap();
+    assert!(scene.is_whole("without holes"));
+}
+
+#[test]
 fn short_writes_are_completed() {
     let scene = Scene::new();
-    scene.write(&Faults { short: 100, ..Faults::new(0, Fault::None) }, false).unwrap();
+    scene.write(&Faults { short: 100, ..Faults::new(0, Fault::None) }, Form::Full).unwrap();
     assert!(scene.is_whole("short writes"));
 }

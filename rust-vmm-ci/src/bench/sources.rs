@@ -23,6 +23,15 @@ pub(super) enum Source {
         /// Target for each of its functions, in nanoseconds.
         at_most_ns: Option<f64>,
     },
+    /// A benchmark of a package that prints its figures.
+    Printed {
+        /// Of what package.
+        package: &'static str,
+        /// Which of its benchmarks.
+        bench: &'static str,
+        /// What of it.
+        case: &'static str,
+    },
     /// virtio-blk with an in-process driver beside the same requests on the raw file.
     Block,
 }
@@ -32,6 +41,9 @@ impl Source {
         let figures = match self {
             Self::Whole => whole(name),
             Self::Criterion { package, bench, at_most_ns } => criterion(name, package, bench, at_most_ns),
+            Self::Printed { package, bench, case } => {
+                json_lines(&output(cargo_bench(package, bench).args(["--", case]))?)
+            }
             Self::Block => block(),
         }?;
         if figures.is_empty() {
@@ -152,7 +164,9 @@ fn cargo_bench(package: &str, bench: &str) -> Command {
 }
 
 fn json_lines(text: &str) -> Result<Vec<Figure>, String> {
-    text.lines().map(|line| serde_json::from_str(line).map_err(|error| format!("{error}: {line}"))).collect()
+    // `cargo bench` has an empty line of its own.
+    let lines = text.lines().filter(|line| !line.is_empty());
+    lines.map(|line| serde_json::from_str(line).map_err(|error| format!("{error}: {line}"))).collect()
 }
 
 /// What the program prints; on an error it has said why itself.

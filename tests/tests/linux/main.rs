@@ -5,6 +5,7 @@
 
 mod control_plane;
 mod serial;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::fs;
@@ -151,7 +152,7 @@ struct Disks {
     _mine: Option<tempfile::TempDir>,
 }
 
-const ROOT_DISKS: [&str; 4] = ["command-line", "api", "stress", "button"];
+const ROOT_DISKS: [&str; 5] = ["command-line", "api", "stress", "button", "snapshots"];
 /// Root disks that take the place of one whose guest crashed.
 const SPARE_DISKS: [&str; MOST_AGAIN] = ["spare-1", "spare-2", "spare-3", "spare-4", "spare-5"];
 /// The file in their folder that names, a line each, the cases that have passed.
@@ -206,6 +207,13 @@ impl Disks {
         Console::new(path)
     }
 
+    /// A folder that is not there yet.
+    fn folder(&self, name: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        fs::remove_dir_all(&path).ok();
+        path
+    }
+
     fn root(&self, name: &str) -> PathBuf {
         self.given.lock().unwrap().push(name.to_owned());
         self.folder.join(name)
@@ -250,6 +258,7 @@ const ALL: &[(&str, Case)] = &[
     ("reboot_loop", control_plane::reboot_loop),
     ("nmi_arrives", control_plane::nmi_arrives),
     ("panic_is_reported", control_plane::panic_is_reported),
+    ("snapshots_survived", snapshot::snapshots_survived),
     ("serial_port_over_a_pty", |bench| serial::carries(bench, "Pty")),
     ("serial_port_over_a_socket", |bench| serial::carries(bench, "Socket")),
 ];

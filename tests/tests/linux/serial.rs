@@ -13,31 +13,37 @@ use vmm_tests::harness::linux::LinuxGuest;
 use vmm_tests::harness::{Scratch, Vmm};
 use vmm_tests::image::rootfs;
 use vmm_tests::kernels::KernelVersion;
+use vmm_tests::nested::Nested;
 
 use super::{BOOT_LIMIT, Bench};
 
-/// Bytes that go over the serial port in each direction.
-const BOTH_WAYS: usize = 1 << 20;
+/// Bytes that go over the serial port in each direction: a mebibyte where KVM is KVM, less in the nested one, where
+/// each byte is several exits of milliseconds; a soak sets `VMM_SERIAL_BYTES`.
+fn both_ways() -> usize {
+    let usual = if Nested::is_inside() { 64 << 10 } else { 1 << 20 };
+    std::env::var("VMM_SERIAL_BYTES").ok().and_then(|n| n.parse().ok()).unwrap_or(usual)
+}
+
 /// How long that may take: each byte is several exits each way, which an emulated machine makes slow.
 const ECHO_LIMIT: Duration = Duration::from_secs(900);
-/// Sends back what comes. The driver's RTS is the only way to say that it cannot take more for now.
+/// Sends back `$bytes` of what comes. The driver's RTS is the only way to say that it cannot take more for now.
 const ECHO: &str = r#"
 exec 3<>/dev/ttyS0
 stty raw -echo crtscts <&3
 echo "VMM-TEST: echo=begin"
-head -c 1048576 <&3 >&3
+head -c $bytes <&3 >&3
 echo "VMM-TEST: echo=$?"
 exec 3>&-
 "#;
 
 /// A mebibyte goes over the serial port and comes back whole; the guest's own console is virtio-console.
 pub(crate) fn carries(bench: &Bench, mode: &str) {
-    let scratch = Scratch::new();
+    let (scratch, bytes) = (Scratch::new(), both_ways());
     let (kernel, initramfs) = bench.images.kernel(KernelVersion::Debian13);
     let guest = LinuxGuest {
         kernel: kernel.vmlinux(),
         initramfs: initramfs.to_owned(),
-        cmdline: format!("console=hvc0 quiet {}", rootfs::script_word(ECHO)),
+        cmdline: format!("console=hvc0 quiet {}", rootfs::script_word(&format!("bytes={bytes}\n{ECHO}"))),
         cpus: 1,
         memory_mib: 512,
         disks: Vec::new(),
@@ -61,13 +67,13 @@ pub(crate) fn carries(bench: &Bench, mode: &str) {
         Some(pty) => OpenOptions::new().read(true).write(true).open(pty).unwrap(),
         None => fs::File::from(OwnedFd::from(UnixStream::connect(&socket).unwrap())),
     };
-    let (sent, mut writer, mut reader) = (noise(BOTH_WAYS), file.try_clone().unwrap(), file);
-    let bytes = sent.clone();
-    thread::spawn(move || writer.write_all(&bytes));
+    let (sent, mut writer, mut reader) = (noise(bytes), file.try_clone().unwrap(), file);
+    let out = sent.clone();
+    thread::spawn(move || writer.write_all(&out));
     // On a thread, for it may never come.
     let (done, came_back) = std::sync::mpsc::channel();
     thread::spawn(move || {
-        let mut back = vec![0; BOTH_WAYS];
+        let mut back = vec![0; bytes];
         let result = reader.read_exact(&mut back).map(|()| back);
         // Held open until the guest has ended.
         let _ = done.send((result, reader));

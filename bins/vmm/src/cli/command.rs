@@ -10,7 +10,7 @@ use vmm_api::options::{Arity, FLAGS, Flag, help_for};
 use vmm_state::GuestEvent;
 
 use super::CONTRACT_VERSION;
-use crate::ctl;
+use crate::{ctl, snapshot};
 
 /// Name of the subcommand that checks the machine.
 pub(super) const DOCTOR: &str = "doctor";
@@ -20,6 +20,9 @@ pub(super) const VALIDATE: &str = "validate";
 
 /// Name of the subcommand that talks to a VMM.
 pub(super) const CTL: &str = "ctl";
+
+/// Name of the subcommand that works on snapshots.
+pub(super) const SNAPSHOT: &str = "snapshot";
 
 /// Name of the subcommand that prints a shell's completion.
 pub(super) const COMPLETION: &str = "completion";
@@ -120,6 +123,7 @@ fn base() -> Command {
              vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
              vmm ctl COMMAND ...                  send a command to a VMM\n       \
              vmm validate FILE [--json]           check a configuration\n       \
+             vmm snapshot COMMAND DIR ...         check, show, fold or compare snapshots\n       \
              vmm doctor [--json]                  check this machine",
         )
         .max_term_width(110)
@@ -127,8 +131,14 @@ fn base() -> Command {
         .disable_help_subcommand(true)
 }
 
-fn subcommands() -> [Command; 4] {
-    [ctl::command(ctl::NAME).name(CTL), validate(VALIDATE), doctor(DOCTOR), completion(COMPLETION)]
+fn subcommands() -> [Command; 5] {
+    [
+        ctl::command(ctl::NAME).name(CTL),
+        validate(VALIDATE),
+        snapshot::command(SNAPSHOT),
+        doctor(DOCTOR),
+        completion(COMPLETION),
+    ]
 }
 
 /// The whole command line with all its subcommands and texts, for manual pages.
@@ -144,6 +154,7 @@ pub fn shell_command() -> Command {
         ctl::command(CTL),
         completion(COMPLETION),
         validate(VALIDATE),
+        snapshot::command(SNAPSHOT),
         doctor(DOCTOR),
     ])
 }

@@ -361,6 +361,10 @@ fn version_and_doctor() {
     }
     assert!(matches!(parsed(&["doctor"]), Ok(Invocation::Doctor { json: false })));
     assert!(matches!(parsed(&["doctor", "--json"]), Ok(Invocation::Doctor { json: true })));
+    assert!(matches!(parsed(&["snapshot", "verify", "dir"]), Ok(Invocation::Snapshot(_))));
+    assert!(
+        text(&["snapshot", "merge", "-h"]).contains("\nUsage: vmm snapshot merge [OPTIONS] <DIR> <NEW>\n")
+    );
 }
 
 #[test]

@@ -27,9 +27,9 @@ use crate::validate::document;
 
 pub(crate) use arguments::{NAME, command, parse};
 use events::Range;
-use progress::Progress;
 use rows::{Body, Payload, Shown};
 pub use rows::{ROWS, Row};
+pub(crate) use show::{plain, table};
 pub use words::Goal;
 
 /// Names the socket where `--api-socket` does not.
@@ -207,14 +207,14 @@ impl Session {
             }
         };
         self.client.set_timeout(self.left()).map_err(CtlError::Limit)?;
-        let _progress = Progress::start(name, &self.socket);
+        let _progress = progress::start(name, &self.socket);
         let answer = self.client.request(method, name, body, fds)?;
         Ok(answer.judge()?)
     }
 
     fn wait(&mut self, goal: Goal) -> Result<(), CtlError> {
         let left = self.limit.and(self.left());
-        let _progress = Progress::start(goal.about(), &self.socket);
+        let _progress = progress::start(goal.about(), &self.socket);
         match goal {
             Goal::Phase(phase) => self.client.wait_for(phase, left)?,
             Goal::Ended => self.client.wait_for_end(left)?,

@@ -4,7 +4,7 @@ use vmm_api::config::{Bytes, VmConfig};
 use vmm_api::info::{CountersReply, DeviceNode, VmInfo};
 
 /// A text whose control characters are escaped.
-pub(super) fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() { plain.extend(c.escape_default()) } else { plain.push(c) }
@@ -66,7 +66,7 @@ pub(super) fn counters(counters: &CountersReply) -> String {
 }
 
 /// Columns two spaces apart; what is only numbers below its header stands at the right.
-pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());

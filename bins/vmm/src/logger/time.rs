@@ -7,7 +7,7 @@ const DAY: u64 = 24 * 60 * 60;
 const CYCLE: u64 = 146_097;
 
 /// UTC with microseconds: `2026-11-26T15:04:05.123456Z`. What lies before 1970 is shown as its start.
-pub(super) fn rfc3339(time: SystemTime) -> String {
+pub(crate) fn rfc3339(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / DAY, since.as_secs() % DAY);
     let (year, month, day) = date(days);

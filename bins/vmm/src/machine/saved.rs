@@ -203,9 +203,12 @@ impl Machine {
         let mut machine = frame.finish(plan, &vcpu_spec, None, stages)?;
         stages.time(Stage::State, || {
             let moved_on = clock.moved_on(choice);
+            let now = clock.after(moved_on);
+            // Some of the vCPUs' state makes the hypervisor write the guest's wall clock, which it reckons from this one.
+            machine.vm.set_clock(&now)?;
             machine.vcpus.restore(vcpus, TimeBase::After(moved_on))?;
-            // After the TSCs, on which the hypervisor bases the clock.
-            machine.vm.set_clock(&clock.after(moved_on))?;
+            // And after the TSCs, on which the clock is based.
+            machine.vm.set_clock(&now)?;
             if another {
                 // The interrupt that tells is for the local APICs, which have their state now.
                 machine.ways.generation.renew(&generation_id()?).map_err(MachineError::GenerationId)?;

@@ -30,6 +30,9 @@ pub struct Piece<'a> {
     pub bytes: &'a [u8],
 }
 
+/// Which regions are meant, by their numbers.
+type Wanted<'a> = &'a (dyn Fn(usize) -> bool + Sync);
+
 /// What takes pieces, on several threads at once.
 type Sink<'a> = &'a (dyn Fn(Piece<'_>) -> io::Result<()> + Sync);
 
@@ -112,7 +115,16 @@ impl Chain {
     /// # Errors
     /// As [`Snapshot::verify`], or [`ReadError::Sink`].
     pub fn load(&self, work: &Work<'_>, sink: Sink<'_>) -> Result<(), ReadError> {
-        let find = |region: usize, from: u64| Ok(self.next_chunk(region, from));
+        self.load_of(&|_| true, work, sink)
+    }
+
+    /// As [`load`](Self::load), of the regions that are `wanted`; the others are not read.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_of(&self, wanted: Wanted<'_>, work: &Work<'_>, sink: Sink<'_>) -> Result<(), ReadError> {
+        let next = |region: usize, from: u64| self.next_chunk(region, from);
+        let find = |region: usize, from: u64| Ok(wanted(region).then(|| next(region, from)).flatten());
         let each = |job: Job, buffers: &mut Buffers| {
             self.read_chunk(job, buffers)?;
             let offset = job.chunk * super::CHUNK;
@@ -127,10 +139,24 @@ impl Chain {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_overlay(&self, work: &Work<'_>, sink: Sink<'_>) -> Result<(), ReadError> {
+        self.load_overlay_of(&|_| true, work, sink)
+    }
+
+    /// As [`load_overlay`](Self::load_overlay), of the regions that are `wanted`; the others are not read.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_overlay_of(
+        &self,
+        wanted: Wanted<'_>,
+        work: &Work<'_>,
+        sink: Sink<'_>,
+    ) -> Result<(), ReadError> {
         let overlay = self.overlay();
         let find = |region: usize, from: u64| {
             let start = from.saturating_mul(super::CHUNK);
-            let extents = overlay.get(region).and_then(|extents| extents.within(start..u64::MAX).next());
+            let extents = overlay.get(region).filter(|_| wanted(region));
+            let extents = extents.and_then(|extents| extents.within(start..u64::MAX).next());
             Ok(extents.map(|range| range.start / super::CHUNK))
         };
         let sizes = self.sizes();
@@ -229,7 +255,7 @@ fn give(sink: Sink<'_>, piece: Piece<'_>) -> Result<(), ReadError> {
 fn open_parent(newer: &[Snapshot], place: PathBuf, id: Hash) -> Result<Snapshot, ReadError> {
     let parent = match Snapshot::open(&place) {
         Ok(parent) => parent,
-        Err(ReadError::NotASnapshot { .. }) => return Err(ReadError::MissingParent { path: place, id }),
+        Err(ReadError::NoManifest { .. }) => return Err(ReadError::MissingParent { path: place, id }),
         Err(ReadError::Missing { path }) if path == place => {
             return Err(ReadError::MissingParent { path: place, id });
         }

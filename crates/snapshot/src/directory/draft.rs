@@ -2,7 +2,13 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use super::manifest::{MANIFEST, PARTIAL, STATE, TABLE};
 use super::{DataFile, Hash, Storage, WriteError};
@@ -10,6 +16,9 @@ use super::{DataFile, Hash, Storage, WriteError};
 /// The manifest before it is one: it is created first, marks the directory as a writer's, and becomes the
 /// manifest by the renaming that commits.
 const MARKER: &str = "manifest.json.partial";
+
+/// What is written where holes cannot be made.
+const ZEROS: &[u8] = &[0; 1 << 16];
 
 /// A directory that a writer owns.
 ///
@@ -128,20 +137,70 @@ impl<'s> Workplace<'s> {
         write_all(self.storage, file, bytes, at).map_err(self.failed("write", name))
     }
 
-    /// Brings a file to stable storage, read-only, under its own name.
-    pub(super) fn finish(&self, file: &File, name: &str) -> Result<(), WriteError> {
-        self.storage.seal(file).map_err(self.failed("seal", name))?;
-        self.storage.sync(file).map_err(self.failed("sync", name))?;
+    /// Makes a part of a file zero.
+    pub(super) fn zero(&self, file: &File, name: &str, range: Range<u64>) -> Result<(), WriteError> {
+        match self.storage.punch(file, range.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+            outcome => return outcome.map_err(self.failed("punch a hole in", name)),
+        }
+        for start in range.clone().step_by(ZEROS.len()) {
+            let bytes = usize::try_from(range.end - start).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
+            self.write(file, name, ZEROS.get(..bytes).unwrap_or_default(), start)?;
+        }
+        Ok(())
+    }
+
+    /// Reads what was written.
+    pub(super) fn read_back(
+        &self,
+        file: &File,
+        name: &str,
+        bytes: &mut [u8],
+        at: u64,
+    ) -> Result<(), WriteError> {
+        file.read_exact_at(bytes, at).map_err(self.failed("read", name))
+    }
+
+    /// Brings files to stable storage, read-only, under their own names. Up to `threads` of them are waited for at once.
+    pub(super) fn finish(&self, files: &[(&str, &File)], threads: NonZeroUsize) -> Result<(), WriteError> {
+        for (name, file) in files {
+            self.storage.seal(file).map_err(self.failed("seal", name))?;
+        }
+        let next = AtomicUsize::new(0);
+        let failure = Mutex::new(None);
+        let sync = || {
+            while let Some((name, file)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if let Err(error) = self.storage.sync(file) {
+                    next.store(files.len(), Ordering::Relaxed);
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Some(self.failed("sync", name)(error));
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 1..threads.get().min(files.len()) {
+                // A host that gives no more threads gets the work done by those that are.
+                let _ = thread::Builder::new().name("snapshot".to_owned()).spawn_scoped(scope, sync);
+            }
+            sync();
+        });
+        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        files.iter().try_for_each(|(name, _)| self.settle(name))
+    }
+
+    /// Gives a finished file its own name.
+    fn settle(&self, name: &str) -> Result<(), WriteError> {
         let partial = format!("{name}{PARTIAL}");
         self.storage.rename(&self.dir, &partial, name).map_err(self.failed("rename", name))
     }
 
-    /// Writes a whole file.
-    pub(super) fn file(&self, name: &str, bytes: &[u8]) -> Result<DataFile, WriteError> {
+    /// Writes a whole file, which is to be finished.
+    pub(super) fn file(&self, name: &str, bytes: &[u8]) -> Result<(File, DataFile), WriteError> {
         let file = self.create(name)?;
         self.write(&file, name, bytes, 0)?;
-        self.finish(&file, name)?;
-        Ok(DataFile { file: name.to_owned(), size: bytes.len() as u64, sha256: Hash::of(bytes) })
+        Ok((file, DataFile { file: name.to_owned(), size: bytes.len() as u64, sha256: Hash::of(bytes) }))
     }
 
     /// Writes the manifest. Its renaming commits; before that all other files are in place for good.
@@ -149,7 +208,7 @@ impl<'s> Workplace<'s> {
         self.sync_dir()?;
         if let Step::Claimed(marker) = &self.step {
             self.write(marker, MANIFEST, manifest, 0)?;
-            self.finish(marker, MANIFEST)?;
+            self.finish(&[(MANIFEST, marker)], NonZeroUsize::MIN)?;
         }
         self.sync_dir()?;
         self.step = Step::Committed;

@@ -10,8 +10,14 @@ use crate::{RecordError, minicbor};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadError {
-    /// There is no manifest, or it is another program's.
-    #[error("{} is not a snapshot's", path.display())]
+    /// There is no manifest: no snapshot, or one that was not finished.
+    #[error("{} is no snapshot: it has no manifest.json", path.display())]
+    NoManifest {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The manifest is another program's.
+    #[error("{} is not the manifest of a snapshot", path.display())]
     NotASnapshot {
         /// The manifest.
         path: PathBuf,
@@ -150,12 +156,12 @@ pub enum ReadError {
         /// Id of the parent.
         expected: Hash,
     },
-    /// Two snapshots that belong together, or are compared, have not the same memory.
+    /// Two snapshots that belong together have not the same memory.
     #[error("{} has other memory regions than {}", path.display(), other.display())]
     OtherMemory {
-        /// One of them: the child.
+        /// The child.
         path: PathBuf,
-        /// The other one: the parent.
+        /// The parent.
         other: PathBuf,
     },
     /// A snapshot without parent does not hold all pages.

@@ -10,7 +10,7 @@ use super::PAGE;
 pub const MAX_EXTENTS: usize = 1 << 16;
 
 /// Byte ranges in a region: whole pages, ascending, with a gap between any two.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Extents(Vec<Range<u64>>);
 
 impl Extents {
@@ -30,8 +30,7 @@ impl Extents {
             }
             pages.push(range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE));
         }
-        pages.sort_unstable_by_key(|range| range.start);
-        Some(Self(joined(&pages, 0)))
+        Some(Self::joining(pages))
     }
 
     /// Takes `ranges` as they are; `None` unless they are as this type promises.
@@ -57,6 +56,36 @@ impl Extents {
             gap = gap.saturating_mul(2);
         }
         Self(ranges)
+    }
+
+    /// These and `more`, and what has to be saved for it: `more`, and the gaps that were closed.
+    pub(super) fn grown(&self, more: &Self) -> (Self, Self) {
+        let all: Vec<Range<u64>> = self.0.iter().chain(&more.0).cloned().collect();
+        let grown = Self::joining(all).at_most(MAX_EXTENTS);
+        let mut wanted = grown.without(self);
+        wanted.extend_from_slice(&more.0);
+        (grown, Self::joining(wanted))
+    }
+
+    /// Whole pages in any order.
+    fn joining(mut ranges: Vec<Range<u64>>) -> Self {
+        ranges.sort_unstable_by_key(|range| range.start);
+        Self(joined(&ranges, 0))
+    }
+
+    /// What of these is not in `other`.
+    fn without(&self, other: &Self) -> Vec<Range<u64>> {
+        let mut left = Vec::new();
+        for range in &self.0 {
+            let mut at = range.start;
+            for taken in other.within(range.clone()) {
+                left.push(at..taken.start);
+                at = taken.end;
+            }
+            left.push(at..range.end);
+        }
+        left.retain(|range| !range.is_empty());
+        left
     }
 
     /// The ranges, ascending.
@@ -129,6 +158,24 @@ mod tests {
         let fewer = extents.at_most(3);
         assert!(fewer.ranges().len() <= 3);
         assert!(ranges.iter().all(|range| fewer.within(range.clone()).eq([range.clone()])));
+    }
+
+    #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "one extent")]
+    fn what_is_new_is_wanted_and_so_are_closed_gaps() {
+        let extents = |ranges: &[Range<u64>]| Extents::covering(ranges, u64::MAX).unwrap();
+        let (grown, wanted) = extents(&[0..2 * PAGE]).grown(&extents(&[PAGE..3 * PAGE, 5 * PAGE..6 * PAGE]));
+        assert_eq!(grown.ranges(), [0..3 * PAGE, 5 * PAGE..6 * PAGE]);
+        assert_eq!(wanted.ranges(), [PAGE..3 * PAGE, 5 * PAGE..6 * PAGE], "what is there already, too");
+        let every_second = |from: u64, count: u64| {
+            let ranges: Vec<_> =
+                (0..count).map(|n| (from + 2 * n) * PAGE..(from + 2 * n + 1) * PAGE).collect();
+            extents(&ranges)
+        };
+        let most = MAX_EXTENTS as u64;
+        let (grown, wanted) = every_second(0, most).grown(&every_second(2 * most, 1));
+        assert_eq!(grown.ranges(), [0..(2 * most + 1) * PAGE], "all gaps are closed");
+        assert_eq!(wanted.bytes(), (most + 1) * PAGE, "each gap, and the new page");
     }
 
     #[test]

@@ -82,6 +82,16 @@ impl ChunkHasher {
         hasher.update(bytes);
     }
 
+    /// Adds those of the pages from `offset` on that are not all zero.
+    pub(super) fn pages(&mut self, mut offset: u64, bytes: &[u8]) {
+        for page in bytes.chunks(PAGE as usize) {
+            if !is_zero(page) {
+                self.page(offset, page);
+            }
+            offset += PAGE;
+        }
+    }
+
     pub(super) fn finish(self) -> Option<Hash> {
         self.0.map(|hasher| Hash(hasher.finalize().into()))
     }
@@ -89,13 +99,7 @@ impl ChunkHasher {
     /// The hash of a whole chunk.
     pub(super) fn of(chunk: &[u8]) -> Option<Hash> {
         let mut hasher = Self::default();
-        let mut offset = 0;
-        for page in chunk.chunks(PAGE as usize) {
-            if !is_zero(page) {
-                hasher.page(offset, page);
-            }
-            offset += PAGE;
-        }
+        hasher.pages(0, chunk);
         hasher.finish()
     }
 }

@@ -5,31 +5,36 @@
 //! Nothing here knows a hypervisor: guest memory comes through [`MemorySource`].
 
 mod chain;
+mod diff;
 mod draft;
 mod error;
 mod extents;
 mod hash;
+mod inspect;
 mod manifest;
+mod merge;
+mod pages;
 mod read;
 mod source;
 mod storage;
 mod table;
-mod tools;
 mod work;
 mod write;
 
 pub use chain::{Chain, MAX_DEPTH, Piece};
+pub use diff::{ConfigChange, Described, Difference, RecordChange, diff};
 pub use error::{ReadError, WriteError};
 pub use extents::{Extents, MAX_EXTENTS};
 pub use hash::Hash;
+pub use inspect::{Inspection, LayerSummary, MAX_SETS, MemorySummary, RecordSummary, inspect};
 pub use manifest::{
     DataFile, FORMAT, MAX_MANIFEST, MAX_REGIONS, MAX_STATE, MAX_TABLE, Manifest, OLDEST, Parent, Region,
 };
+pub use merge::merge;
 pub use read::Snapshot;
 pub use source::{BytesMemory, FileMemory, MemorySource, Place};
 pub use storage::{HostStorage, Storage};
 pub use table::{RegionTable, Table, TableError};
-pub use tools::{Difference, Inspection, LayerSummary, RecordSummary, diff, inspect, merge};
 pub use work::{Progress, Work};
 pub use write::{Contents, Draft, Filled, Increment};
 

@@ -41,7 +41,7 @@ impl Snapshot {
         let metadata = dir.metadata().map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
         let place = path.join(MANIFEST);
         let (file, size) = open(&dir, path, MANIFEST).map_err(|error| match error {
-            ReadError::Missing { path } => ReadError::NotASnapshot { path },
+            ReadError::Missing { .. } => ReadError::NoManifest { path: path.to_owned() },
             error => error,
         })?;
         if size > MAX_MANIFEST {
@@ -122,16 +122,17 @@ impl Snapshot {
         self.memory.get(region)
     }
 
-    /// Bytes that its memory files take on disk.
-    pub(super) fn disk_bytes(&self) -> Result<u64, ReadError> {
-        let mut all = 0;
-        for (file, region) in self.memory.iter().zip(&self.manifest.memory) {
-            let metadata = file.metadata();
-            let path = || self.path.join(&region.file);
-            // The unit of st_blocks is 512 bytes on Linux.
-            all += metadata.map_err(|source| ReadError::Io { path: path(), source })?.blocks() * 512;
-        }
-        Ok(all)
+    /// Bytes that the memory file of a region takes on disk.
+    pub(super) fn disk_bytes(&self, region: usize) -> Result<u64, ReadError> {
+        let (Some(file), Some(Region { file: name, .. })) =
+            (self.memory.get(region), self.manifest.memory.get(region))
+        else {
+            return Ok(0);
+        };
+        let metadata = file.metadata();
+        let metadata = metadata.map_err(|source| ReadError::Io { path: self.path.join(name), source })?;
+        // The unit of st_blocks is 512 bytes on Linux.
+        Ok(metadata.blocks().saturating_mul(512))
     }
 
     /// Reads chunk `chunk` of a memory file into `buffer` and verifies it.
@@ -202,7 +203,7 @@ fn failed(error: io::Error, path: PathBuf) -> ReadError {
     }
     match error.kind() {
         io::ErrorKind::NotFound => ReadError::Missing { path },
-        io::ErrorKind::NotADirectory => ReadError::NotASnapshot { path },
+        io::ErrorKind::NotADirectory => ReadError::NoManifest { path },
         _ => ReadError::Io { path, source: error },
     }
 }

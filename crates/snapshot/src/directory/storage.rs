@@ -4,11 +4,12 @@ use std::ffi::OsString;
 use std::fmt::Debug;
 use std::fs::{DirBuilder, File};
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FallocateFlags, Mode, OFlags};
 
 /// Names that [`Storage::list`] returns at most: enough to see that a directory is not ours.
 const MAX_NAMES: usize = 1024;
@@ -35,6 +36,11 @@ pub trait Storage: Debug + Sync {
     fn resize(&self, file: &File, bytes: u64) -> io::Result<()>;
     /// Writes some of `bytes` and says how many.
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize>;
+    /// Makes a part of a file a hole, which reads as zero.
+    ///
+    /// # Errors
+    /// `Unsupported` where a file system has no such operation.
+    fn punch(&self, file: &File, range: Range<u64>) -> io::Result<()>;
     /// Makes a file read-only (mode 0400).
     fn seal(&self, file: &File) -> io::Result<()>;
     /// Waits until a file or directory is on stable storage.
@@ -87,6 +93,11 @@ impl Storage for HostStorage {
 
     fn write_at(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
         file.write_at(bytes, offset)
+    }
+
+    fn punch(&self, file: &File, range: Range<u64>) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(file, flags, range.start, range.end.saturating_sub(range.start))?)
     }
 
     fn seal(&self, file: &File) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! The chunk table: per region its extents and the hash of each chunk that is not all zero.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::work::Job;
@@ -75,14 +76,22 @@ impl Table {
         Self { regions: extents.into_iter().map(of).collect() }
     }
 
-    /// The same with chunks, in whatever order they were finished.
-    pub(super) fn with(mut self, mut chunks: Vec<(Job, Hash)>) -> Self {
-        chunks.sort_unstable_by_key(|(job, _)| job.chunk);
+    /// The same with these chunks, which it did not have, in whatever order they were finished.
+    pub(super) fn with(mut self, chunks: Vec<(Job, Hash)>) -> Self {
         for (job, hash) in chunks {
             // Addresses of 52 bits have chunk numbers of 31.
             if let (Some(region), Ok(chunk)) = (self.regions.get_mut(job.region), u32::try_from(job.chunk)) {
                 region.chunks.push((chunk, hash));
             }
+        }
+        self.regions.iter_mut().for_each(|region| region.chunks.sort_unstable_by_key(|(chunk, _)| *chunk));
+        self
+    }
+
+    /// The same without these chunks, given by region and number.
+    pub(super) fn without(mut self, chunks: &BTreeSet<(usize, u64)>) -> Self {
+        for (index, region) in self.regions.iter_mut().enumerate() {
+            region.chunks.retain(|(chunk, _)| !chunks.contains(&(index, u64::from(*chunk))));
         }
         self
     }

@@ -1,6 +1,8 @@
 //! Writes a snapshot directory.
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -9,15 +11,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::value::RawValue;
 
 use super::draft::Workplace;
-use super::hash::{ChunkHasher, is_zero};
+use super::hash::ChunkHasher;
 use super::manifest::{
     FORMAT, MAX_MANIFEST, MAX_STATE, MAX_TABLE, Parent, Region, STATE, TABLE, Unsigned, check_regions,
     memory_name,
 };
+use super::pages::Writer;
 use super::work::{Buffers, Job, Stop, sized};
 use super::{
-    CHUNK, Chain, Extents, Hash, MAX_DEPTH, MAX_EXTENTS, MemorySource, PAGE, Storage, Table, Work,
-    WriteError, chunk_range, part, part_mut,
+    Chain, Extents, Hash, MAX_DEPTH, MAX_EXTENTS, MemorySource, Storage, Table, Work, WriteError,
+    chunk_range, part_mut,
 };
 use crate::{Record, RecordSet, minicbor};
 
@@ -83,22 +86,16 @@ impl<'s> Draft<'s> {
             self.place.resize(&file, &region.file, region.size)?;
             files.push(file);
         }
-        let sizes: Vec<u64> = regions.iter().map(|region| region.size).collect();
-        let table = Table::empty(extents);
-        let writer = Writer { place: &self.place, source, regions: &regions, files: &files, table: &table };
-        let found = Mutex::new(Vec::new());
-        let each = |job: Job, buffers: &mut Buffers| {
-            if let Some(hash) = writer.chunk(job, buffers)? {
-                found.lock().unwrap_or_else(PoisonError::into_inner).push((job, hash));
-            }
-            Ok(())
+        let filled = Filled {
+            place: self.place,
+            regions,
+            files,
+            table: Table::empty(extents),
+            parent,
+            stale: BTreeSet::new(),
+            threads: work.threads,
         };
-        work.run(&sizes, &|region, from| writer.next(region, from), &each).map_err(|stop| match stop {
-            Stop::Cancelled => WriteError::Cancelled,
-            Stop::Failed(error) => error,
-        })?;
-        let table = table.with(found.into_inner().unwrap_or_else(PoisonError::into_inner));
-        Ok(Filled { place: self.place, regions, files, table, parent })
+        filled.first(source, work)
     }
 
     fn parent(&self, increment: &Increment<'_>, regions: &[Region]) -> Result<Parent, WriteError> {
@@ -133,126 +130,41 @@ fn regions_of(source: &dyn MemorySource) -> Result<Vec<Region>, WriteError> {
 
 /// What of each region is to be saved.
 fn extents_of(regions: &[Region], increment: Option<&Increment<'_>>) -> Result<Vec<Extents>, WriteError> {
-    let Some(increment) = increment else {
-        return Ok(regions.iter().map(|region| Extents::whole(region.size)).collect());
-    };
+    match increment {
+        None => Ok(regions.iter().map(|region| Extents::whole(region.size)).collect()),
+        Some(increment) => {
+            let all = covering(regions, increment.changed)?;
+            Ok(all.into_iter().map(|extents| extents.at_most(MAX_EXTENTS)).collect())
+        }
+    }
+}
+
+/// The pages of each region that `changed` touches.
+fn covering(regions: &[Region], changed: &[Vec<Range<u64>>]) -> Result<Vec<Extents>, WriteError> {
     let invalid = |what: String| WriteError::Invalid { what };
-    if increment.changed.len() != regions.len() {
+    if changed.len() != regions.len() {
         return Err(invalid("a list of changes per memory region is needed".to_owned()));
     }
-    let pairs = regions.iter().zip(increment.changed);
+    let pairs = regions.iter().zip(changed);
     pairs
         .map(|(region, changed)| {
             let extents = Extents::covering(changed, region.size);
-            let extents =
-                extents.ok_or_else(|| invalid(format!("changes outside the region at {:#x}", region.gpa)))?;
-            Ok(extents.at_most(MAX_EXTENTS))
+            extents.ok_or_else(|| invalid(format!("changes outside the region at {:#x}", region.gpa)))
         })
         .collect()
 }
 
-/// What the threads that write memory share.
-struct Writer<'a> {
-    place: &'a Workplace<'a>,
-    source: &'a dyn MemorySource,
-    regions: &'a [Region],
-    files: &'a [File],
-    table: &'a Table,
-}
-
-impl Writer<'_> {
-    /// The first chunk from `from` on that has data to be saved.
-    fn next(&self, region: usize, from: u64) -> Result<Option<u64>, WriteError> {
-        let Some(table) = self.table.regions.get(region) else { return Ok(None) };
-        let mut at = from.saturating_mul(CHUNK);
-        while let Some(extent) = table.extents.within(at..u64::MAX).next() {
-            let Some(data) = self.data(region, extent.start)? else { break };
-            if data.start < extent.end {
-                return Ok(Some(data.start / CHUNK));
-            }
-            at = data.start;
-        }
-        Ok(None)
-    }
-
-    /// Data from `offset` on, as whole pages.
-    fn data(&self, region: usize, offset: u64) -> Result<Option<Range<u64>>, WriteError> {
-        let data = self.source.next_data(region, offset);
-        let data = data.map_err(|source| WriteError::Memory { region, offset, source })?;
-        Ok(data.map(|data| {
-            let start = data.start.max(offset) / PAGE * PAGE;
-            // A source that says nothing new does not hold us up.
-            start..data.end.max(start + 1).next_multiple_of(PAGE)
-        }))
-    }
-
-    /// Saves a chunk and gives its hash, unless all of it is zero.
-    fn chunk(&self, Job { region, chunk }: Job, buffers: &mut Buffers) -> Result<Option<Hash>, WriteError> {
-        let (Some(Region { size, .. }), Some(table)) =
-            (self.regions.get(region), self.table.regions.get(region))
-        else {
-            return Ok(None);
-        };
-        let window = chunk_range(chunk, *size);
-        sized(&mut buffers.chunk, &window);
-        let mut hasher = ChunkHasher::default();
-        for extent in table.extents.within(window.clone()) {
-            let mut at = extent.start;
-            while at < extent.end {
-                let Some(data) = self.data(region, at)?.filter(|data| data.start < extent.end) else { break };
-                let data = data.start..data.end.min(extent.end);
-                let bytes = part_mut(&mut buffers.chunk, data.start - window.start..data.end - window.start);
-                let read = self.source.read(region, data.start, bytes);
-                read.map_err(|source| WriteError::Memory { region, offset: data.start, source })?;
-                self.pages(region, &window, &data, &buffers.chunk, &mut hasher)?;
-                at = data.end;
-            }
-        }
-        Ok(hasher.finish())
-    }
-
-    /// Hashes and writes the pages of `data` that are not zero, neighbours together.
-    fn pages(
-        &self,
-        region: usize,
-        window: &Range<u64>,
-        data: &Range<u64>,
-        chunk: &[u8],
-        hasher: &mut ChunkHasher,
-    ) -> Result<(), WriteError> {
-        let mut run = data.start..data.start;
-        for start in data.clone().step_by(PAGE as usize) {
-            let offset = start - window.start;
-            let page = part(chunk, offset..offset + PAGE);
-            if is_zero(page) {
-                self.flush(region, window, &run, chunk)?;
-                run = start + PAGE..start + PAGE;
-            } else {
-                hasher.page(offset, page);
-                run.end = start + PAGE;
-            }
-        }
-        self.flush(region, window, &run, chunk)
-    }
-
-    fn flush(
-        &self,
-        region: usize,
-        window: &Range<u64>,
-        run: &Range<u64>,
-        chunk: &[u8],
-    ) -> Result<(), WriteError> {
-        let (Some(file), Some(Region { file: name, .. })) =
-            (self.files.get(region), self.regions.get(region))
-        else {
-            return Ok(());
-        };
-        let bytes = part(chunk, run.start - window.start..run.end - window.start);
-        self.place.write(file, name, bytes, run.start)
+fn stopped(stop: Stop<WriteError>) -> WriteError {
+    match stop {
+        Stop::Cancelled => WriteError::Cancelled,
+        Stop::Failed(error) => error,
     }
 }
 
 /// A snapshot whose memory is written; state and manifest are not.
+///
+/// Of a guest that ran meanwhile, what changed is written [`again`](Self::again), the last time when it is paused. It may
+/// run on before [`commit`](Self::commit).
 #[derive(Debug)]
 pub struct Filled<'s> {
     place: Workplace<'s>,
@@ -260,15 +172,123 @@ pub struct Filled<'s> {
     files: Vec<File>,
     table: Table,
     parent: Option<Parent>,
+    /// Region and number of chunks that were written after they were hashed.
+    stale: BTreeSet<(usize, u64)>,
+    threads: NonZeroUsize,
 }
 
 impl Filled<'_> {
+    fn first(self, source: &dyn MemorySource, work: &Work<'_>) -> Result<Self, WriteError> {
+        let wanted: Vec<Extents> = self.table.regions.iter().map(|table| table.extents.clone()).collect();
+        let found = Mutex::new(Vec::new());
+        let writer = self.writer(source, &wanted, false);
+        let each = |job: Job, buffers: &mut Buffers| {
+            if let Some(hash) = writer.chunk(job, buffers)? {
+                found.lock().unwrap_or_else(PoisonError::into_inner).push((job, hash));
+            }
+            Ok(())
+        };
+        work.run(&self.sizes(), &|region, from| writer.next(region, from), &each).map_err(stopped)?;
+        let table = self.table.with(found.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Ok(Self { table, ..self })
+    }
+
+    /// Writes again what changed after it was read: per region bytes in any order, of which `source` is now read.
+    ///
+    /// A page that changed while or after it was read has to be in `changed` of a later call. Nothing is hashed here, so
+    /// that the call with the guest paused takes as long as reading the pages and writing them to the page cache.
+    ///
+    /// # Errors
+    /// [`WriteError::Memory`], [`Io`](WriteError::Io), [`Cancelled`](WriteError::Cancelled), or
+    /// [`Invalid`](WriteError::Invalid) for changes outside the regions. What was written is gone then.
+    pub fn again(
+        mut self,
+        source: &dyn MemorySource,
+        changed: &[Vec<Range<u64>>],
+        work: &Work<'_>,
+    ) -> Result<Self, WriteError> {
+        let places = self.regions.iter().map(Region::place);
+        if !source.places().into_iter().eq(places) {
+            return Err(WriteError::Invalid { what: "the memory has other regions than before".to_owned() });
+        }
+        let mut wanted = Vec::new();
+        for (extents, table) in covering(&self.regions, changed)?.into_iter().zip(&mut self.table.regions) {
+            let (grown, more) = table.extents.grown(&extents);
+            table.extents = grown;
+            wanted.push(more);
+        }
+        let writer = self.writer(source, &wanted, true);
+        let touched = Mutex::new(BTreeSet::new());
+        let each = |job: Job, buffers: &mut Buffers| {
+            touched.lock().unwrap_or_else(PoisonError::into_inner).insert((job.region, job.chunk));
+            writer.chunk(job, buffers).map(|_| ())
+        };
+        work.run(&self.sizes(), &|region, from| writer.next(region, from), &each).map_err(stopped)?;
+        self.stale.extend(touched.into_inner().unwrap_or_else(PoisonError::into_inner));
+        Ok(self)
+    }
+
+    /// Hashes the chunks that were written again, as they are in the files now. [`commit`](Self::commit) does what is
+    /// left of it, untold.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`] or [`Cancelled`](WriteError::Cancelled). What was written is gone then.
+    pub fn rehash(mut self, work: &Work<'_>) -> Result<Self, WriteError> {
+        if self.stale.is_empty() {
+            return Ok(self);
+        }
+        let stale = std::mem::take(&mut self.stale);
+        let find = |region: usize, from: u64| {
+            Ok(stale.range((region, from)..(region + 1, 0)).next().map(|(_, chunk)| *chunk))
+        };
+        let found = Mutex::new(Vec::new());
+        let each = |job: Job, buffers: &mut Buffers| {
+            if let Some(hash) = self.written(job, buffers)? {
+                found.lock().unwrap_or_else(PoisonError::into_inner).push((job, hash));
+            }
+            Ok(())
+        };
+        work.run(&self.sizes(), &find, &each).map_err(stopped)?;
+        let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let table = self.table.without(&stale).with(found);
+        Ok(Self { table, ..self })
+    }
+
+    fn sizes(&self) -> Vec<u64> {
+        self.regions.iter().map(|region| region.size).collect()
+    }
+
+    fn writer<'a>(&'a self, source: &'a dyn MemorySource, wanted: &'a [Extents], over: bool) -> Writer<'a> {
+        let Self { place, regions, files, .. } = self;
+        Writer::new(place, source, (regions, files), wanted, over)
+    }
+
+    /// The hash of what was written of a chunk.
+    fn written(&self, job: Job, buffers: &mut Buffers) -> Result<Option<Hash>, WriteError> {
+        let (Some(Region { size, file: name, .. }), Some(file), Some(table)) =
+            (self.regions.get(job.region), self.files.get(job.region), self.table.regions.get(job.region))
+        else {
+            return Ok(None);
+        };
+        let window = chunk_range(job.chunk, *size);
+        sized(&mut buffers.chunk, &window);
+        let mut hasher = ChunkHasher::default();
+        for extent in table.extents.within(window.clone()) {
+            let range = extent.start - window.start..extent.end - window.start;
+            let bytes = part_mut(&mut buffers.chunk, range.clone());
+            self.place.read_back(file, name, bytes, extent.start)?;
+            hasher.pages(range.start, bytes);
+        }
+        Ok(hasher.finish())
+    }
+
     /// Brings everything to stable storage, the manifest last, and gives the snapshot's id.
     ///
     /// # Errors
     /// [`WriteError::Io`], or [`Invalid`](WriteError::Invalid) for a state or configuration that is too large.
     pub fn commit(self, contents: &Contents<'_>) -> Result<Hash, WriteError> {
-        let Self { place, regions, files, table, parent } = self;
+        let threads = self.threads;
+        let Self { place, regions, files, table, parent, .. } = self.rehash(&Work::quiet(threads))?;
         let state = minicbor::to_vec(Record::of(contents.state)).unwrap_or_default();
         if state.len() as u64 > MAX_STATE {
             return Err(WriteError::Invalid { what: format!("{} bytes of state", state.len()) });
@@ -277,11 +297,12 @@ impl Filled<'_> {
         if table.len() as u64 > MAX_TABLE {
             return Err(WriteError::Invalid { what: format!("{} bytes of chunk table", table.len()) });
         }
-        for (region, file) in regions.iter().zip(&files) {
-            place.finish(file, &region.file)?;
-        }
-        let state = place.file(STATE, &state)?;
-        let chunks = place.file(TABLE, &table)?;
+        let (state_file, state) = place.file(STATE, &state)?;
+        let (chunks_file, chunks) = place.file(TABLE, &table)?;
+        let names = regions.iter().map(|region| region.file.as_str());
+        let memory = names.zip(&files);
+        let others = [(STATE, &state_file), (TABLE, &chunks_file)];
+        place.finish(&memory.chain(others).collect::<Vec<_>>(), threads)?;
         let since = contents.created.duration_since(UNIX_EPOCH).unwrap_or_default();
         let manifest = Unsigned {
             format: FORMAT,
