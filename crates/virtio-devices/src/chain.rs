@@ -40,7 +40,7 @@ impl<'m> Table<'m> {
     }
 
     /// `None` if it is not in the table, or not in memory.
-    fn read(&self, index: u16) -> Option<Descriptor> {
+    pub(crate) fn read(&self, index: u16) -> Option<Descriptor> {
         if u32::from(index) >= self.len {
             return None;
         }

@@ -2,9 +2,10 @@
 #![expect(unsafe_code, reason = "the kernel is given host addresses of guest memory")]
 
 use std::any::Any;
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::sync::Arc;
 
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 use vmm_device_model::dma::GuestRam;
 use vmm_disk_image::Buffers;
 
@@ -71,5 +72,13 @@ impl BufferPool {
     /// Lets go of guest memory.
     pub(super) fn let_go(&mut self) {
         self.spare.iter_mut().for_each(Buffers::clear);
+    }
+}
+
+/// Asks the processor for what lies at `address`, which is read soon.
+pub(super) fn prefetch(memory: &GuestRam, address: GuestAddress) {
+    if let Some(slice) = in_one_piece(memory, address, 1) {
+        // SAFETY: a hint to the processor, which reads nothing on behalf of the program; the address is mapped.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(slice.ptr_guard().as_ptr().cast()) };
     }
 }

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{BlockConfig, F_CONFIG_WCE, F_FLUSH, segments};
 use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
-use super::memory::BufferPool;
+use super::memory::{BufferPool, prefetch};
 use super::request::{Command, ID_LEN, Status, parse};
 use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
@@ -121,6 +121,10 @@ impl BlockQueue {
         let taken = heads.len();
         if taken > 0 {
             self.watch.look();
+            // Headers have just been written by the driver's CPU: they come while others are looked at.
+            for first in heads.iter().filter_map(|head| table.read(*head)) {
+                prefetch(memory, first.addr());
+            }
             for head in heads.drain(..) {
                 self.begin(memory, &table, head);
             }
