@@ -367,7 +367,7 @@ fn bad_requests() {
         (Method::Put, "vm.wibble", b"", 404, "vm.wibble"),
         (Method::Get, "../v2/vmm.ping", b"", 404, ""),
         (Method::Put, "vm.snapshot", b"{}", 404, "snapshot"),
-        (Method::Put, "vm.restore", br#"{"source_url": "file:///x"}"#, 501, "restore"),
+        (Method::Put, "vm.restore", br#"{"source_url": "file:///x"}"#, 404, "/x"),
         (Method::Put, "vm.create", b"", 400, ""),
         (Method::Put, "vm.create", b"{", 400, ""),
         (Method::Put, "vm.create", b"[]", 400, ""),

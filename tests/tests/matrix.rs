@@ -21,12 +21,18 @@ fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
         Cell::Run(step) if has_body(row) => (200, step.done),
         Cell::Run(step) => (204, step.done),
         Cell::Nothing => (204, phase),
-        // What waits finds a VM that runs: the boots here succeed.
+        // What waits finds a VM that is paused, or runs: the snapshots here are of a paused one, the boots succeed.
+        Cell::Wait if phase == Phase::Saving => expected(row, Phase::Paused),
         Cell::Wait => expected(row, Phase::Running),
         Cell::Refuse(Reason::NoVm) => (404, phase),
         Cell::Refuse(Reason::NotBuilt) => (501, phase),
         Cell::Refuse(
-            Reason::AlreadyCreated | Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused,
+            Reason::AlreadyCreated
+            | Reason::NotBooted
+            | Reason::AlreadyRunning
+            | Reason::AlreadyPaused
+            | Reason::NotPaused
+            | Reason::NoJob,
         ) => (409, phase),
     }
 }
@@ -75,7 +81,7 @@ impl Rig {
             Phase::Empty => &[],
             Phase::Created | Phase::Booting => &["vm.create"],
             Phase::Running => &["vm.create", "vm.boot"],
-            Phase::Paused => &["vm.create", "vm.boot", "vm.pause"],
+            Phase::Paused | Phase::Saving => &["vm.create", "vm.boot", "vm.pause"],
             Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
         };
         for name in ["vm.delete"].iter().chain(way) {
@@ -85,6 +91,13 @@ impl Rig {
                 self.serial.wait_for("ready");
             }
         }
+    }
+
+    /// Makes the snapshot that restores are from.
+    fn save(&self) {
+        self.bring_to(Phase::Paused);
+        let answer = Pending::send(self.vmm.socket(), "vm.snapshot", &self.requests.save()).answer();
+        assert_eq!(answer.status, 204, "{answer:?}");
     }
 
     /// Sends a request in `phase` and compares.
@@ -100,6 +113,7 @@ impl Rig {
 /// Each command in a phase that lasts.
 fn every_command_in(phase: Phase) {
     let rig = Rig::new();
+    rig.save();
     for row in rows() {
         rig.bring_to(phase);
         assert_eq!(rig.api().phase(), phase);
@@ -132,90 +146,111 @@ fn every_command_to_a_vm_that_was_shut_down() {
     every_command_in(Phase::Shutdown);
 }
 
-/// A boot that lasts: all memory is touched. It grows until what is asked meanwhile is asked in time.
-struct SlowBoot {
+/// A boot or a snapshot that lasts: all memory is touched. It grows until what is asked meanwhile is asked in time.
+struct Slow {
     rig: Rig,
     mib: u64,
+    /// Booting or Saving.
+    phase: Phase,
 }
 
-impl SlowBoot {
+impl Slow {
     const FIRST_MIB: u64 = 128;
     const MOST_MIB: u64 = 2048;
 
-    fn new() -> Self {
-        let mut new = Self { rig: Rig::new(), mib: Self::FIRST_MIB };
+    fn new(phase: Phase) -> Self {
+        let mut new = Self { rig: Rig::new(), mib: Self::FIRST_MIB, phase };
         new.resize();
         new
     }
 
     fn resize(&mut self) {
-        assert!(self.mib <= Self::MOST_MIB, "no boot is slow enough");
+        assert!(self.mib <= Self::MOST_MIB, "nothing is slow enough");
         self.rig.requests.vm["memory"] = json!({ "size": self.mib << 20, "prefault": true });
     }
 
-    /// The boot was too fast for what was to be seen.
+    /// It was too fast for what was to be seen.
     fn missed(&mut self) {
         self.mib *= 2;
         self.resize();
     }
 
-    /// Begins a boot; `None` if it is over already.
-    fn begin(&self) -> Option<Pending> {
-        self.rig.bring_to(Phase::Booting);
-        let boot = self.rig.begin("vm.boot");
-        let mut api = self.rig.api();
-        let seen = |phase: Phase| (phase != Phase::Created).then_some(phase);
-        let phase = wait_until(LIMIT, || seen(api.phase()), || "a boot".to_owned());
-        (phase == Phase::Booting).then_some(boot)
+    /// What leads into the phase, from where, and where it leads.
+    fn way(&self) -> (&'static str, Phase, Phase) {
+        match self.phase {
+            Phase::Saving => ("vm.snapshot", Phase::Paused, Phase::Paused),
+            _ => ("vm.boot", Phase::Created, Phase::Running),
+        }
     }
 
-    /// What does not wait is answered while the boot goes on. `None` if the boot was over before it could be seen.
+    /// Begins it; `None` if it is over already.
+    fn begin(&self) -> Option<Pending> {
+        let (name, from, _) = self.way();
+        self.rig.bring_to(from);
+        let mut pending = self.rig.begin(name);
+        let mut api = self.rig.api();
+        let mut seen = || {
+            let (phase, answered) = (api.phase(), pending.is_answered());
+            (phase == self.phase || answered).then_some(phase)
+        };
+        let phase = wait_until(LIMIT, &mut seen, || name.to_owned());
+        (phase == self.phase).then_some(pending)
+    }
+
+    /// What does not wait is answered while it goes on. `None` if it was over before that could be seen.
     fn at_once(&self, row: &ActionRow) -> Option<()> {
-        let mut boot = self.begin()?;
+        let mut pending = self.begin()?;
         let answer = self.rig.ask(row.name);
         let phase = self.rig.api().phase();
-        let (status, after) = expected(row, Phase::Booting);
-        if phase == Phase::Running {
+        let (status, after) = expected(row, self.phase);
+        if row.action == Action::Cancel && self.phase == Phase::Saving {
+            // It comes too late.
+            (answer.status == 204).then_some(())?;
+            assert_eq!((pending.answer().status, phase), (409, after), "{answer:?}");
+            return Some(());
+        }
+        let (name, _, over) = self.way();
+        if phase == over {
             return None;
         }
-        assert_eq!((answer.status, phase), (status, after), "{} in Booting: {answer:?}", row.name);
-        assert_eq!(boot.answer().status, 204, "the boot goes on after {}", row.name);
+        assert_eq!((answer.status, phase), (status, after), "{} in {}: {answer:?}", row.name, self.phase);
+        assert_eq!(pending.answer().status, 204, "{name} goes on after {}", row.name);
         Some(())
     }
 
-    /// What waits is answered when the boot has ended, by the table's cell of a VM that runs.
+    /// What waits is answered when it has ended, by the table's cell of the phase that follows.
     fn later(&self, row: &ActionRow) -> Option<()> {
-        let mut boot = self.begin()?;
+        let mut before = self.begin()?;
         let mut pending = self.rig.begin(row.name);
         let mut api = self.rig.api();
-        if api.phase() != Phase::Booting {
+        if api.phase() != self.phase {
             return None;
         }
-        // A reboot is a boot again, and is answered at its end. The guest that gets an NMI at once is reset by it.
+        // A reboot is a boot again, a snapshot one more, and is answered at its end. The guest that gets an NMI at once is
+        // reset by it.
         loop {
             let answered = pending.is_answered();
             let phase = api.phase();
-            assert!(!answered || phase != Phase::Booting, "{} did not wait", row.name);
+            assert!(!answered || phase != self.phase, "{} did not wait", row.name);
             if answered {
                 break;
             }
         }
-        let (status, after) = expected(row, Phase::Booting);
+        let (status, after) = expected(row, self.phase);
         let answer = pending.answer();
-        assert_eq!(answer.status, status, "{} in Booting: {answer:?}", row.name);
+        assert_eq!(answer.status, status, "{} in {}: {answer:?}", row.name, self.phase);
         if row.action != Action::Nmi {
-            assert_eq!(api.phase(), after, "after {} in Booting", row.name);
+            assert_eq!(api.phase(), after, "after {} in {}", row.name, self.phase);
         }
-        assert_eq!(boot.answer().status, 204, "the boot before {}", row.name);
+        assert_eq!(before.answer().status, 204, "what was there before {}", row.name);
         Some(())
     }
 }
 
-#[test]
-fn every_command_to_a_vm_that_is_booting() {
-    let mut slow = SlowBoot::new();
+fn every_command_during(phase: Phase) {
+    let mut slow = Slow::new(phase);
     for row in rows() {
-        let waits = row.cell(Phase::Booting) == Cell::Wait;
+        let waits = row.cell(phase) == Cell::Wait;
         while (if waits { slow.later(row) } else { slow.at_once(row) }).is_none() {
             slow.missed();
         }
@@ -223,9 +258,20 @@ fn every_command_to_a_vm_that_is_booting() {
 }
 
 #[test]
+fn every_command_to_a_vm_that_is_booting() {
+    every_command_during(Phase::Booting);
+}
+
+#[test]
+fn every_command_to_a_vm_that_is_saved() {
+    every_command_during(Phase::Saving);
+}
+
+#[test]
 fn the_vmm_ends_in_every_phase_and_says_so() {
-    for phase in Phase::ALL {
-        let mut slow = SlowBoot::new();
+    // While it is saved: see `a_snapshot_is_cancelled_by_a_client_and_by_the_end_of_the_vmm`.
+    for phase in Phase::ALL.into_iter().filter(|phase| *phase != Phase::Saving) {
+        let mut slow = Slow::new(Phase::Booting);
         let boot = (phase == Phase::Booting).then(|| {
             loop {
                 match slow.begin() {

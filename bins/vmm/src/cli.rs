@@ -7,6 +7,7 @@
 mod command;
 mod error;
 mod process;
+mod restore;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use clap::{ArgMatches, Command};
 use clap_complete::Shell;
 use vmm_api::config::{Fault, UnknownFields, Warning};
 use vmm_api::options::{Arity, FLAGS, VmFlags};
-use vmm_api::spec::{Checked, MachineSpec, fill_ids};
+use vmm_api::spec::{Checked, MachineSpec, RestoreSpec, fill_ids};
 use vmm_state::Reactions;
 
 use crate::events::MonitorTarget;
@@ -27,6 +28,7 @@ use command::Help;
 pub(crate) use command::{CH_REMOTE, vm_arguments};
 pub use command::{shell_command, whole_command};
 pub use error::UsageError;
+pub(crate) use restore::{OVERRIDES, overrides};
 
 /// The newest release of the contract that is followed, as its version is printed.
 pub const CONTRACT_VERSION: &str = "v53.0.0";
@@ -61,6 +63,8 @@ pub enum Invocation {
 pub struct RunOptions {
     /// The VM of the command line; `None` if it names none.
     pub config: Option<Checked>,
+    /// The snapshot that a VM is made of; then there is no other VM.
+    pub restore: Option<RestoreSpec>,
     /// Where commands are taken.
     pub api_socket: Option<ApiSocketArg>,
     /// Where the contract's events are written.
@@ -133,16 +137,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     let log = process::log_options(&matches, &mut faults);
     let reactions = process::reactions(&matches, &mut faults);
     let flags = vm_flags(&matches);
-    if flags.is_empty() && api_socket.is_none() && faults.is_empty() {
+    let restores = matches.contains_id(restore::RESTORE);
+    if flags.is_empty() && !restores && api_socket.is_none() && faults.is_empty() {
         return Err(UsageError::NothingToDo);
     }
-    let config = if flags.is_empty() { None } else { checked(&flags, &mut faults) };
+    let restore = restore::restore(&matches, &mut faults);
+    let config = if flags.is_empty() || restores { None } else { checked(&flags, &mut faults) };
     if faults.is_empty() {
         let boot_trace = matches.get_one::<PathBuf>("boot-trace").cloned();
         let verify_state = matches.get_flag("verify-state");
         let no_landlock = matches.get_flag("no-landlock");
         let options = RunOptions {
             config,
+            restore,
             api_socket,
             event_monitor,
             log,

@@ -22,11 +22,13 @@ pub enum ExitCode {
     GuestCrashed = 10,
     /// A thread made a system call that its filter forbids.
     ForbiddenCall = 12,
+    /// Guest memory that a snapshot's file holds is lost.
+    LostMemory = 13,
 }
 
 impl ExitCode {
     /// All of them, by number.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Success,
         Self::VmmError,
         Self::Usage,
@@ -35,6 +37,7 @@ impl ExitCode {
         Self::Mismatch,
         Self::GuestCrashed,
         Self::ForbiddenCall,
+        Self::LostMemory,
     ];
 
     /// What it means, for people.
@@ -56,6 +59,9 @@ impl ExitCode {
             Self::GuestCrashed => "The guest crashed: KVM could not go on with a vCPU.",
             Self::ForbiddenCall => {
                 "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."
+            }
+            Self::LostMemory => {
+                "A snapshot's file, of which guest memory is a mapping, has shrunk or cannot be read; the log names it, see [snapshot.md](snapshot.md)."
             }
         }
     }

@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod events;
 pub mod exit;
 pub mod logger;
+mod lost_memory;
 pub mod machine;
 pub mod metrics;
 pub mod preflight;

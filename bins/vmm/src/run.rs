@@ -113,6 +113,12 @@ pub fn run(options: RunOptions, mut startup: Startup) -> Result<ExitCode, RunErr
             vmm.settle(control);
         });
     }
+    if let Some(restore) = options.restore {
+        control_loop.control(|vmm, control| {
+            vmm.restore_at_start(restore);
+            vmm.settle(control);
+        });
+    }
     control_loop.run()?;
     let failure = control_loop.control(|vmm, _| vmm.take_failure());
     let code = control_loop.state().ending().unwrap_or(ExitCode::Success);

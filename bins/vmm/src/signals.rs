@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
 
-use crate::console;
+use crate::{console, lost_memory};
 
 /// What ends the VMM in an orderly way.
 const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
@@ -120,7 +120,16 @@ pub fn restore_terminal_in_crashes() {
 extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *const libc::c_void) {
     console::restore_terminal_in_handler();
     // SAFETY: the kernel gives a valid one with SA_SIGINFO.
-    let code = unsafe { (*info).si_code };
+    let info = unsafe { &*info };
+    let code = info.si_code;
+    if signal == libc::SIGBUS && code > 0 {
+        // SAFETY: a SIGBUS of the kernel's has an address.
+        let address = unsafe { info.si_addr() };
+        if let Some(status) = lost_memory::in_handler(address as usize) {
+            // SAFETY: ends the process; nothing of it is used any more.
+            unsafe { libc::_exit(status as i32) };
+        }
+    }
     let former = CRASHES.iter().position(|crash| *crash == signal).and_then(|at| FORMER.get(at)?.get());
     match former {
         // A fault of the kernel's telling comes again when this returns.

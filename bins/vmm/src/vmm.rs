@@ -4,10 +4,14 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod restore;
+mod saving;
 mod served;
 mod teardown;
 mod told;
+mod tracks;
 mod tree;
+pub(crate) mod writer;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -30,12 +34,18 @@ use vmm_state::{GuestEvent, Reactions, VmSlot};
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::events::{Events, NO_MACHINE};
 use crate::exit::ExitCode;
+use crate::lost_memory;
 use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
+pub use restore::{LoadError, Loaded};
+use saving::Saving;
 use served::Served;
+pub use tracks::TrackError;
+use tracks::Tracks;
+pub use writer::{SaveError, SaveStep};
 
 /// The commands that this VMM carries out.
 pub static TABLE: [Endpoint<Vmm>; COUNT] = commands::table();
@@ -72,6 +82,7 @@ pub struct Vmm {
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
     boot: Boot,
+    saving: Saving,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
@@ -107,6 +118,7 @@ impl Vmm {
             slot: VmSlot::Empty,
             post,
             boot: Boot::default(),
+            saving: Saving::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
@@ -217,6 +229,8 @@ impl Vmm {
 
     fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
+        self.saving.tracks = Tracks::default();
+        lost_memory::watch(Vec::new());
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
             machine => {
@@ -234,6 +248,7 @@ impl Vmm {
     /// The same; `done` is called when nothing is left of the machine.
     fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
         self.give_up_boot();
+        self.give_up_save();
         self.stop_then(done);
         self.inputs.drop_all();
         if let (Some(_), _) = self.slot.clear() {
@@ -248,6 +263,9 @@ impl Vmm {
             let (result, stages) = *result;
             return self.built(machine, result, &stages);
         }
+        if let MachineEvent::Loaded(result) = event {
+            return self.loaded(machine, *result);
+        }
         let Some((configured, current)) = self.slot.parts_mut() else { return };
         if current.number() != machine {
             return;
@@ -258,6 +276,10 @@ impl Vmm {
         }
         match event {
             MachineEvent::Vcpu(event) => {
+                if let Some(path) = lost_memory::shrunk() {
+                    log::error!("guest memory is lost: the snapshot's file {} has shrunk", path.display());
+                    return self.end(ExitCode::LostMemory);
+                }
                 let (what, level) = match &event.kind {
                     VcpuEventKind::TripleFault => {
                         (GuestEvent::TripleFault, configured.told.level("triple fault"))
@@ -300,7 +322,8 @@ impl Vmm {
                     log::log!(level, "{}", crate::exit::chain(&error));
                 }
             }
-            MachineEvent::Built(_) => {}
+            MachineEvent::Save(step) => self.save_says(*step),
+            MachineEvent::Built(_) | MachineEvent::Loaded(_) => {}
         }
     }
 
@@ -315,7 +338,7 @@ impl Vmm {
 
     fn info(&self) -> Result<VmInfo, ApiError> {
         let configured = self.slot.config().ok_or_else(no_vm)?;
-        let state = VmState::from_phase(self.slot.phase()).ok_or_else(no_vm)?;
+        let state = VmState::from_phase(self.slot.shown()).ok_or_else(no_vm)?;
         let machine = self.slot.machine();
         Ok(VmInfo {
             config: configured.shown(),
@@ -373,6 +396,22 @@ impl Configured {
     }
 }
 
+impl From<LoadError> for VmmError {
+    fn from(error: LoadError) -> Self {
+        Self::Load(Box::new(error))
+    }
+}
+
+impl VmmError {
+    /// The same, as the failure of a restore.
+    fn restoring(self) -> Self {
+        match self {
+            Self::Load(_) | Self::Restore { .. } => self,
+            other => Self::Restore { source: Box::new(other) },
+        }
+    }
+}
+
 /// A command failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -399,6 +438,19 @@ pub enum VmmError {
     /// The thread that builds a machine cannot be started.
     #[error("cannot start the boot thread")]
     Thread(#[source] std::io::Error),
+    /// The snapshot.
+    #[error("the snapshot was not taken")]
+    Snapshot(#[source] Box<SaveError>),
+    /// The snapshot cannot be read, or says what cannot be.
+    #[error("no VM can be made of the snapshot")]
+    Load(#[source] Box<LoadError>),
+    /// The VM cannot be restored.
+    #[error("the VM cannot be restored")]
+    Restore {
+        /// Why.
+        #[source]
+        source: Box<VmmError>,
+    },
     /// The machine has no device to tell the guest by.
     #[error("the machine has no power button")]
     NoPowerButton,

@@ -233,7 +233,8 @@ fn pages_are_what_the_command_line_says() {
 
 #[test]
 fn the_page_has_each_exit_status_of_the_client() {
-    let of_others = [ExitCode::Mismatch, ExitCode::GuestCrashed, ExitCode::ForbiddenCall];
+    let of_others =
+        [ExitCode::Mismatch, ExitCode::GuestCrashed, ExitCode::ForbiddenCall, ExitCode::LostMemory];
     for code in ExitCode::ALL.into_iter().filter(|code| !of_others.contains(code)) {
         assert!(INTRODUCTION.contains(&format!("\n| {} | ", code as u8)), "{code:?}");
     }

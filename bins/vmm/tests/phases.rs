@@ -13,10 +13,12 @@ use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
 use vmm_api::error::Code;
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_epoll::{Inbox, mailbox};
-use vmm_hypervisor::fake::{Exit, Fake};
+use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_platform_devices::events::{Cause, SystemEvent};
 use vmm_platform_devices::serial::COM1_PORT;
-use vmm_state::{ACTIONS, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason};
+use vmm_state::{
+    ACTIONS, Action, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason,
+};
 use vmm_tests::harness::{LIMIT, Requests, UNBOOTABLE};
 use vmm_tests::tiny::Guest;
 
@@ -52,7 +54,7 @@ impl Rig {
             Phase::Empty => &[],
             Phase::Created | Phase::Booting => &["vm.create"],
             Phase::Running => &["vm.create", "vm.boot"],
-            Phase::Paused => &["vm.create", "vm.boot", "vm.pause"],
+            Phase::Paused | Phase::Saving => &["vm.create", "vm.boot", "vm.pause"],
             Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
         };
         for name in way {
@@ -61,6 +63,9 @@ impl Rig {
         if phase == Phase::Booting {
             // Its end is not looked at.
             drop(self.begin("vm.boot"));
+        }
+        if phase == Phase::Saving {
+            drop(self.begin("vm.snapshot"));
         }
         assert_eq!(self.vmm.phase(), phase);
         self
@@ -77,7 +82,26 @@ impl Rig {
 
     /// Sends a request; its outcome may come later.
     fn begin(&mut self, name: &str) -> mpsc::Receiver<Outcome> {
-        let body = Requests::new(&self.kernel(), self.folder.path().join("disk"), self.serial).body(name);
+        let body = self.requests().body(name);
+        self.begin_with(name, body)
+    }
+
+    fn requests(&self) -> Requests {
+        Requests::new(&self.kernel(), self.folder.path().join("disk"), self.serial)
+    }
+
+    /// Makes the snapshot that a restore is from, and removes its VM.
+    fn save(&mut self) {
+        for name in ["vm.create", "vm.boot", "vm.pause"] {
+            self.ask(name).unwrap();
+        }
+        let body = self.requests().save();
+        let saved = self.begin_with("vm.snapshot", body);
+        self.wait(&saved).unwrap();
+        self.ask("vm.delete").unwrap();
+    }
+
+    fn begin_with(&mut self, name: &str, body: Vec<u8>) -> mpsc::Receiver<Outcome> {
         let (route, method) = (name.replace("set-log", "log"), Requests::method(name));
         let endpoint = TABLE.iter().find(|row| row.name() == route && row.method() == method).unwrap();
         let (sender, outcome) = mpsc::channel();
@@ -152,7 +176,11 @@ fn every_request_leads_where_the_table_says() {
     // The stream of events does not pass the control thread.
     for row in ACTIONS.iter().filter(|row| row.name != "vmm.events") {
         for phase in Phase::ALL {
-            let mut rig = Rig::in_phase(phase);
+            let mut rig = Rig::new();
+            if row.action == Action::Restore {
+                rig.save();
+            }
+            let mut rig = rig.brought_to(phase);
             let outcome = rig.begin(row.name);
             let cell = row.cell(phase);
             if cell == Cell::Wait {
@@ -170,8 +198,11 @@ fn every_request_leads_where_the_table_says() {
                 Cell::Refuse(_) => (false, phase),
             };
             let now = rig.vmm.phase();
-            // What does not wait may be overtaken by the end of the boot.
-            let after = if phase == Phase::Booting && now == Phase::Running { now } else { after };
+            // What does not wait may be overtaken by the end of the boot or snapshot.
+            let overtaken = [(Phase::Booting, Phase::Running), (Phase::Saving, Phase::Paused)];
+            let after = if overtaken.contains(&(phase, now)) { now } else { after };
+            // It comes too late, or not.
+            let success = if row.action == Action::Cancel { outcome.is_ok() } else { success };
             assert_eq!((outcome.is_ok(), now), (success, after), "{} in {phase}: {outcome:?}", row.name);
             if let Err(error) = outcome
                 && cell == Cell::Refuse(Reason::NotBuilt)
@@ -426,4 +457,124 @@ fn a_pty_that_nobody_reads_holds_nobody() {
         done.send(()).unwrap();
     });
     ended.recv_timeout(LIMIT).unwrap();
+}
+
+/// Whatever call of the hypervisor fails on the way.
+#[test]
+fn a_snapshot_that_fails_changes_nothing() {
+    for phase in [Phase::Paused, Phase::Running] {
+        let (mut reached, mut nth, mut failed) = (true, 1, 0);
+        while reached {
+            let fake = Fake::new();
+            let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(phase);
+            let before = fake.calls().len();
+            fake.fail_nth(nth);
+            let outcome = rig.ask("vm.snapshot");
+            fake.heal();
+            let calls = fake.calls();
+            reached = calls.len() - before >= nth;
+            nth += 1;
+            if calls.get(before + nth - 2) == Some(&"KVM_RUN") {
+                // The guest crashes, whether it is saved or not.
+                continue;
+            }
+            if let Err(error) = outcome {
+                assert_eq!(error.code, Code::SnapshotFailed, "call {nth}: {error}");
+                assert!(error.causes.len() > 1, "it says why: {error}");
+                let left = std::fs::read_dir(rig.folder.path()).unwrap().flatten();
+                let left: Vec<_> = left
+                    .map(|entry| entry.file_name())
+                    .filter(|name| name.to_string_lossy().starts_with("snapshot-"))
+                    .collect();
+                assert!(left.is_empty(), "call {nth}: {left:?}");
+                failed += 1;
+            }
+            assert_eq!(rig.vmm.phase(), phase, "call {nth}");
+            rig.ask("vm.snapshot").unwrap();
+            rig.ask(if phase == Phase::Paused { "vm.resume" } else { "vm.pause" }).unwrap();
+        }
+        assert!(failed > 3, "{failed} of {nth} calls in {phase} can fail");
+    }
+}
+
+/// The same of a restore: there is no VM, and nothing of it.
+#[test]
+fn a_restore_that_fails_leaves_nothing() {
+    let fake = Fake::new();
+    let mut rig = Rig::with(fake.clone(), "Null", Reactions::default());
+    rig.save();
+    assert_eq!(fake.live(), Live::default());
+    let (mut reached, mut nth, mut failed) = (true, 1, 0);
+    while reached {
+        let before = fake.calls().len();
+        fake.fail_nth(nth);
+        let outcome = rig.ask("vm.restore");
+        fake.heal();
+        reached = fake.calls().len() - before >= nth;
+        if let Err(error) = outcome {
+            assert_eq!(error.code, Code::RestoreFailed, "call {nth}: {error}");
+            assert_eq!(rig.vmm.phase(), Phase::Empty, "call {nth}");
+            assert_eq!(fake.live(), Live::default(), "call {nth}");
+            failed += 1;
+        } else {
+            assert_eq!(rig.vmm.phase(), Phase::Paused, "call {nth}");
+            rig.ask("vm.delete").unwrap();
+        }
+        nth += 1;
+    }
+    assert!(failed > 10, "{failed} of {nth} calls can fail");
+    rig.ask("vm.restore").unwrap();
+    rig.ask("vm.resume").unwrap();
+}
+
+#[test]
+fn what_waits_for_a_snapshot_is_carried_out_in_order_after_it() {
+    let mut rig = Rig::in_phase(Phase::Paused);
+    let names = ["vm.snapshot", "vm.resume", "vm.snapshot", "vm.pause", "vm.resume", "vm.delete"];
+    let outcomes = names.map(|name| rig.begin(name));
+    assert_eq!(rig.vmm.phase(), Phase::Saving);
+    for (name, outcome) in names.iter().zip(&outcomes) {
+        rig.wait(outcome).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+    assert_eq!(rig.vmm.phase(), Phase::Empty);
+}
+
+#[test]
+fn the_end_of_the_vmm_does_not_wait_for_a_snapshot() {
+    for phase in [Phase::Paused, Phase::Running] {
+        let mut rig = Rig::in_phase(phase);
+        let snapshot = rig.begin("vm.snapshot");
+        let (waiting, cancel) = (rig.begin("vm.resume"), rig.begin("vm.cancel"));
+        rig.ask("vmm.shutdown").unwrap();
+        match rig.wait(&snapshot) {
+            // It was written already.
+            Ok(_) => assert_eq!(phase, Phase::Paused),
+            Err(error) => assert_eq!(error.code, Code::Cancelled),
+        }
+        rig.wait(&cancel).unwrap();
+        rig.wait(&waiting).unwrap_err();
+        assert!(rig.vmm.ending().is_some());
+    }
+}
+
+/// A snapshot of that moment would have nothing to go on with.
+#[test]
+fn a_guest_that_ends_while_it_is_saved_cancels_that_and_ends() {
+    let reactions = reactions(GuestEvent::Reset, Reaction::Stop);
+    let mut rig = Rig::with(Fake::new(), "Null", reactions).brought_to(Phase::Running);
+    let snapshot = rig.begin("vm.snapshot");
+    rig.guest_does(GuestEvent::Reset);
+    assert_eq!(rig.vmm.phase(), Phase::Saving, "not before the snapshot's end");
+    let error = rig.wait(&snapshot).unwrap_err();
+    assert_eq!(error.code, Code::Cancelled);
+    assert!(error.to_string().contains("the guest has ended: reset"), "{error}");
+    assert_eq!(rig.vmm.phase(), Phase::Shutdown);
+
+    // One that did so before it was paused is not saved.
+    let mut rig = Rig::with(Fake::new(), "Null", reactions).brought_to(Phase::Paused);
+    rig.guest_does(GuestEvent::Reset);
+    assert_eq!(rig.ask("vm.snapshot").unwrap_err().code, Code::Cancelled);
+    assert_eq!(rig.vmm.phase(), Phase::Paused);
+    rig.ask("vm.resume").unwrap();
+    assert_eq!(rig.vmm.phase(), Phase::Shutdown);
 }

@@ -56,13 +56,21 @@ pub enum Code {
     UnsupportedVersion,
     /// The VM could not be brought up.
     BootFailed,
+    /// The snapshot could not be written.
+    SnapshotFailed,
+    /// There is no snapshot at that place.
+    NoSnapshot,
+    /// The snapshot could not be restored.
+    RestoreFailed,
+    /// It was cancelled.
+    Cancelled,
     /// Anything else that failed in the VMM.
     Internal,
 }
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 29] = [
         Self::NoVm,
         Self::VmExists,
         Self::WrongPhase,
@@ -87,6 +95,10 @@ impl Code {
         Self::UnsupportedCoding,
         Self::UnsupportedVersion,
         Self::BootFailed,
+        Self::SnapshotFailed,
+        Self::NoSnapshot,
+        Self::RestoreFailed,
+        Self::Cancelled,
         Self::Internal,
     ];
 
@@ -118,6 +130,10 @@ impl Code {
             Self::UnsupportedCoding => "unsupported_coding",
             Self::UnsupportedVersion => "unsupported_version",
             Self::BootFailed => "boot_failed",
+            Self::SnapshotFailed => "snapshot_failed",
+            Self::NoSnapshot => "no_snapshot",
+            Self::RestoreFailed => "restore_failed",
+            Self::Cancelled => "cancelled",
             Self::Internal => "internal",
         }
     }
@@ -129,17 +145,17 @@ impl Code {
             Self::MalformedRequest | Self::MalformedBody | Self::UnknownField | Self::TooManyDescriptors => {
                 400
             }
-            Self::NoVm | Self::NoDevice | Self::UnknownRoute => 404,
+            Self::NoVm | Self::NoDevice | Self::NoSnapshot | Self::UnknownRoute => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
-            Self::VmExists | Self::WrongPhase | Self::DeviceExists => 409,
+            Self::VmExists | Self::WrongPhase | Self::DeviceExists | Self::Cancelled => 409,
             Self::LengthRequired => 411,
             Self::BodyTooLarge => 413,
             Self::ExpectationFailed => 417,
             Self::InvalidConfig | Self::FixedDevice => 422,
             Self::GuestBusy => 429,
             Self::HeadTooLarge => 431,
-            Self::BootFailed | Self::Internal => 500,
+            Self::BootFailed | Self::SnapshotFailed | Self::RestoreFailed | Self::Internal => 500,
             Self::NotBuilt | Self::UnsupportedCoding => 501,
             Self::TooManyStreams => 503,
             Self::UnsupportedVersion => 505,
@@ -153,7 +169,11 @@ impl Code {
             Reason::NoVm => Self::NoVm,
             Reason::AlreadyCreated => Self::VmExists,
             Reason::NotBuilt => Self::NotBuilt,
-            Reason::NotBooted | Reason::AlreadyRunning | Reason::AlreadyPaused => Self::WrongPhase,
+            Reason::NotBooted
+            | Reason::AlreadyRunning
+            | Reason::AlreadyPaused
+            | Reason::NotPaused
+            | Reason::NoJob => Self::WrongPhase,
         }
     }
 

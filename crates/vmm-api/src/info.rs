@@ -65,7 +65,8 @@ impl VmState {
             // The contract has no word for a boot under way.
             Phase::Created | Phase::Booting => Some(Self::Created),
             Phase::Running => Some(Self::Running),
-            Phase::Paused => Some(Self::Paused),
+            // Nor for a snapshot under way: see `VmSlot::shown`.
+            Phase::Paused | Phase::Saving => Some(Self::Paused),
             Phase::Shutdown => Some(Self::Shutdown),
         }
     }

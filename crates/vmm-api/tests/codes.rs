@@ -92,8 +92,15 @@ fn of_the_vm(rig: &Rig) -> Vec<Code> {
     let another = config("");
     codes.extend([put("vm.create", &another), put("vm.pause", ""), put("vm.boot", "")]);
     done("vm.delete", "");
+    codes.push(put("vm.restore", r#"{"source_url": "file:///s"}"#));
+    codes.push(put("vm.restore", r#"{"source_url": "file:///missing"}"#));
     done("vm.create", &config("forgets"));
     codes.push(put("vm.boot", ""));
+    done("vm.delete", "");
+    done("vm.create", &config(""));
+    done("vm.boot", "");
+    codes.push(put("vm.snapshot", r#"{"destination_url": "file:///s"}"#));
+    codes.push(put("vm.snapshot", r#"{"destination_url": "file:///cancelled"}"#));
     codes
 }
 

@@ -34,9 +34,11 @@ fn one_of_each(text: &str) -> Vec<Event> {
         Event::Shutdown,
         Event::Deleted,
         Event::Snapshotting,
-        Event::Snapshotted,
+        Event::Snapshotted { id: "x".into(), duration_us: 1, blackout_us: Some(1) },
+        Event::SnapshotFailed { reason: "x".into() },
         Event::Restoring,
-        Event::Restored,
+        Event::Restored { duration_us: 1 },
+        Event::RestoreFailed { stage: Some("x".into()), reason: "x".into() },
         Event::Resizing,
         Event::Resized,
         Event::GuestPanic { event: PanicEvent::CrashLoaded },
@@ -157,7 +159,8 @@ fn the_stream_numbers_events_and_says_more() {
         String::from_utf8(none).unwrap(),
         "{\"seq\":7,\"time\":{\"secs\":1764170133,\"nanos\":59},\"source\":\"vmm\",\"event\":\"started\"}\n"
     );
-    let StreamItem::Event(exit) = StreamItem::parse(stream(&one_of_each("x")[24]).as_bytes()).unwrap() else {
+    let exit = one_of_each("x").into_iter().find(|event| matches!(event, Event::GuestExit { .. })).unwrap();
+    let StreamItem::Event(exit) = StreamItem::parse(stream(&exit).as_bytes()).unwrap() else {
         panic!("an event")
     };
     assert_eq!((exit.seq, exit.name(), exit.machine), (7, "guest/exit".to_owned(), Some(2)));

@@ -91,9 +91,9 @@ fn statuses_and_bodies_as_existing_clients_know_them() {
     assert!(head.contains("\r\nAllow: PUT\r\n"), "{head}");
     let head = check(&mut wire, "DELETE", "vmm.ping", 405, r#"["vmm.ping takes GET only"]"#);
     assert!(head.contains("\r\nAllow: GET\r\n"), "{head}");
-    assert_eq!(wire.ask("PUT", "vm.restore").status, 400, "what it would take is looked at");
-    let answer = wire.ask_with("PUT", "vm.restore", r#"{"source_url": "file:///x"}"#);
-    let refusal = r#"["vm.restore is not possible: this build does not support it yet"]"#;
+    assert_eq!(wire.ask("PUT", "vm.receive-migration").status, 400, "what it would take is looked at");
+    let answer = wire.ask_with("PUT", "vm.receive-migration", r#"{"receiver_url": "file:///x"}"#);
+    let refusal = r#"["vm.receive-migration is not possible: this build does not support it yet"]"#;
     assert_eq!((answer.status, answer.body.as_str()), (501, refusal));
     let head = check(
         &mut wire,

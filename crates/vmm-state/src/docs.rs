@@ -12,7 +12,7 @@ pub fn lifecycle_markdown() -> String {
         "# Life cycle of the VM\n\nGenerated from the table in `vmm-state`; do not edit. \
          `A` alone: runs and leaves the VM in A. `A / B`: A after success, B after failure. \
          `ok`: success, nothing to do. \
-         `waits`: until the boot under way has ended. Words in parentheses: refused (404 without a VM, \
+         `waits`: until the boot or snapshot under way has ended. Words in parentheses: refused (404 without a VM, \
          501 for what this build does not have yet, else 409).\n\n## Requests\n\n",
     );
     let actions = ACTIONS.iter().map(|row| (row.name, row.cells.map(cell)));
@@ -29,10 +29,10 @@ pub fn lifecycle_markdown() -> String {
     page
 }
 
-fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 6])>) {
+fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 7])>) {
     let names = Phase::ALL.map(Phase::name).join(" | ");
     // Writing to a String cannot fail.
-    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|---|");
+    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|---|---|");
     for (name, cells) in rows {
         let _ = writeln!(page, "| {name} | {} |", cells.join(" | "));
     }
@@ -84,6 +84,8 @@ const fn short(reason: Reason) -> &'static str {
         Reason::NotBooted => "not booted",
         Reason::AlreadyRunning => "running",
         Reason::AlreadyPaused => "paused",
+        Reason::NotPaused => "not paused",
+        Reason::NoJob => "no job",
         Reason::NotBuilt => "not built",
     }
 }

@@ -73,7 +73,7 @@ pub struct EventRow {
     /// Its name in documents and logs.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [EventCell; 6],
+    pub cells: [EventCell; 7],
     /// What an operator may choose; the first is the default.
     pub reactions: &'static [Reaction],
 }
@@ -95,13 +95,15 @@ impl EventRow {
     }
 }
 
-/// Every event has the same cells: an event that was on its way when the VM was paused waits for the resume.
-const CELLS: [EventCell; 6] = [
+/// Every event has the same cells: an event that was on its way when the VM was paused waits for the resume, and one of
+/// a guest that runs while it is saved for the end of that.
+const CELLS: [EventCell; 7] = [
     EventCell::Ignore, // Empty
     EventCell::Ignore, // Created
     EventCell::Ignore, // Booting
     EventCell::React,  // Running
     EventCell::Defer,  // Paused
+    EventCell::Defer,  // Saving
     EventCell::Ignore, // Shutdown
 ];
 

@@ -33,7 +33,7 @@ mod table;
 pub use docs::lifecycle_markdown;
 pub use guest::{EventCell, EventRow, GUEST_EVENTS, GuestEvent, Reaction, Reactions, on_guest_event};
 pub use phase::{Phase, PhaseSet};
-pub use slot::{Idle, Misplaced, VmSlot};
+pub use slot::{Guest, Idle, Misplaced, VmSlot};
 pub use table::{ACTIONS, Action, ActionRow, Admission, Cell, Reason, Refusal, Step, admit};
 
 #[cfg(doctest)]

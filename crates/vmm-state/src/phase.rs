@@ -15,14 +15,23 @@ pub enum Phase {
     Running,
     /// The guest's vCPUs are parked; memory and devices exist.
     Paused,
+    /// A snapshot is being written; the guest is paused, or runs on meanwhile. The API is served.
+    Saving,
     /// The guest is off; its configuration is kept and can be booted again.
     Shutdown,
 }
 
 impl Phase {
     /// Every phase, in table order.
-    pub const ALL: [Self; 6] =
-        [Self::Empty, Self::Created, Self::Booting, Self::Running, Self::Paused, Self::Shutdown];
+    pub const ALL: [Self; 7] = [
+        Self::Empty,
+        Self::Created,
+        Self::Booting,
+        Self::Running,
+        Self::Paused,
+        Self::Saving,
+        Self::Shutdown,
+    ];
 
     /// Our name of the phase.
     #[must_use]
@@ -33,30 +42,33 @@ impl Phase {
             Self::Booting => "Booting",
             Self::Running => "Running",
             Self::Paused => "Paused",
+            Self::Saving => "Saving",
             Self::Shutdown => "Shutdown",
         }
     }
 
     /// The word of the REST contract's `VmState` that `vm.info` shows; `None` without a VM (then `vm.info` is 404). The
-    /// contract has no word for a boot under way.
+    /// contract has no word for a boot under way, nor for a snapshot: then see [`VmSlot::shown`](crate::VmSlot::shown).
     #[must_use]
     pub const fn contract_word(self) -> Option<&'static str> {
         match self {
             Self::Empty => None,
             Self::Booting => Some(Self::Created.name()),
+            Self::Saving => Some(Self::Paused.name()),
             other => Some(other.name()),
         }
     }
 
     /// The item of `items` that is this phase's; they are in table order.
     #[must_use]
-    pub(crate) const fn of<T>(self, [empty, created, booting, running, paused, off]: &[T; 6]) -> &T {
+    pub(crate) const fn of<T>(self, [empty, created, booting, running, paused, saving, off]: &[T; 7]) -> &T {
         match self {
             Self::Empty => empty,
             Self::Created => created,
             Self::Booting => booting,
             Self::Running => running,
             Self::Paused => paused,
+            Self::Saving => saving,
             Self::Shutdown => off,
         }
     }
@@ -137,6 +149,6 @@ mod tests {
     #[test]
     fn contract_words_are_the_contracts() {
         let words: Vec<_> = Phase::ALL.iter().filter_map(|phase| phase.contract_word()).collect();
-        assert_eq!(words, ["Created", "Created", "Running", "Paused", "Shutdown"]);
+        assert_eq!(words, ["Created", "Created", "Running", "Paused", "Paused", "Shutdown"]);
     }
 }

@@ -13,13 +13,24 @@ pub struct Misplaced<T> {
     pub value: T,
 }
 
-/// A phase with a configuration and without a machine.
+/// A phase without a machine, from where a boot begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
     /// Never booted.
     Created,
     /// Switched off.
     Shutdown,
+    /// Not even a configuration before: both come of a snapshot.
+    Empty,
+}
+
+/// What the guest does while its VM is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guest {
+    /// It runs on.
+    Runs,
+    /// It is paused.
+    Rests,
 }
 
 /// The VM, or its absence: `C` is the configuration, `M` the running machine.
@@ -32,12 +43,16 @@ pub enum VmSlot<C, M> {
     Empty,
     /// Only a configuration.
     Created(C),
+    /// A snapshot is being looked at, for the configuration that is in it.
+    Loading,
     /// A machine is being built for the configuration. If that fails the VM is in the second phase again.
     Booting(C, Idle),
     /// A machine whose vCPUs run.
     Running(C, M),
     /// A machine whose vCPUs are parked.
     Paused(C, M),
+    /// A machine that is being saved.
+    Saving(C, M, Guest),
     /// Only a configuration, of a machine that has been switched off.
     Shutdown(C),
 }
@@ -48,21 +63,32 @@ impl<C, M> VmSlot<C, M> {
         match self {
             Self::Empty => Phase::Empty,
             Self::Created(_) => Phase::Created,
-            Self::Booting(..) => Phase::Booting,
+            Self::Loading | Self::Booting(..) => Phase::Booting,
             Self::Running(..) => Phase::Running,
             Self::Paused(..) => Phase::Paused,
+            Self::Saving(..) => Phase::Saving,
             Self::Shutdown(_) => Phase::Shutdown,
+        }
+    }
+
+    /// The phase that clients of the contract are shown: a VM that is being saved runs, or is paused.
+    pub const fn shown(&self) -> Phase {
+        match self {
+            Self::Saving(_, _, Guest::Runs) => Phase::Running,
+            Self::Saving(_, _, Guest::Rests) => Phase::Paused,
+            other => other.phase(),
         }
     }
 
     /// The configuration, where there is one.
     pub const fn config(&self) -> Option<&C> {
         match self {
-            Self::Empty => None,
+            Self::Empty | Self::Loading => None,
             Self::Created(config)
             | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
+            | Self::Saving(config, _, _)
             | Self::Shutdown(config) => Some(config),
         }
     }
@@ -70,11 +96,12 @@ impl<C, M> VmSlot<C, M> {
     /// The configuration, to change it.
     pub const fn config_mut(&mut self) -> Option<&mut C> {
         match self {
-            Self::Empty => None,
+            Self::Empty | Self::Loading => None,
             Self::Created(config)
             | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
+            | Self::Saving(config, _, _)
             | Self::Shutdown(config) => Some(config),
         }
     }
@@ -82,24 +109,30 @@ impl<C, M> VmSlot<C, M> {
     /// The machine, where there is one.
     pub const fn machine(&self) -> Option<&M> {
         match self {
-            Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
-            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
+            Self::Running(_, machine) | Self::Paused(_, machine) | Self::Saving(_, machine, _) => {
+                Some(machine)
+            }
+            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
     /// The machine, to act on it.
     pub const fn machine_mut(&mut self) -> Option<&mut M> {
         match self {
-            Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
-            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
+            Self::Running(_, machine) | Self::Paused(_, machine) | Self::Saving(_, machine, _) => {
+                Some(machine)
+            }
+            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
     /// Configuration and machine together, where there is a machine.
     pub const fn parts_mut(&mut self) -> Option<(&mut C, &mut M)> {
         match self {
-            Self::Running(config, machine) | Self::Paused(config, machine) => Some((config, machine)),
-            Self::Empty | Self::Created(_) | Self::Booting(..) | Self::Shutdown(_) => None,
+            Self::Running(config, machine)
+            | Self::Paused(config, machine)
+            | Self::Saving(config, machine, _) => Some((config, machine)),
+            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
         }
     }
 
@@ -130,14 +163,52 @@ impl<C, M> VmSlot<C, M> {
         Ok(())
     }
 
+    /// Empty to Booting: a snapshot is being looked at.
+    ///
+    /// # Errors
+    /// There is a VM already.
+    pub fn begin_restore(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Empty => *self = Self::Loading,
+            other => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// The configuration of the snapshot is known. Still Booting.
+    ///
+    /// # Errors
+    /// No snapshot is being looked at; the configuration comes back.
+    pub fn load(&mut self, config: C) -> Result<(), Misplaced<C>> {
+        match self {
+            Self::Loading => {
+                *self = Self::Booting(config, Idle::Empty);
+                Ok(())
+            }
+            _ => Err(Misplaced { phase: self.phase(), value: config }),
+        }
+    }
+
     /// Booting to Running.
     ///
     /// # Errors
     /// No boot is under way; the machine comes back.
     pub fn start(&mut self, machine: M) -> Result<(), Misplaced<M>> {
+        self.arrive(machine, Self::Running)
+    }
+
+    /// Booting to Paused: the end of a restore.
+    ///
+    /// # Errors
+    /// No boot is under way; the machine comes back.
+    pub fn restored(&mut self, machine: M) -> Result<(), Misplaced<M>> {
+        self.arrive(machine, Self::Paused)
+    }
+
+    fn arrive(&mut self, machine: M, place: fn(C, M) -> Self) -> Result<(), Misplaced<M>> {
         match mem::take(self) {
             Self::Booting(config, _) => {
-                *self = Self::Running(config, machine);
+                *self = place(config, machine);
                 Ok(())
             }
             other => {
@@ -155,6 +226,7 @@ impl<C, M> VmSlot<C, M> {
         match mem::take(self) {
             Self::Booting(config, Idle::Created) => *self = Self::Created(config),
             Self::Booting(config, Idle::Shutdown) => *self = Self::Shutdown(config),
+            Self::Loading | Self::Booting(_, Idle::Empty) => {}
             other => return self.put_back(other),
         }
         Ok(())
@@ -188,10 +260,39 @@ impl<C, M> VmSlot<C, M> {
         }
     }
 
-    /// Running or Paused to Shutdown; the machine comes out, for the caller to end. `None`, and no move, without one.
+    /// Running or Paused to Saving.
+    ///
+    /// # Errors
+    /// There is no machine, or it is being saved already.
+    pub fn begin_save(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Running(config, machine) => *self = Self::Saving(config, machine, Guest::Runs),
+            Self::Paused(config, machine) => *self = Self::Saving(config, machine, Guest::Rests),
+            other => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// Saving to Running or Paused: where the guest is now.
+    ///
+    /// # Errors
+    /// The VM is not being saved.
+    pub fn end_save(&mut self, guest: Guest) -> Result<(), Misplaced<()>> {
+        match (mem::take(self), guest) {
+            (Self::Saving(config, machine, _), Guest::Runs) => *self = Self::Running(config, machine),
+            (Self::Saving(config, machine, _), Guest::Rests) => *self = Self::Paused(config, machine),
+            (other, _) => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// Running, Paused or Saving to Shutdown; the machine comes out, for the caller to end. `None`, and no move, without
+    /// one.
     pub fn stop(&mut self) -> Option<M> {
         match mem::take(self) {
-            Self::Running(config, machine) | Self::Paused(config, machine) => {
+            Self::Running(config, machine)
+            | Self::Paused(config, machine)
+            | Self::Saving(config, machine, _) => {
                 *self = Self::Shutdown(config);
                 Some(machine)
             }
@@ -205,9 +306,11 @@ impl<C, M> VmSlot<C, M> {
     /// Any phase to Empty; what was there comes out.
     pub fn clear(&mut self) -> (Option<C>, Option<M>) {
         match mem::take(self) {
-            Self::Empty => (None, None),
+            Self::Empty | Self::Loading => (None, None),
             Self::Created(config) | Self::Booting(config, _) | Self::Shutdown(config) => (Some(config), None),
-            Self::Running(config, machine) | Self::Paused(config, machine) => (Some(config), Some(machine)),
+            Self::Running(config, machine)
+            | Self::Paused(config, machine)
+            | Self::Saving(config, machine, _) => (Some(config), Some(machine)),
         }
     }
 
@@ -237,6 +340,44 @@ mod tests {
         assert!(slot.pause().is_err());
         assert_eq!(slot.stop(), None);
         assert_eq!(slot.phase(), Phase::Shutdown);
+        assert_eq!(slot.begin_save().map_err(|e| e.phase), Err(Phase::Shutdown));
+        assert_eq!(slot.end_save(Guest::Runs).map_err(|e| e.phase), Err(Phase::Shutdown));
+        assert_eq!(slot.begin_restore().map_err(|e| e.phase), Err(Phase::Shutdown));
+        assert_eq!(slot.load("d"), Err(Misplaced { phase: Phase::Shutdown, value: "d" }));
+        assert_eq!(slot.restored(2), Err(Misplaced { phase: Phase::Shutdown, value: 2 }));
+    }
+
+    #[test]
+    fn a_restore_that_fails_leaves_nothing_and_one_that_does_not_a_paused_vm() {
+        let mut slot = Slot::default();
+        slot.begin_restore().unwrap();
+        assert_eq!((slot.phase(), slot.config()), (Phase::Booting, None));
+        slot.fail_boot().unwrap();
+        assert_eq!(slot.phase(), Phase::Empty);
+        slot.begin_restore().unwrap();
+        slot.load("c").unwrap();
+        assert_eq!((slot.phase(), slot.config()), (Phase::Booting, Some(&"c")));
+        slot.fail_boot().unwrap();
+        assert_eq!(slot.phase(), Phase::Empty);
+        slot.begin_restore().unwrap();
+        slot.load("c").unwrap();
+        slot.restored(1).unwrap();
+        assert_eq!((slot.phase(), slot.machine()), (Phase::Paused, Some(&1)));
+    }
+
+    #[test]
+    fn a_vm_that_is_saved_keeps_its_machine_and_shows_what_its_guest_does() {
+        for (mut slot, shown) in
+            [(Slot::Running("c", 1), Phase::Running), (Slot::Paused("c", 1), Phase::Paused)]
+        {
+            slot.begin_save().unwrap();
+            assert_eq!((slot.phase(), slot.shown(), slot.machine()), (Phase::Saving, shown, Some(&1)));
+            assert!(slot.begin_save().is_err() && slot.pause().is_err() && slot.resume().is_err());
+            slot.end_save(Guest::Rests).unwrap();
+            assert_eq!(slot.phase(), Phase::Paused);
+        }
+        let mut slot = Slot::Saving("c", 1, Guest::Runs);
+        assert_eq!((slot.stop(), slot.phase()), (Some(1), Phase::Shutdown));
     }
 
     #[test]

@@ -16,6 +16,10 @@ pub enum Reason {
     AlreadyRunning,
     /// The VM is paused already.
     AlreadyPaused,
+    /// The guest runs, which only a live snapshot allows.
+    NotPaused,
+    /// No job is under way.
+    NoJob,
     /// It would be possible, but its work is not built yet.
     NotBuilt,
 }
@@ -30,6 +34,8 @@ impl Reason {
             Self::NotBooted => "the VM is not booted",
             Self::AlreadyRunning => "the VM is running already",
             Self::AlreadyPaused => "the VM is paused already",
+            Self::NotPaused => "the VM is not paused, and a live snapshot was not asked for",
+            Self::NoJob => "there is nothing to cancel",
             Self::NotBuilt => "this build does not support it yet",
         }
     }
@@ -57,7 +63,7 @@ pub enum Cell {
     Run(Step),
     /// Success without work: what is asked for is so already.
     Nothing,
-    /// It waits until the boot under way has ended, and is then looked at again.
+    /// It waits until the boot or snapshot under way has ended, and is then looked at again.
     Wait,
     /// Refused.
     Refuse(Reason),
@@ -71,7 +77,7 @@ pub struct ActionRow {
     /// Its name on the wire.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [Cell; 6],
+    pub cells: [Cell; 7],
 }
 
 /// A refusal, with all a client needs to know.
@@ -110,6 +116,7 @@ mod cells {
     pub(super) const BOOTING: Phase = Phase::Booting;
     pub(super) const RUNNING: Phase = Phase::Running;
     pub(super) const PAUSED: Phase = Phase::Paused;
+    pub(super) const SAVING: Phase = Phase::Saving;
     pub(super) const OFF: Phase = Phase::Shutdown;
     pub(super) const EMPTY: Phase = Phase::Empty;
 
@@ -118,6 +125,7 @@ mod cells {
     pub(super) const NOT_BOOTED: Cell = Cell::Refuse(Reason::NotBooted);
     pub(super) const IS_RUNNING: Cell = Cell::Refuse(Reason::AlreadyRunning);
     pub(super) const IS_PAUSED: Cell = Cell::Refuse(Reason::AlreadyPaused);
+    pub(super) const NO_JOB: Cell = Cell::Refuse(Reason::NoJob);
     pub(super) const LATER: Cell = Cell::Refuse(Reason::NotBuilt);
 
     pub(super) const fn go(done: Phase, failed: Phase) -> Cell {
@@ -131,25 +139,29 @@ mod cells {
     pub(super) const WAIT: Cell = Cell::Wait;
 
     /// In every phase, without changing it.
-    pub(super) const ALWAYS: [Cell; 6] =
-        [stay(EMPTY), stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(OFF)];
+    pub(super) const ALWAYS: [Cell; 7] =
+        [stay(EMPTY), stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(SAVING), stay(OFF)];
     /// With a VM, without changing it.
-    pub(super) const WITH_VM: [Cell; 6] =
-        [NO_VM, stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(OFF)];
-    /// With a machine, without changing the phase.
-    pub(super) const BOOTED: [Cell; 6] = [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), NOT_BOOTED];
+    pub(super) const WITH_VM: [Cell; 7] =
+        [NO_VM, stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(SAVING), stay(OFF)];
+    /// With a machine, which is only looked at.
+    pub(super) const LOOK: [Cell; 7] =
+        [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), stay(SAVING), NOT_BOOTED];
+    /// With a machine, whose guest notices.
+    pub(super) const BOOTED: [Cell; 7] =
+        [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), WAIT, NOT_BOOTED];
     /// Devices come and go as edits of the configuration while there is no machine.
-    pub(super) const EDIT: [Cell; 6] = [NO_VM, stay(CREATED), WAIT, LATER, LATER, stay(OFF)];
+    pub(super) const EDIT: [Cell; 7] = [NO_VM, stay(CREATED), WAIT, LATER, LATER, LATER, stay(OFF)];
     /// Not built yet, for any VM.
-    pub(super) const LATER_WITH_VM: [Cell; 6] = [NO_VM, LATER, LATER, LATER, LATER, LATER];
+    pub(super) const LATER_WITH_VM: [Cell; 7] = [NO_VM, LATER, LATER, LATER, LATER, LATER, LATER];
     /// Not built yet, for a VM that has a machine.
-    pub(super) const LATER_BOOTED: [Cell; 6] = [NO_VM, NOT_BOOTED, LATER, LATER, LATER, NOT_BOOTED];
+    pub(super) const LATER_BOOTED: [Cell; 7] = [NO_VM, NOT_BOOTED, LATER, LATER, LATER, LATER, NOT_BOOTED];
     /// Not built yet, and makes a VM.
-    pub(super) const LATER_EMPTY: [Cell; 6] = [LATER, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS];
+    pub(super) const LATER_EMPTY: [Cell; 7] = [LATER, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS];
 }
 use cells::{
     ALWAYS, BOOTED, CREATED, EDIT, EMPTY, EXISTS, IS_PAUSED, IS_RUNNING, LATER_BOOTED, LATER_EMPTY,
-    LATER_WITH_VM, NO_VM, NOT_BOOTED, OFF, PAUSED, RUNNING, WAIT, WITH_VM, go, stay,
+    LATER_WITH_VM, LOOK, NO_JOB, NO_VM, NOT_BOOTED, OFF, PAUSED, RUNNING, WAIT, WITH_VM, go, stay,
 };
 
 /// Declares the actions and their table in one go.
@@ -179,18 +191,22 @@ macro_rules! actions {
         /// A boot leads through Booting, and requests that need its outcome wait for it. A failed boot changes nothing
         /// and can be retried. A failed reboot has lost the old machine, so it ends in
         /// Shutdown, from where a boot can be retried. Shutdown and delete always get there: what fails on the way is
-        /// reported, not kept.
+        /// reported, not kept. A restore is a boot, and where it fails there is no VM.
+        ///
+        /// A snapshot leads through Saving and ends where it began, whether it succeeds, fails or is cancelled. What would
+        /// disturb the guest or end it waits for that, so that a snapshot once begun is not lost by a request that comes
+        /// early; who does not want to wait cancels it. The end of the VMM waits for nothing.
         pub const ACTIONS: [ActionRow; Action::COUNT] = [$(*Action::$action.row()),+];
     };
 }
 
 #[rustfmt::skip]
 actions! {
-    // Cells:                          Empty               Created               Booting        Running              Paused               Shutdown
+    // Cells:                          Empty               Created               Booting        Running              Paused               Saving         Shutdown
     /// `vmm.ping`
     Ping "vmm.ping" ALWAYS;
     /// `vmm.shutdown`: the process ends.
-    VmmShutdown "vmm.shutdown"        [stay(EMPTY),        stay(EMPTY),          stay(EMPTY),   stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
+    VmmShutdown "vmm.shutdown"        [stay(EMPTY),        stay(EMPTY),          stay(EMPTY),   stay(EMPTY),         stay(EMPTY),         stay(EMPTY),   stay(EMPTY)];
     /// `vmm.openapi`
     OpenApi "vmm.openapi" ALWAYS;
     /// `vmm.metrics`
@@ -200,27 +216,33 @@ actions! {
     /// `vmm.log-level`, asking and setting.
     LogLevel "vmm.log-level" ALWAYS;
     /// `vm.create`
-    Create "vm.create"                [go(CREATED, EMPTY), EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS];
+    Create "vm.create"                [go(CREATED, EMPTY), EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS,        EXISTS];
     /// `vm.validate`
     Validate "vm.validate" ALWAYS;
     /// `vm.boot`; on a paused VM it resumes, as the contract has it.
-    Boot "vm.boot"                    [NO_VM,              go(RUNNING, CREATED), WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), go(RUNNING, OFF)];
+    Boot "vm.boot"                    [NO_VM,              go(RUNNING, CREATED), WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), WAIT,          go(RUNNING, OFF)];
     /// `vm.info`
     Info "vm.info" WITH_VM;
     /// `vm.counters`
-    Counters "vm.counters" BOOTED;
+    Counters "vm.counters" LOOK;
     /// `vm.boot-trace`
-    BootTrace "vm.boot-trace" BOOTED;
+    BootTrace "vm.boot-trace" LOOK;
     /// `vm.shutdown`
-    Shutdown "vm.shutdown"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(OFF),           stay(OFF),           NOT_BOOTED];
+    Shutdown "vm.shutdown"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(OFF),           stay(OFF),           WAIT,          NOT_BOOTED];
     /// `vm.reboot`
-    Reboot "vm.reboot"                [NO_VM,              NOT_BOOTED,           WAIT,          go(RUNNING, OFF),    go(RUNNING, OFF),    NOT_BOOTED];
+    Reboot "vm.reboot"                [NO_VM,              NOT_BOOTED,           WAIT,          go(RUNNING, OFF),    go(RUNNING, OFF),    WAIT,          NOT_BOOTED];
     /// `vm.delete`
-    Delete "vm.delete"                [Cell::Nothing,      stay(EMPTY),          WAIT,          stay(EMPTY),         stay(EMPTY),         stay(EMPTY)];
+    Delete "vm.delete"                [Cell::Nothing,      stay(EMPTY),          WAIT,          stay(EMPTY),         stay(EMPTY),         WAIT,          stay(EMPTY)];
     /// `vm.pause`
-    Pause "vm.pause"                  [NO_VM,              NOT_BOOTED,           WAIT,          go(PAUSED, RUNNING), IS_PAUSED,           NOT_BOOTED];
+    Pause "vm.pause"                  [NO_VM,              NOT_BOOTED,           WAIT,          go(PAUSED, RUNNING), IS_PAUSED,           WAIT,          NOT_BOOTED];
     /// `vm.resume`
-    Resume "vm.resume"                [NO_VM,              NOT_BOOTED,           WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), NOT_BOOTED];
+    Resume "vm.resume"                [NO_VM,              NOT_BOOTED,           WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), WAIT,          NOT_BOOTED];
+    /// `vm.snapshot`; of a VM that runs only the live form.
+    Snapshot "vm.snapshot"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(RUNNING),       stay(PAUSED),        WAIT,          NOT_BOOTED];
+    /// `vm.restore`; with `resume` the VM runs then.
+    Restore "vm.restore"              [go(PAUSED, EMPTY),  EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS,        EXISTS];
+    /// `vm.cancel`: of a snapshot; a VM that ran runs on.
+    Cancel "vm.cancel"                [NO_VM,              NO_JOB,               NO_JOB,        NO_JOB,              NO_JOB,              stay(PAUSED),  NO_JOB];
     /// `vm.power-button`
     PowerButton "vm.power-button" BOOTED;
     /// `vm.nmi`
@@ -251,12 +273,8 @@ actions! {
     ResizeDisk "vm.resize-disk" LATER_WITH_VM;
     /// `vm.resize-zone`
     ResizeZone "vm.resize-zone" LATER_WITH_VM;
-    /// `vm.snapshot`
-    Snapshot "vm.snapshot" LATER_BOOTED;
     /// `vm.coredump`
     Coredump "vm.coredump" LATER_BOOTED;
-    /// `vm.restore`
-    Restore "vm.restore" LATER_EMPTY;
     /// `vm.receive-migration`
     ReceiveMigration "vm.receive-migration" LATER_EMPTY;
     /// `vm.send-migration`
@@ -325,9 +343,7 @@ mod tests {
                 "vm.resize",
                 "vm.resize-disk",
                 "vm.resize-zone",
-                "vm.snapshot",
                 "vm.coredump",
-                "vm.restore",
                 "vm.receive-migration",
                 "vm.send-migration"
             ]

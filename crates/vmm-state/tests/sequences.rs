@@ -3,7 +3,8 @@
 
 use proptest::prelude::*;
 use vmm_state::{
-    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, Phase, Reaction, VmSlot, admit, on_guest_event,
+    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, Guest, Phase, Reaction, VmSlot, admit,
+    on_guest_event,
 };
 
 type Slot = VmSlot<u32, u32>;
@@ -21,6 +22,8 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
         Action::Pause if !fails => slot.pause().unwrap(),
         Action::Shutdown => assert!(slot.stop().is_some()),
         Action::Reboot => reboot(slot, fails, serial),
+        Action::Snapshot => save(slot),
+        Action::Restore => restore(slot, fails, serial),
         // They failed, ask, or edit the configuration in place.
         _ => {}
     }
@@ -29,6 +32,20 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
 fn boot(slot: &mut Slot, fails: bool, serial: u32) {
     slot.begin_boot().unwrap();
     if fails { slot.fail_boot().unwrap() } else { slot.start(serial).unwrap() }
+}
+
+/// It ends where it began, however it ends.
+fn save(slot: &mut Slot) {
+    let guest = if slot.phase() == Phase::Running { Guest::Runs } else { Guest::Rests };
+    slot.begin_save().unwrap();
+    assert_eq!((slot.phase(), slot.machine().is_some()), (Phase::Saving, true));
+    slot.end_save(guest).unwrap();
+}
+
+fn restore(slot: &mut Slot, fails: bool, serial: u32) {
+    slot.begin_restore().unwrap();
+    slot.load(serial).unwrap();
+    if fails { slot.fail_boot().unwrap() } else { slot.restored(serial).unwrap() }
 }
 
 fn reboot(slot: &mut Slot, fails: bool, serial: u32) {
@@ -67,7 +84,7 @@ proptest! {
             let step = if let Some(row) = ACTIONS.get(pick) {
                 match admit(before, row.action) {
                     Admission::Run(step) => { perform(&mut slot, row.action, fails, serial); Some(step) }
-                    Admission::Wait => unreachable!("no boot is left under way"),
+                    Admission::Wait => unreachable!("no boot or snapshot is left under way"),
                     Admission::Nothing | Admission::Refused(_) => None,
                 }
             } else {

@@ -7,55 +7,56 @@ use vmm_state::{
     lifecycle_markdown, on_guest_event,
 };
 
-/// E, C, B, R, P, S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
+/// E, C, B, R, P, V (saving), S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
 const GOLDEN: &str = "
-                          Empty  Created    Booting   Running    Paused    Shutdown
-vmm.ping                  EE     CC         BB        RR         PP        SS
-vmm.shutdown              EE     EE         EE        EE         EE        EE
-vmm.openapi               EE     CC         BB        RR         PP        SS
-vmm.metrics               EE     CC         BB        RR         PP        SS
-vmm.events                EE     CC         BB        RR         PP        SS
-vmm.log-level             EE     CC         BB        RR         PP        SS
-vm.create                 CE     exists     exists    exists     exists    exists
-vm.validate               EE     CC         BB        RR         PP        SS
-vm.boot                   novm   RC         wait      isrunning  RP        RS
-vm.info                   novm   CC         BB        RR         PP        SS
-vm.counters               novm   notbooted  wait      RR         PP        notbooted
-vm.boot-trace             novm   notbooted  wait      RR         PP        notbooted
-vm.shutdown               novm   notbooted  wait      SS         SS        notbooted
-vm.reboot                 novm   notbooted  wait      RS         RS        notbooted
-vm.delete                 ok     EE         wait      EE         EE        EE
-vm.pause                  novm   notbooted  wait      PR         ispaused  notbooted
-vm.resume                 novm   notbooted  wait      isrunning  RP        notbooted
-vm.power-button           novm   notbooted  wait      RR         PP        notbooted
-vm.nmi                    novm   notbooted  wait      RR         PP        notbooted
-vm.add-device             novm   CC         wait      later      later     SS
-vm.add-user-device        novm   CC         wait      later      later     SS
-vm.add-disk               novm   CC         wait      later      later     SS
-vm.add-fs                 novm   CC         wait      later      later     SS
-vm.add-generic-vhost-user novm   CC         wait      later      later     SS
-vm.add-pmem               novm   CC         wait      later      later     SS
-vm.add-net                novm   CC         wait      later      later     SS
-vm.add-vdpa               novm   CC         wait      later      later     SS
-vm.add-vsock              novm   CC         wait      later      later     SS
-vm.remove-device          novm   CC         wait      later      later     SS
-vm.resize                 novm   later      later     later      later     later
-vm.resize-disk            novm   later      later     later      later     later
-vm.resize-zone            novm   later      later     later      later     later
-vm.snapshot               novm   notbooted  later     later      later     notbooted
-vm.coredump               novm   notbooted  later     later      later     notbooted
-vm.restore                later  exists     exists    exists     exists    exists
-vm.receive-migration      later  exists     exists    exists     exists    exists
-vm.send-migration         novm   notbooted  later     later      later     notbooted
+                          Empty  Created    Booting   Running    Paused    Saving    Shutdown
+vmm.ping                  EE     CC         BB        RR         PP        VV        SS
+vmm.shutdown              EE     EE         EE        EE         EE        EE        EE
+vmm.openapi               EE     CC         BB        RR         PP        VV        SS
+vmm.metrics               EE     CC         BB        RR         PP        VV        SS
+vmm.events                EE     CC         BB        RR         PP        VV        SS
+vmm.log-level             EE     CC         BB        RR         PP        VV        SS
+vm.create                 CE     exists     exists    exists     exists    exists    exists
+vm.validate               EE     CC         BB        RR         PP        VV        SS
+vm.boot                   novm   RC         wait      isrunning  RP        wait      RS
+vm.info                   novm   CC         BB        RR         PP        VV        SS
+vm.counters               novm   notbooted  wait      RR         PP        VV        notbooted
+vm.boot-trace             novm   notbooted  wait      RR         PP        VV        notbooted
+vm.shutdown               novm   notbooted  wait      SS         SS        wait      notbooted
+vm.reboot                 novm   notbooted  wait      RS         RS        wait      notbooted
+vm.delete                 ok     EE         wait      EE         EE        wait      EE
+vm.pause                  novm   notbooted  wait      PR         ispaused  wait      notbooted
+vm.resume                 novm   notbooted  wait      isrunning  RP        wait      notbooted
+vm.snapshot               novm   notbooted  wait      RR         PP        wait      notbooted
+vm.restore                PE     exists     exists    exists     exists    exists    exists
+vm.cancel                 novm   nojob      nojob     nojob      nojob     PP        nojob
+vm.power-button           novm   notbooted  wait      RR         PP        wait      notbooted
+vm.nmi                    novm   notbooted  wait      RR         PP        wait      notbooted
+vm.add-device             novm   CC         wait      later      later     later     SS
+vm.add-user-device        novm   CC         wait      later      later     later     SS
+vm.add-disk               novm   CC         wait      later      later     later     SS
+vm.add-fs                 novm   CC         wait      later      later     later     SS
+vm.add-generic-vhost-user novm   CC         wait      later      later     later     SS
+vm.add-pmem               novm   CC         wait      later      later     later     SS
+vm.add-net                novm   CC         wait      later      later     later     SS
+vm.add-vdpa               novm   CC         wait      later      later     later     SS
+vm.add-vsock              novm   CC         wait      later      later     later     SS
+vm.remove-device          novm   CC         wait      later      later     later     SS
+vm.resize                 novm   later      later     later      later     later     later
+vm.resize-disk            novm   later      later     later      later     later     later
+vm.resize-zone            novm   later      later     later      later     later     later
+vm.coredump               novm   notbooted  later     later      later     later     notbooted
+vm.receive-migration      later  exists     exists    exists     exists    exists    exists
+vm.send-migration         novm   notbooted  later     later      later     later     notbooted
 ";
 
 const GOLDEN_EVENTS: &str = "
-               Empty    Created  Booting  Running  Paused  Shutdown
-reset          ignore   ignore   ignore   react    defer   ignore
-triple-fault   ignore   ignore   ignore   react    defer   ignore
-shutdown       ignore   ignore   ignore   react    defer   ignore
-panic          ignore   ignore   ignore   react    defer   ignore
-crash          ignore   ignore   ignore   react    defer   ignore
+               Empty    Created  Booting  Running  Paused  Saving  Shutdown
+reset          ignore   ignore   ignore   react    defer   defer   ignore
+triple-fault   ignore   ignore   ignore   react    defer   defer   ignore
+shutdown       ignore   ignore   ignore   react    defer   defer   ignore
+panic          ignore   ignore   ignore   react    defer   defer   ignore
+crash          ignore   ignore   ignore   react    defer   defer   ignore
 ";
 
 /// The default first; then where each leads: after success, after failure.
@@ -69,7 +70,10 @@ crash          exit:EE stop:SS
 ";
 
 fn letter(phase: Phase) -> char {
-    phase.name().chars().next().unwrap()
+    match phase {
+        Phase::Saving => 'V',
+        other => other.name().chars().next().unwrap(),
+    }
 }
 
 fn action_cell(phase: Phase, action: Action) -> String {
@@ -86,6 +90,8 @@ fn action_cell(phase: Phase, action: Action) -> String {
                 Reason::NotBooted => "notbooted",
                 Reason::AlreadyRunning => "isrunning",
                 Reason::AlreadyPaused => "ispaused",
+                Reason::NotPaused => "notpaused",
+                Reason::NoJob => "nojob",
                 Reason::NotBuilt => "later",
             }
             .to_owned()

@@ -1,6 +1,7 @@
 //! A request of each command, for tests that send every command in every phase.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Value, json};
 use vmm_api::command::Method;
@@ -16,6 +17,9 @@ pub const UNBOOTABLE: &[&str] = &[
     "vm.add-vdpa",
     "vm.add-vsock",
 ];
+
+/// Name of the snapshot beside the disk that a restore is from; [`Requests::save`] is the request that makes it.
+const SAVED: &str = "saved";
 
 /// What the requests name.
 #[derive(Debug)]
@@ -40,6 +44,13 @@ impl Requests {
         Self { vm, disk }
     }
 
+    /// The body of a `vm.snapshot` that makes what `vm.restore` is from.
+    #[must_use]
+    pub fn save(&self) -> Vec<u8> {
+        let folder = self.disk.with_file_name(SAVED);
+        json!({ "destination_url": format!("file://{}", folder.display()) }).to_string().into_bytes()
+    }
+
     /// The method of the command `name`.
     #[must_use]
     pub fn method(name: &str) -> Method {
@@ -54,6 +65,7 @@ impl Requests {
     #[must_use]
     pub fn body(&self, name: &str) -> Vec<u8> {
         let url = json!({ "destination_url": "file:///x" });
+        let folder = |name: &str| format!("file://{}", self.disk.with_file_name(name).display());
         let body = match name {
             "vm.create" | "vm.validate" => self.vm.clone(),
             "vmm.set-log-level" => json!({ "level": "warn" }),
@@ -67,8 +79,14 @@ impl Requests {
             "vm.add-vsock" => json!({ "cid": 3, "socket": "s" }),
             "vm.resize-disk" => json!({ "id": "d", "desired_size": 1 }),
             "vm.resize-zone" => json!({ "id": "z", "desired_ram": 1 }),
-            "vm.snapshot" | "vm.coredump" | "vm.send-migration" => url,
-            "vm.restore" => json!({ "source_url": "file:///x" }),
+            // A directory is a snapshot's for good.
+            "vm.snapshot" => {
+                static SNAPSHOTS: AtomicU64 = AtomicU64::new(0);
+                let number = SNAPSHOTS.fetch_add(1, Ordering::Relaxed);
+                json!({ "destination_url": folder(&format!("snapshot-{number}")), "live": true })
+            }
+            "vm.coredump" | "vm.send-migration" => url,
+            "vm.restore" => json!({ "source_url": folder(SAVED) }),
             "vm.receive-migration" => json!({ "receiver_url": "unix:/x" }),
             _ => json!({}),
         };

@@ -39,7 +39,7 @@ blob:
     .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
     .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
-    .long drivers - blob
+    .long drivers - blob, pages - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -662,6 +662,30 @@ offer:
     cmp AVAILABLE + 2(%eax), %dx
     jne 1b
     ret
+
+# Counts for ever, eight digits a line, in 256 pages of memory at once. Halts when one of them is not what it was.
+pages:
+    mov $STACK, %esp
+    xor %ebp, %ebp
+1:  mov $RINGS, %edi
+    mov $256, %ecx
+2:  cmp %ebp, (%edi)
+    jne 3f
+    incl (%edi)
+    add $4096, %edi
+    dec %ecx
+    jnz 2b
+    mov %ebp, %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    inc %ebp
+    jmp 1b
+3:  mov $(BASE + pages_text - blob), %esi
+    call print
+    jmp stop
+pages_text:
+    .asciz "memory is not what it was\n"
 
 power_off:
     mov $0x34, %al                  # sleep type 5, sleep enable

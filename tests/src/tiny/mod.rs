@@ -72,11 +72,14 @@ pub enum Guest {
     /// Drives every virtio disk, random source and console: prints `disk ` and the status of a read, a write, a flush, a discard
     /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
     Drivers,
+    /// Counts for ever as `Ticker`, in 256 pages of memory at once; prints `memory is not what it was` and halts when one of them
+    /// is not.
+    Pages,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -97,6 +100,7 @@ impl Guest {
         Self::Flood,
         Self::ConsoleSize,
         Self::Drivers,
+        Self::Pages,
     ];
 
     /// A name for files.
@@ -123,6 +127,7 @@ impl Guest {
             Self::Flood => "flood",
             Self::ConsoleSize => "console-size",
             Self::Drivers => "drivers",
+            Self::Pages => "pages",
         }
     }
 

@@ -64,7 +64,6 @@ macro_rules! later {
 }
 
 later! {
-    "restore" true "restoring a snapshot";
     "gdb" true "the GDB stub";
     "dbus-object-path" true "the D-Bus API";
     "dbus-service-name" true "the D-Bus API";
@@ -120,6 +119,7 @@ fn base() -> Command {
         .about("Runs a virtual machine on Linux KVM.")
         .override_usage(
             "vmm --kernel <PATH> [OPTIONS]        run a VM\n       \
+             vmm --restore source_url=<URL>       go on with a VM from a snapshot\n       \
              vmm --api-socket <PATH> [OPTIONS]    wait for commands\n       \
              vmm ctl COMMAND ...                  send a command to a VMM\n       \
              vmm validate FILE [--json]           check a configuration\n       \
@@ -243,7 +243,7 @@ fn vm_flag(flag: &Flag, help: Help) -> Arg {
     }
 }
 
-fn process_flags() -> [Arg; 11] {
+fn process_flags() -> [Arg; 12] {
     let text = |name: &'static str, value, help: &'static str| {
         let arg = Arg::new(name).long(name).help(help).help_heading(THIS_PROCESS);
         valued(arg, value, ValueParser::string())
@@ -262,6 +262,16 @@ fn process_flags() -> [Arg; 11] {
             "event-monitor",
             "path=PATH|fd=NUMBER",
             "Write what happens to a file, a FIFO or an inherited descriptor, a JSON object a line",
+        ),
+        text(
+            "restore",
+            "source_url=URL,...",
+            "Go on with a VM from a snapshot",
+        )
+        .long_help(
+            "Go on with a VM from a snapshot: source_url=file:///FOLDER, prefault=on|off, resume=on|off, track=on|off. \
+             --disk id=ID,path=PATH, --serial, --console and --debug-console replace parts of it; other flags about the \
+             VM cannot be given. Without resume=on the VM is paused.",
         ),
         Arg::new("verbose")
             .short('v')

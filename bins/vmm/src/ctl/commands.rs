@@ -59,6 +59,7 @@ plain! {
     vm::BootTrace: "boot-trace" => document;
     vm::Pause: "pause" => done;
     vm::Resume: "resume" => done;
+    vm::Cancel: "cancel" => done;
     vm::Shutdown: "shutdown" => done;
     vm::Reboot: "reboot" => done;
     vm::Delete: "delete" => done;
@@ -170,12 +171,25 @@ fn resize_zone(given: &ArgMatches) -> VmResizeZone {
     VmResizeZone { id: text(given, "id"), desired_ram: bytes(given, "size").unwrap_or_default() }
 }
 
-fn snapshot_arguments() -> [Arg; 1] {
-    [positional("url", "URL", "The folder, file:///FOLDER or /FOLDER")]
+fn snapshot_arguments() -> [Arg; 4] {
+    let switch = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+    };
+    [
+        positional("url", "URL", "The folder, file:///FOLDER or /FOLDER"),
+        switch("live", "Let the guest run on meanwhile"),
+        switch("incremental", "Write only what changed since the snapshot that is kept track of"),
+        switch("track", "Keep track of what changes from now on, for an incremental snapshot"),
+    ]
 }
 
 fn snapshot(given: &ArgMatches) -> VmSnapshotConfig {
-    VmSnapshotConfig { destination_url: file_url(&text(given, "url")) }
+    VmSnapshotConfig {
+        destination_url: file_url(&text(given, "url")),
+        live: given.get_flag("live"),
+        incremental: given.get_flag("incremental"),
+        track: given.get_flag("track"),
+    }
 }
 
 fn coredump_arguments() -> [Arg; 1] {
@@ -311,7 +325,18 @@ impl Subcommand for vm::Restore {
     const WORD: &'static str = "restore";
 
     fn arguments() -> Vec<Arg> {
-        vec![url_or_options::<RestoreConfig>("The snapshot's folder, file:///FOLDER or /FOLDER")]
+        let mut arguments =
+            vec![url_or_options::<RestoreConfig>("The snapshot's folder, file:///FOLDER or /FOLDER")];
+        let helps = [
+            ("id=ID,path=PATH", "Another image of a disk"),
+            ("MODE", "Where the serial port goes"),
+            ("MODE", "Where virtio-console goes"),
+            ("MODE", "Where the debug console goes"),
+        ];
+        let flags = cli::OVERRIDES.into_iter().zip(helps);
+        arguments
+            .extend(flags.map(|(name, (value, help))| option(name, value, help).action(ArgAction::Append)));
+        arguments
     }
 
     fn applies(_given: &ArgMatches) -> bool {
@@ -320,7 +345,11 @@ impl Subcommand for vm::Restore {
 
     fn request(given: &ArgMatches) -> Asked<Self> {
         let of_url = |source_url| RestoreConfig { source_url, ..RestoreConfig::default() };
-        let mut request = made::<RestoreConfig>(Self::WORD, given, of_url)?;
+        let (mut request, mut faults) = (made::<RestoreConfig>(Self::WORD, given, of_url)?, Vec::new());
+        cli::overrides(given, &mut request, &mut faults);
+        if !faults.is_empty() {
+            return Err(faults);
+        }
         let mut fds = Vec::new();
         for net in request.net_fds.iter_mut().flatten() {
             let of_device = net.fds.take().unwrap_or_default();

@@ -181,6 +181,7 @@ pub static ROWS: &[Row] = &[
     Row::of::<device::AddVsock>(),
     Row::of::<device::RemoveDevice>(),
     Row::of::<vm::Snapshot>(),
+    Row::of::<vm::Cancel>(),
     Row::of::<vm::Restore>(),
     Row::of::<vm::Coredump>(),
     Row::of::<vm::SendMigration>(),

@@ -15,12 +15,13 @@ pub enum Goal {
 }
 
 /// The words for them.
-pub(super) const GOALS: [(&str, Goal); 7] = [
+pub(super) const GOALS: [(&str, Goal); 8] = [
     ("none", Goal::Phase(Phase::Empty)),
     ("created", Goal::Phase(Phase::Created)),
     ("booting", Goal::Phase(Phase::Booting)),
     ("running", Goal::Phase(Phase::Running)),
     ("paused", Goal::Phase(Phase::Paused)),
+    ("saving", Goal::Phase(Phase::Saving)),
     ("shutdown", Goal::Phase(Phase::Shutdown)),
     ("ended", Goal::Ended),
 ];

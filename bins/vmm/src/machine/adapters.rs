@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::stages::Stages;
 use super::{Machine, MachineError};
+use crate::vmm::{LoadError, Loaded, SaveStep};
 
 /// What a machine's threads tell the control thread.
 #[derive(Debug)]
@@ -35,6 +36,10 @@ pub enum MachineEvent {
     },
     /// A boot thread has built the machine, or could not; and how long its stages took.
     Built(Box<(Result<Machine, MachineError>, Stages)>),
+    /// A boot thread has looked at a snapshot.
+    Loaded(Box<Result<Loaded, LoadError>>),
+    /// The thread that writes a snapshot tells something.
+    Save(Box<SaveStep>),
 }
 
 /// A [`MachineEvent`] and which machine it is of: a late one of a machine that is gone is dropped.

@@ -170,6 +170,11 @@ impl Machine {
         &self.memory
     }
 
+    /// Guest memory, to track what changes in it.
+    pub fn memory_mut(&mut self) -> &mut MemoryMap {
+        &mut self.memory
+    }
+
     /// The device tree.
     pub fn nodes(&self) -> Vec<DeviceNode> {
         self.devices.nodes()

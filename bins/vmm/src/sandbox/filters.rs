@@ -116,7 +116,8 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 71),
+            (CONTROL_THREAD, 79),
+            (crate::vmm::writer::THREAD, 48),
             (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),

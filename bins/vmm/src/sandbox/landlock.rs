@@ -77,9 +77,15 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     let named = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).map_err(failed)?;
     let rights = match (named.metadata().map_err(failed)?.is_dir(), rule.usage) {
         (false, usage) => rights(usage) & AccessFs::from_file(KNOWN),
-        (true, Usage::Terminal | Usage::Sockets | Usage::Memory | Usage::Itself | Usage::Granted(_)) => {
-            rights(rule.usage)
-        }
+        (
+            true,
+            Usage::Terminal
+            | Usage::Sockets
+            | Usage::Memory
+            | Usage::Snapshot
+            | Usage::Itself
+            | Usage::Granted(_),
+        ) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
         (true, Usage::Read | Usage::Disk { .. } | Usage::Output) => AccessFs::ReadDir.into(),
     };
@@ -97,7 +103,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
     let write = AccessFs::WriteFile | AccessFs::Truncate;
     match usage {
         Usage::Read => read,
-        Usage::Itself => read | AccessFs::ReadDir,
+        Usage::Itself | Usage::Snapshot => read | AccessFs::ReadDir,
         Usage::Disk { writable: false } => read | AccessFs::IoctlDev,
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Output => write,

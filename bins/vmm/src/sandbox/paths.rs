@@ -34,15 +34,19 @@ pub enum Usage {
     Sockets,
     /// A file that holds guest memory, or the folder where one is made.
     Memory,
+    /// The folder of a snapshot that the VM is restored from.
+    Snapshot,
     /// What the process is told of itself, for metrics.
     Itself,
     /// What the configuration says.
     Granted(PathAccess),
 }
 
-/// All that the machine of `spec` opens, at its first boot and at every other. /dev/kvm is open already.
-pub fn rules(spec: &MachineSpec) -> Vec<PathRule> {
+/// All that the machine of `spec` opens, at its first boot and at every other, and the `snapshots` that it is restored
+/// from. /dev/kvm is open already.
+pub fn rules(spec: &MachineSpec, snapshots: &[PathBuf]) -> Vec<PathRule> {
     let mut rules = Rules(Vec::new());
+    snapshots.iter().for_each(|folder| rules.add(folder, Usage::Snapshot));
     match &spec.payload {
         PayloadSpec::Kernel { kernel, initramfs, cmdline: _ } => {
             rules.add(kernel, Usage::Read);
@@ -113,7 +117,7 @@ mod tests {
 
     fn of(json: &str) -> Vec<(String, Usage)> {
         let spec = parse_and_check(json.as_bytes(), UnknownFields::Refuse).unwrap().spec;
-        rules(&spec).into_iter().map(|rule| (rule.path.display().to_string(), rule.usage)).collect()
+        rules(&spec, &[]).into_iter().map(|rule| (rule.path.display().to_string(), rule.usage)).collect()
     }
 
     #[test]

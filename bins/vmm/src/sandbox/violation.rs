@@ -45,12 +45,23 @@ extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
         return;
     }
     restore_terminal_in_handler();
-    if let Some(place) = PLACE.get() {
-        let line = line(place, thread_name(&mut [0; 16]), number);
-        write_all(place.descriptor, line.bytes());
-    }
+    let name = filters::name(number);
+    last_words(
+        module_path!(),
+        format_args!("forbidden system call {name} ({number}): the process ends (see docs/security.md)"),
+    );
     // SAFETY: ends the process; nothing of it is used any more.
     unsafe { libc::_exit(ExitCode::ForbiddenCall as i32) }
+}
+
+/// Writes an error of `module` into the log, for a signal's handler that ends the process: without a heap, a lock, or a system
+/// call that some filter forbids.
+pub(crate) fn last_words(module: &str, text: fmt::Arguments<'_>) {
+    if let Some(place) = PLACE.get() {
+        let mut line = Line { bytes: [0; LINE], length: 0 };
+        line.say(place, thread_name(&mut [0; 16]), module, text);
+        write_all(place.descriptor, line.bytes());
+    }
 }
 
 /// As the log has it: the first thread is `vmm`, whatever the program was started as.
@@ -66,20 +77,6 @@ fn thread_name(buffer: &mut [u8; 16]) -> &str {
     CStr::from_bytes_until_nul(buffer).ok().and_then(|name| name.to_str().ok()).unwrap_or("?")
 }
 
-fn line(place: &LogPlace, thread: &str, number: i32) -> Line {
-    let (elapsed, name) = (place.start.elapsed(), filters::name(number));
-    let mut line = Line { bytes: [0; LINE], length: 0 };
-    let _ = writeln!(
-        line,
-        "vmm: {}.{:06}s: <{thread}> ERROR:{} -- forbidden system call {name} ({number}): the process ends \
-         (see docs/security.md)",
-        elapsed.as_secs(),
-        elapsed.subsec_micros(),
-        module_path!(),
-    );
-    line
-}
-
 fn write_all(descriptor: RawFd, mut bytes: &[u8]) {
     while !bytes.is_empty() {
         // SAFETY: a valid range of memory.
@@ -92,7 +89,8 @@ fn write_all(descriptor: RawFd, mut bytes: &[u8]) {
     }
 }
 
-const LINE: usize = 256;
+/// Room for a path. It is on a handler's stack, which is small.
+const LINE: usize = 512;
 
 /// A line of text without a heap; what is too long for it is cut off.
 struct Line {
@@ -103,6 +101,13 @@ struct Line {
 impl Line {
     fn bytes(&self) -> &[u8] {
         self.bytes.get(..self.length).unwrap_or_default()
+    }
+
+    /// As the log has it.
+    fn say(&mut self, place: &LogPlace, thread: &str, module: &str, text: fmt::Arguments<'_>) {
+        let elapsed = place.start.elapsed();
+        let (seconds, micros) = (elapsed.as_secs(), elapsed.subsec_micros());
+        let _ = writeln!(self, "vmm: {seconds}.{micros:06}s: <{thread}> ERROR:{module} -- {text}");
     }
 }
 
@@ -126,15 +131,15 @@ mod tests {
     fn a_line_is_like_those_of_the_log_and_bounded() {
         let place = LogPlace { descriptor: 2, start: Instant::now() };
         let text = |thread: &str| {
-            let line = line(&place, thread, 257);
+            let mut line = Line { bytes: [0; LINE], length: 0 };
+            line.say(&place, thread, "vmm::x", format_args!("forbidden"));
             String::from_utf8(line.bytes().to_vec()).unwrap()
         };
         let (time, rest) =
             text("vcpu0").split_once("s: ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
         assert!(time.starts_with("vmm: 0.") && time.len() == "vmm: 0.000000".len(), "{time}");
-        let expected = "<vcpu0> ERROR:vmm::sandbox::violation -- forbidden system call openat (257): the process \
-                        ends (see docs/security.md)\n";
+        let expected = "<vcpu0> ERROR:vmm::x -- forbidden\n";
         assert_eq!(rest, expected);
-        assert_eq!(text(&"x".repeat(300)).len(), LINE);
+        assert_eq!(text(&"x".repeat(2000)).len(), LINE);
     }
 }

@@ -10,13 +10,15 @@ use vmm_api::events::{Event, RebootCause};
 use vmm_device_model::thread::ThreadHook;
 use vmm_state::Phase;
 
+use super::restore::{self, Origin, Restore};
 use super::teardown::Teardown;
 use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::exit::ExitCode;
+use crate::lost_memory;
 use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
-use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Ports};
+use crate::machine::{EventPost, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
 
 /// A boot under way, and who waits for its end.
@@ -26,9 +28,11 @@ pub(super) struct Boot {
     pub(super) machines: u64,
     /// The end of the machine before.
     pub(super) before: Teardown,
-    job: Option<Job>,
-    /// In the order in which they came.
+    pub(super) job: Option<Job>,
+    /// In the order in which they came; also those that wait for a snapshot.
     waiting: Vec<ApiRequest<Vmm>>,
+    /// What is restored, if that is what the boot does.
+    pub(super) restore: Option<Restore>,
     /// Number of the machine that the boot is to replace, for a reboot.
     replaces: Option<u64>,
     /// The VM of the command line does not boot.
@@ -36,11 +40,11 @@ pub(super) struct Boot {
 }
 
 #[derive(Debug)]
-struct Job {
-    asker: Asker,
+pub(super) struct Job {
+    pub(super) asker: Asker,
     /// The consoles were opened for this boot.
-    fresh: bool,
-    thread: JoinHandle<()>,
+    pub(super) fresh: bool,
+    pub(super) thread: JoinHandle<()>,
 }
 
 /// Who wants the boot, and is told how it ended.
@@ -55,14 +59,6 @@ pub(super) enum Asker {
 }
 
 impl Vmm {
-    /// Boots the VM that is configured, on this thread; where that fails the VM is as it was.
-    fn boot_now(&mut self) -> Result<(), VmmError> {
-        let (build, fresh) = self.prepare()?;
-        self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
-        let (result, stages) = build.run();
-        self.settle_boot(result, &stages, fresh)
-    }
-
     /// Boots the VM of the command line. If that fails the VMM ends, and [`take_failure`](Self::take_failure) says why.
     pub fn boot_at_start(&mut self) {
         self.boot_for(Asker::CommandLine);
@@ -75,16 +71,25 @@ impl Vmm {
 
     /// Begins to boot; `asker` is told of the end.
     pub(super) fn boot_for(&mut self, asker: Asker) {
-        if !self.policy.serves_clients {
-            let result = self.boot_now();
-            return self.tell(asker, result);
-        }
-        let begun = self.prepare().and_then(|(build, fresh)| {
+        self.build_for(asker, None);
+    }
+
+    /// Builds a machine, of a snapshot if there is an `origin`, on a thread of its own; where there are no clients, on this
+    /// one. Where that fails the VM is as it was.
+    pub(super) fn build_for(&mut self, asker: Asker, origin: Option<Origin>) {
+        let restores = origin.is_some();
+        let begun = self.prepare(origin).and_then(|(build, fresh)| {
+            if !restores {
+                self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
+            }
+            if !self.policy.serves_clients {
+                let (result, stages) = build.run();
+                return self.settle_boot(result, &stages, fresh).map(|()| None);
+            }
             let post = build.post.clone();
-            self.slot.begin_boot().map_err(|_| VmmError::NoVm)?;
             let work = move || post.post(MachineEvent::Built(Box::new(build.run())));
             match Builder::new().name("boot".to_owned()).spawn(work) {
-                Ok(thread) => Ok((thread, fresh)),
+                Ok(thread) => Ok(Some((thread, fresh))),
                 Err(source) => {
                     let _ = self.slot.fail_boot();
                     self.close_consoles(fresh);
@@ -93,7 +98,8 @@ impl Vmm {
             }
         });
         match begun {
-            Ok((thread, fresh)) => self.boot.job = Some(Job { asker, fresh, thread }),
+            Ok(Some((thread, fresh))) => self.boot.job = Some(Job { asker, fresh, thread }),
+            Ok(None) => self.tell(asker, Ok(())),
             Err(error) => self.tell(asker, Err(error)),
         }
     }
@@ -125,13 +131,18 @@ impl Vmm {
         let _ = thread.join();
         let result = self.settle_boot(result, stages, fresh);
         self.tell(asker, result);
+        self.go_on();
+    }
+
+    /// A boot or snapshot is over: those who waited for it are served. What has to wait again does.
+    pub(super) fn go_on(&mut self) {
         for request in std::mem::take(&mut self.boot.waiting) {
             request.dispatch(self);
         }
     }
 
-    /// Keeps a request until the boot has ended.
-    pub(super) fn wait_for_boot(&mut self, request: ApiRequest<Self>) {
+    /// Keeps a request until the boot or snapshot has ended.
+    pub(super) fn wait_for_job(&mut self, request: ApiRequest<Self>) {
         self.boot.waiting.push(request);
     }
 
@@ -141,17 +152,21 @@ impl Vmm {
             replier.reply(Err(ApiError::new(Code::BootFailed, "the VM was removed while it was booting")));
         }
         self.boot.replaces = None;
+        self.boot.restore = None;
         // Requests that are dropped are answered with an error.
         self.boot.waiting.clear();
     }
 
     /// What a machine is built from, with its consoles open; and whether they were opened now.
-    fn prepare(&mut self) -> Result<(Build, bool), VmmError> {
+    fn prepare(&mut self, origin: Option<Origin>) -> Result<(Build, bool), VmmError> {
         let configured = self.slot.config_mut().ok_or(VmmError::NoVm)?;
-        self.boot.machines += 1;
-        self.events.tell(self.boot.machines, &Event::Booting);
+        if origin.is_none() {
+            self.boot.machines += 1;
+            self.events.tell(self.boot.machines, &Event::Booting);
+        }
         let mut stages = told::stages(&self.events, self.boot.machines);
-        self.sandbox.confine_paths(&configured.spec);
+        let snapshots = origin.as_ref().map(Origin::folders).unwrap_or_default();
+        self.sandbox.confine_paths(&configured.spec, &snapshots);
         let hypervisor = Ahead::ask(&self.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
@@ -160,7 +175,11 @@ impl Vmm {
         });
         let consoles = match opened {
             Ok(consoles) => consoles,
-            Err(error) => return self.boot_ended(&stages, Err(error.into())),
+            Err(error) => {
+                // Only a restore has begun already.
+                let _ = self.slot.fail_boot();
+                return self.boot_ended(&stages, Err(error.into()));
+            }
         };
         let end = |console: &Option<Console>| console.as_ref().map(Console::end);
         let ports = Ports {
@@ -177,6 +196,7 @@ impl Vmm {
             stages,
             threads: Arc::clone(self.sandbox.threads()),
             before: self.boot.before.take(),
+            origin,
         };
         Ok((build, fresh))
     }
@@ -199,6 +219,7 @@ impl Vmm {
                 return self.boot_ended(stages, Err(error));
             }
         };
+        lost_memory::watch(machine.memory().mapped_files());
         if let Some(configured) = self.slot.config_mut() {
             configured.boots += 1;
             if let Some(consoles) = &mut configured.consoles {
@@ -206,16 +227,45 @@ impl Vmm {
                 self.inputs.want(consoles);
             }
         }
-        machine.start();
-        self.slot.start(machine).map_err(|_| VmmError::NoVm)?;
-        log::info!("the VM runs");
-        self.boot_ended(stages, Ok(()))
+        let Some(restore) = &self.boot.restore else {
+            machine.start();
+            self.slot.start(machine).map_err(|_| VmmError::NoVm)?;
+            log::info!("the VM runs");
+            return self.boot_ended(stages, Ok(()));
+        };
+        let resumes = restore.resumes();
+        if let Err(error) = restore.track(&mut self.saving.tracks, &mut machine) {
+            // It only cannot be built on.
+            log::warn!("what changes is not tracked: {}", crate::exit::chain(&error));
+        }
+        self.slot.restored(machine).map_err(|_| VmmError::NoVm)?;
+        log::info!("the VM is restored");
+        self.boot_ended(stages, Ok(()))?;
+        if resumes && let Err(error) = self.resume() {
+            // It was to run, or not to be.
+            self.remove();
+            return Err(VmmError::Restore { source: Box::new(error) });
+        }
+        Ok(())
     }
 
     /// Tells what became of a boot, and of the reboot that it was of.
-    fn boot_ended<T>(&mut self, stages: &Stages, result: Result<T, VmmError>) -> Result<T, VmmError> {
+    pub(super) fn boot_ended<T>(
+        &mut self,
+        stages: &Stages,
+        result: Result<T, VmmError>,
+    ) -> Result<T, VmmError> {
+        let restore = self.boot.restore.take();
         let result = result.map_err(|error| explain(&self.sandbox, error));
-        self.events.tell(self.boot.machines, &told::boot_end(stages, result.as_ref().err()));
+        let event = match &restore {
+            Some(restore) => told::restore_end(stages, restore.start(), result.as_ref().err()),
+            None => told::boot_end(stages, result.as_ref().err()),
+        };
+        self.events.tell(self.boot.machines, &event);
+        let result = match restore {
+            Some(_) => result.map_err(VmmError::restoring),
+            None => result,
+        };
         if let Some(old) = self.boot.replaces.take() {
             match result {
                 Ok(_) => self.events.tell(self.boot.machines, &Event::Rebooted),
@@ -236,12 +286,13 @@ impl Vmm {
         }
     }
 
-    fn tell(&mut self, asker: Asker, result: Result<(), VmmError>) {
+    pub(super) fn tell(&mut self, asker: Asker, result: Result<(), VmmError>) {
         self.post_info();
         match (asker, result) {
-            (Asker::Client(replier), result) => {
-                replier.reply(result.map_err(|error| ApiError::from_error(Code::BootFailed, &error)));
-            }
+            (Asker::Client(replier), result) => replier.reply(result.map_err(|error| match &error {
+                VmmError::Load(_) | VmmError::Restore { .. } => restore::refusal(&error),
+                _ => ApiError::from_error(Code::BootFailed, &error),
+            })),
             (Asker::Guest | Asker::CommandLine, Ok(())) => {}
             (Asker::Guest, Err(error)) => self.lost(&error),
             (Asker::CommandLine, Err(error)) => {
@@ -253,7 +304,7 @@ impl Vmm {
 }
 
 /// Says so where Landlock may be the reason.
-fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
+pub(super) fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
     match sandbox.may_have_refused(&error) {
         true => VmmError::Refused { source: Box::new(error) },
         false => error,
@@ -270,14 +321,27 @@ struct Build {
     stages: Stages,
     /// The machine before, whose memory and disks are needed.
     before: Teardown,
+    /// What it is made of, if it is restored.
+    origin: Option<Origin>,
 }
 
 impl Build {
     fn run(mut self) -> (Result<Machine, MachineError>, Stages) {
         self.before.wait();
         let stages = &mut self.stages;
-        let result =
-            Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages);
+        let plan = Plan {
+            hypervisor: &self.hypervisor,
+            spec: &self.spec,
+            ports: &self.ports,
+            post: &self.post,
+            threads: &self.threads,
+        };
+        let result = match self.origin {
+            Some(origin) => Machine::restore(&plan, origin.saved(), stages),
+            None => {
+                Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
+            }
+        };
         (result, self.stages)
     }
 }

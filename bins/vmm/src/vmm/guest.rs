@@ -1,6 +1,6 @@
 //! What guests do to their machine, and what then happens.
 
-use vmm_state::{EventCell, GuestEvent, Reaction, on_guest_event};
+use vmm_state::{EventCell, GuestEvent, Phase, Reaction, on_guest_event};
 
 use super::{Vmm, VmmError, told};
 use crate::exit::{ExitCode, chain};
@@ -15,6 +15,9 @@ impl Vmm {
         }
         if let Some(configured) = self.slot.config_mut() {
             configured.last_event = Some(event);
+        }
+        if self.slot.phase() == Phase::Saving {
+            self.ends_save(event);
         }
         match cell {
             EventCell::Defer if !self.deferred.contains(&event) => self.deferred.push(event),

@@ -6,7 +6,7 @@ use log::LevelFilter;
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
 use vmm_api::commands::device::{self, AddCommand, Added};
 use vmm_api::commands::{operations, vm, vmm};
-use vmm_api::config::{LogLevel, LogLevelConfig, VmRemoveDevice};
+use vmm_api::config::{LogLevel, LogLevelConfig, RestoreConfig, VmRemoveDevice, VmSnapshotConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::openapi::document;
@@ -24,7 +24,7 @@ impl Host for Vmm {
     }
 
     fn park(&mut self, request: ApiRequest<Self>) {
-        self.wait_for_boot(request);
+        self.wait_for_job(request);
     }
 
     fn publish(&mut self) {
@@ -81,6 +81,24 @@ impl Handle<vm::Boot> for Vmm {
 impl Handle<vm::Reboot> for Vmm {
     fn handle(&mut self, (): (), replier: Replier<()>) {
         self.reboot_for(Asker::Client(replier));
+    }
+}
+
+impl Handle<vm::Snapshot> for Vmm {
+    fn handle(&mut self, request: VmSnapshotConfig, replier: Replier<()>) {
+        self.save_for(&request, replier);
+    }
+}
+
+impl Handle<vm::Cancel> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.cancel_save(replier);
+    }
+}
+
+impl Handle<vm::Restore> for Vmm {
+    fn handle(&mut self, request: RestoreConfig, replier: Replier<()>) {
+        self.restore_for(&request, Asker::Client(replier));
     }
 }
 

@@ -1,8 +1,8 @@
 //! What happens, as events.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia};
+use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia, Text};
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_device_model::device::DeviceChange;
 use vmm_platform_devices::events::{Cause, SystemEvent};
@@ -28,16 +28,28 @@ pub(super) fn boot_end(stages: &Stages, error: Option<&VmmError>) -> Event {
         let start = stages.spans().first().map(|span| span.start);
         return Event::Booted { duration_us: start.map_or(0, |start| micros(start.elapsed())) };
     };
-    // The causes of these errors may hold paths, which are not for events.
+    let (stage, reason) = failure(stages, error);
+    Event::BootFailed { stage, reason }
+}
+
+/// The end of a restore that began at `start`.
+pub(super) fn restore_end(stages: &Stages, start: Instant, error: Option<&VmmError>) -> Event {
+    let Some(error) = error else { return Event::Restored { duration_us: micros(start.elapsed()) } };
+    let (stage, reason) = failure(stages, error);
+    Event::RestoreFailed { stage, reason }
+}
+
+/// The stage that failed, and what; the causes of these errors may hold paths, which are not for events.
+fn failure(stages: &Stages, error: &VmmError) -> (Option<Text>, Text) {
     let reason = match error {
         VmmError::Machine(error) => error.to_string(),
         other => other.to_string(),
     };
     let stage = stages.spans().last().map(|span| span.stage.name().into());
-    Event::BootFailed { stage, reason: reason.as_str().into() }
+    (stage, reason.as_str().into())
 }
 
-fn micros(time: Duration) -> u64 {
+pub(super) fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 

@@ -92,8 +92,13 @@ command! {
 }
 
 command! {
-    /// Writes a snapshot of the paused VM.
-    Snapshot(VmSnapshotConfig) -> (), Put "vm.snapshot", Snapshot
+    /// Writes a snapshot of the paused VM, or a live one of a VM that runs.
+    Snapshot(VmSnapshotConfig) -> (), Put "vm.snapshot", Snapshot, InvalidConfig, SnapshotFailed, Cancelled
+}
+
+command! {
+    /// Cancels the snapshot that is being written. The VM is as it was.
+    Cancel(()) -> (), Put "vm.cancel", Cancel
 }
 
 command! {
@@ -103,7 +108,7 @@ command! {
 
 command! {
     /// Makes a VM of a snapshot.
-    Restore(RestoreConfig) -> (), Put "vm.restore", Restore
+    Restore(RestoreConfig) -> (), Put "vm.restore", Restore, InvalidConfig, NotBuilt, NoSnapshot, RestoreFailed
 }
 
 command! {

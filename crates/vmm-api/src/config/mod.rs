@@ -34,8 +34,9 @@ pub use machine::{
     PciSegmentConfig, PlatformConfig, TpmConfig,
 };
 pub use requests::{
-    LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode, ReceiveMigrationData, RestoreConfig,
-    RestoredNetConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData,
+    GuestClock, LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode, ReceiveMigrationData,
+    RestoreConfig, RestoredConsoleConfig, RestoredDiskConfig, RestoredNetConfig, RestoredNicConfig,
+    RestoredVsockConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData,
     VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use vm::VmConfig;

@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use super::console::ConsoleMode;
 use super::table::{choice, object};
 use super::wire::Bytes;
 
@@ -50,8 +51,14 @@ object! {
 object! {
     /// Body of `vm.snapshot`.
     pub struct VmSnapshotConfig {
-        /// Where to: `file:///folder`.
+        /// Where to: `file:///folder`, which is empty or not there.
         [current] destination_url: String = String::new(),
+        /// Let the guest run on while its memory is written; a VM that runs can only be saved so.
+        [current] live: bool = false,
+        /// Write only what changed since the snapshot that this VM was last saved to, or restored from, with `track`.
+        [current] incremental: bool = false,
+        /// Keep track of what changes from now on, for an incremental snapshot; an incremental one does so anyway.
+        [current] track: bool = false,
     }
 }
 
@@ -70,6 +77,16 @@ choice! {
         Copy = "Copy" | "copy",
         /// Page by page, as the guest touches it.
         OnDemand = "OnDemand" | "ondemand",
+    }
+}
+
+choice! {
+    /// What the clocks of a restored guest show.
+    pub enum GuestClock {
+        /// Time has passed since it was saved.
+        MovedOn = "MovedOn" | "moved-on",
+        /// Time stood still.
+        StoodStill = "StoodStill" | "stood-still",
     }
 }
 
@@ -96,20 +113,80 @@ object! {
 }
 
 object! {
-    /// Body of `vm.restore`.
+    /// A disk's new image, after a restore.
+    pub struct RestoredDiskConfig {
+        /// Id of the disk.
+        [current, required] id: String = String::new(),
+        /// The image.
+        [current, required] path: PathBuf = PathBuf::new(),
+    }
+}
+
+object! {
+    /// Where a console goes after a restore; its device stays.
+    pub struct RestoredConsoleConfig {
+        /// The file, for mode `File`.
+        [current] file: Option<PathBuf> = None,
+        /// The socket, for mode `Socket`.
+        [current] socket: Option<PathBuf> = None,
+        /// Where the console goes.
+        [current, required] mode: ConsoleMode = ConsoleMode::Null,
+    }
+}
+
+object! {
+    /// A network device's new address and tap interface, after a restore.
+    pub struct RestoredNicConfig {
+        /// Id of the device.
+        [current, required] id: String = String::new(),
+        /// MAC address.
+        [current] mac: Option<String> = None,
+        /// Name of the tap interface.
+        [current] tap: Option<String> = None,
+    }
+}
+
+object! {
+    /// The new address and socket of the vsock device, after a restore.
+    pub struct RestoredVsockConfig {
+        /// Context id.
+        [current] cid: Option<u64> = None,
+        /// Socket on the host.
+        [current] socket: Option<PathBuf> = None,
+    }
+}
+
+object! {
+    /// Body of `vm.restore`. What is given beside the snapshot replaces what the VM had, so that a clone is one request.
     pub struct RestoreConfig {
         /// Where from: `file:///folder`.
         [current, required] source_url: String = String::new(),
-        /// Take all pages from the host before the guest runs.
+        /// Copy and verify all memory before the guest runs, and take all pages from the host.
         [current] prefault: bool = false,
-        /// How memory comes back.
-        [current] memory_restore_mode: MemoryRestoreMode = MemoryRestoreMode::Copy,
+        /// How memory comes back; as the guest touches it if absent.
+        [current] memory_restore_mode: Option<MemoryRestoreMode> = None,
         /// Run the guest at once.
         [current] resume: bool = false,
+        /// Keep track of what changes from now on, for an incremental snapshot.
+        [current] track: bool = false,
+        /// What the guest's clocks show.
+        [current] clock: GuestClock = GuestClock::MovedOn,
         /// Descriptors for network devices.
-        [current] net_fds: Option<Vec<RestoredNetConfig>> = None,
+        [later] net_fds: Option<Vec<RestoredNetConfig>> = None,
         /// Memory zones that move on the host.
-        [current] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        [later] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        /// Other images of disks.
+        [current; key = ""] disks: Option<Vec<RestoredDiskConfig>> = None,
+        /// Where the serial port goes.
+        [current; key = ""] serial: Option<RestoredConsoleConfig> = None,
+        /// Where virtio-console goes.
+        [current; key = ""] console: Option<RestoredConsoleConfig> = None,
+        /// Where the debug console goes.
+        [current; key = ""] debug_console: Option<RestoredConsoleConfig> = None,
+        /// Other addresses and tap interfaces of network devices.
+        [later; key = ""] net: Option<Vec<RestoredNicConfig>> = None,
+        /// Another address or socket of the vsock device.
+        [later; key = ""] vsock: Option<RestoredVsockConfig> = None,
     }
 }
 

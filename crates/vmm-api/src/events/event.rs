@@ -316,11 +316,33 @@ events! {
     /// A snapshot is being taken.
     Snapshotting = "vm" "snapshotting" monitor [];
     /// A snapshot was taken.
-    Snapshotted = "vm" "snapshotted" monitor [];
-    /// A VM is being restored.
+    Snapshotted {
+        /// Its id, as in its manifest.
+        id: Text,
+        /// Microseconds since it began.
+        duration_us: u64,
+        /// Microseconds that the guest stood still; absent if it was paused all the time.
+        blackout_us: Option<u64>,
+    } = "vm" "snapshotted" monitor [];
+    /// A snapshot could not be taken, or was cancelled. The VM is as it was, and nothing is left of the snapshot.
+    SnapshotFailed {
+        /// What failed, in short; the log and the reply to the client say more.
+        reason: Text,
+    } = "vm" "snapshot-failed";
+    /// A VM is being restored; stages as of a boot follow.
     Restoring = "vm" "restoring" monitor [];
-    /// A VM was restored.
-    Restored = "vm" "restored" monitor [];
+    /// A VM was restored. It is paused; `resuming` may follow.
+    Restored {
+        /// Microseconds since the restore began.
+        duration_us: u64,
+    } = "vm" "restored" monitor [];
+    /// A VM could not be restored. There is none.
+    RestoreFailed {
+        /// The stage that failed, as in `boot-stage`; absent if it was none of them.
+        stage: Option<Text>,
+        /// What failed, in short; the log and the reply to the client say more.
+        reason: Text,
+    } = "vm" "restore-failed";
     /// The VM is being resized.
     Resizing = "vm" "resizing" monitor [];
     /// The VM was resized.

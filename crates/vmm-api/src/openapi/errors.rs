@@ -36,6 +36,15 @@ impl Code {
             Self::BootFailed => {
                 "The VM could not be brought up: a file, a socket, memory or the hypervisor refused."
             }
+            Self::SnapshotFailed => {
+                "The snapshot could not be written: a file, a device or the hypervisor refused."
+            }
+            Self::NoSnapshot => "There is no snapshot at that place, or it was not finished.",
+            Self::RestoreFailed => {
+                "The snapshot could not be restored: it is damaged or not for this host, or a file, a socket, memory or the \
+                 hypervisor refused."
+            }
+            Self::Cancelled => "It was cancelled by another request, or by the end of its guest.",
             Self::Internal => "Something failed in the VMM.",
         }
     }
@@ -72,6 +81,12 @@ impl Code {
             Self::UnsupportedCoding => "Send it plain.",
             Self::UnsupportedVersion => "Use HTTP/1.1.",
             Self::BootFailed => "Read `causes`, put it right, and boot again; the VM is as it was before.",
+            Self::SnapshotFailed => {
+                "Read `causes`, put it right, and try again; the VM is as it was before, and nothing is left of the snapshot."
+            }
+            Self::NoSnapshot => "Look for the directory that has a `manifest.json`.",
+            Self::RestoreFailed => "Read `causes`, put it right, and try again; there is no VM.",
+            Self::Cancelled => "Nothing: the VM is as it was before, and nothing is left of what was begun.",
             Self::Internal => "Read `causes` and the VMM's log; report it if they do not help.",
         }
     }

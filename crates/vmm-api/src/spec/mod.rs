@@ -13,6 +13,7 @@ mod ids;
 mod landlock;
 mod memory;
 mod payload;
+mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use crate::config::{Fault, FaultKind, UnknownFields, VmConfig, Warning, read_vm_
 use check::Checker;
 pub use edit::{with_device, without_device};
 pub use ids::fill_ids;
+pub use snapshot::{RestoreSpec, SnapshotSpec};
 
 /// The largest number of vCPUs: beyond it, APIC ids need the extended destination format.
 pub const MAX_VCPUS: u32 = 254;

@@ -16,6 +16,7 @@ use std::time::Duration;
 use vmm_api::client::Client;
 use vmm_api::command::{ApiRequest, Command, Endpoint, Handle, Host, Replier};
 use vmm_api::commands::{COUNT, device, table, vm, vmm};
+use vmm_api::config::{RestoreConfig, VmSnapshotConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{EventRoute, Journal};
 use vmm_api::http::{ApiSocket, Board, Config, Counts, Server, ServerHandle};
@@ -131,10 +132,28 @@ macro_rules! refuse {
 }
 
 refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
+refuse!(vm::Cancel);
 refuse!(vm::Validate, vm::Counters, vm::BootTrace, vm::PowerButton, vm::Nmi);
 refuse!(device::AddDevice, device::AddUserDevice, device::AddDisk, device::AddFs);
 refuse!(device::AddGenericVhostUser, device::AddPmem, device::AddNet, device::AddVdpa);
 refuse!(device::AddVsock, device::RemoveDevice);
+
+/// It cannot, or is cancelled, by the name of the folder.
+impl Handle<vm::Snapshot> for Toy {
+    fn handle(&mut self, request: VmSnapshotConfig, replier: Replier<()>) {
+        let cancelled = request.destination_url.ends_with("cancelled");
+        let code = if cancelled { Code::Cancelled } else { Code::SnapshotFailed };
+        replier.reply(Err(ApiError::new(code, "a toy has no state")));
+    }
+}
+
+impl Handle<vm::Restore> for Toy {
+    fn handle(&mut self, request: RestoreConfig, replier: Replier<()>) {
+        let missing = request.source_url.ends_with("missing");
+        let code = if missing { Code::NoSnapshot } else { Code::RestoreFailed };
+        replier.reply(Err(ApiError::new(code, "a toy has no state")));
+    }
+}
 
 /// It tells the number of descriptors as the size of memory.
 impl Handle<vm::Info> for Toy {

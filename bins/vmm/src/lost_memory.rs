@@ -1,0 +1,81 @@
+//! Guest memory that is gone: it is a private mapping of a snapshot's file, and the file has shrunk or cannot be read. A vCPU that
+//! touches it stops; any other thread gets SIGBUS.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use vmm_memory_manager::map::MappedFile;
+
+use crate::exit::ExitCode;
+use crate::sandbox::last_words;
+
+/// What guest memory is a mapping of.
+static FILES: Mutex<Vec<MappedFile>> = Mutex::new(Vec::new());
+
+/// From now on guest memory is a mapping of these files.
+pub(crate) fn watch(files: Vec<MappedFile>) {
+    *FILES.lock().unwrap_or_else(PoisonError::into_inner) = files;
+}
+
+/// A file that is shorter than what is mapped of it.
+pub(crate) fn shrunk() -> Option<PathBuf> {
+    let files = FILES.lock().unwrap_or_else(PoisonError::into_inner);
+    let short = |file: &&MappedFile| {
+        let size = file.path.metadata().map(|metadata| metadata.len());
+        size.is_ok_and(|size| size < file.addresses.len() as u64)
+    };
+    files.iter().find(short).map(|file| file.path.clone())
+}
+
+/// For the handler of SIGBUS: if `address` is guest memory that a file holds, says which file, and with what status the process
+/// is to end. Only what is async-signal-safe is done (signal-safety(7)).
+pub(crate) fn in_handler(address: usize) -> Option<ExitCode> {
+    // Who is changing the list is not waited for: it may be the thread that the signal came to.
+    let files = FILES.try_lock().ok()?;
+    let file = files.iter().find(|file| file.addresses.contains(&address))?;
+    let path = file.path.as_os_str().as_encoded_bytes();
+    last_words(
+        module_path!(),
+        format_args!(
+            "guest memory is lost: the snapshot's file {} has shrunk or cannot be read (see docs/snapshot.md)",
+            Bytes(path)
+        ),
+    );
+    Some(ExitCode::LostMemory)
+}
+
+/// Text that needs no heap; what is not ASCII is a question mark.
+struct Bytes<'a>(&'a [u8]);
+
+impl std::fmt::Display for Bytes<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use std::fmt::Write as _;
+        let visible = |byte: u8| if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' };
+        self.0.iter().try_for_each(|byte| f.write_char(visible(*byte)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_shrank_is_found_by_its_size_and_by_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        std::fs::write(&path, [0; 8192]).unwrap();
+        watch(vec![MappedFile { path: path.clone(), addresses: 0x1000..0x3000 }]);
+        assert_eq!(shrunk(), None);
+        assert!(in_handler(0xfff).is_none() && in_handler(0x3000).is_none());
+        assert_eq!(in_handler(0x2fff), Some(ExitCode::LostMemory));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        assert_eq!(shrunk(), Some(path));
+        watch(Vec::new());
+        assert_eq!((shrunk(), in_handler(0x2000)), (None, None));
+    }
+
+    #[test]
+    fn a_path_needs_no_heap_and_no_trust() {
+        assert_eq!(Bytes(b"/a b\x1b\xff").to_string(), "/a b??");
+    }
+}

@@ -1,0 +1,205 @@
+//! Restores: a boot whose configuration and machine come of a snapshot, which a thread of its own looks at first.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::Builder;
+use std::time::Instant;
+
+use vmm_api::config::{Fault, GuestClock, RestoreConfig};
+use vmm_api::error::{ApiError, Code};
+use vmm_api::events::Event;
+use vmm_api::spec::{Checked, RestoreSpec};
+use vmm_memory_manager::map::MemoryMap;
+use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
+use vmm_snapshot::RecordSet;
+use vmm_snapshot::directory::{Chain, ReadError, Work};
+
+use super::boot::{Asker, Job};
+use super::tracks::{TrackError, Tracks};
+use super::writer::{self, ARCHITECTURE, Watch};
+use super::{Configured, Vmm, VmmError};
+use crate::machine::{ClockChoice, EventPost, Machine, MachineEvent, Saved};
+
+/// What a thread found in a snapshot.
+#[derive(Debug)]
+pub struct Loaded {
+    checked: Checked,
+    origin: Origin,
+}
+
+/// What a machine is made of.
+#[derive(Debug)]
+pub(super) struct Origin {
+    chain: Chain,
+    records: RecordSet,
+    fill: Fill,
+    clock: ClockChoice,
+    watch: Watch,
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub(super) struct Restore {
+    spec: RestoreSpec,
+    start: Instant,
+}
+
+impl Restore {
+    /// Whether the guest is to run.
+    pub(super) fn resumes(&self) -> bool {
+        self.spec.resume
+    }
+
+    /// When it began.
+    pub(super) fn start(&self) -> Instant {
+        self.start
+    }
+
+    /// Changes since the snapshot are known from now on.
+    pub(super) fn track(&self, tracks: &mut Tracks, machine: &mut Machine) -> Result<(), TrackError> {
+        tracks.restored(machine.memory_mut(), &self.spec.folder, self.spec.track)
+    }
+}
+
+impl Vmm {
+    /// Restores the VM that the command line asks for. If that fails the VMM ends, and
+    /// [`take_failure`](Self::take_failure) says why.
+    pub fn restore_at_start(&mut self, spec: RestoreSpec) {
+        self.begin_restore(spec, Asker::CommandLine);
+    }
+
+    /// Restores a VM; `asker` is told of the end.
+    pub(super) fn restore_for(&mut self, request: &RestoreConfig, asker: Asker) {
+        match RestoreSpec::check(request) {
+            Ok(spec) => self.begin_restore(spec, asker),
+            Err(faults) => self.tell(asker, Err(LoadError::Config { faults }.into())),
+        }
+    }
+
+    fn begin_restore(&mut self, spec: RestoreSpec, asker: Asker) {
+        self.boot.machines += 1;
+        let number = self.boot.machines;
+        self.events.tell(number, &Event::Restoring);
+        // Admission keeps this from failing.
+        let _ = self.slot.begin_restore();
+        self.boot.restore = Some(Restore { spec: spec.clone(), start: Instant::now() });
+        self.saving.jobs += 1;
+        let watch = Watch {
+            job: self.saving.jobs,
+            machine: number,
+            events: self.events.clone(),
+            cancelled: Arc::new(AtomicBool::new(false)),
+        };
+        if !self.policy.serves_clients {
+            return self.take_over(load(&spec, watch), asker);
+        }
+        let post = EventPost::new(number, self.post.clone());
+        let work = move || post.post(MachineEvent::Loaded(Box::new(load(&spec, watch))));
+        match Builder::new().name("boot".to_owned()).spawn(work) {
+            Ok(thread) => self.boot.job = Some(Job { asker, fresh: true, thread }),
+            Err(source) => self.give_back(VmmError::Thread(source), asker),
+        }
+    }
+
+    /// The snapshot's thread is done. What is not waited for any more is dropped.
+    pub(super) fn loaded(&mut self, number: u64, result: Result<Loaded, LoadError>) {
+        if number != self.boot.machines {
+            return;
+        }
+        let Some(Job { asker, thread, .. }) = self.boot.job.take() else { return };
+        let _ = thread.join();
+        self.take_over(result, asker);
+        self.go_on();
+    }
+
+    /// Goes on with what was found, as a boot does.
+    fn take_over(&mut self, result: Result<Loaded, LoadError>, asker: Asker) {
+        let Loaded { checked, origin } = match result {
+            Ok(loaded) => loaded,
+            Err(error) => return self.give_back(error.into(), asker),
+        };
+        super::warn(&checked.spec);
+        let _ = self.slot.load(Configured::new(checked));
+        self.build_for(asker, Some(origin));
+    }
+
+    /// There is no VM, as before.
+    fn give_back(&mut self, error: VmmError, asker: Asker) {
+        let _ = self.slot.fail_boot();
+        let result = self.boot_ended(&crate::machine::stages::Stages::default(), Err(error));
+        self.tell(asker, result);
+    }
+}
+
+impl Origin {
+    /// Folders of the snapshots that the machine is made of.
+    pub(super) fn folders(&self) -> Vec<PathBuf> {
+        self.chain.layers().map(|layer| layer.path().to_owned()).collect()
+    }
+
+    /// In the form that a machine takes.
+    pub(super) fn saved(self) -> Saved<'static> {
+        let Self { chain, records, fill, clock, watch } = self;
+        let memory = Box::new(move |saved: crate::machine::SavedMemory| {
+            let bytes = SavedBytes { layout: &saved.layout, chain: &chain, fill };
+            watch.over(|told| {
+                let work = Work { threads: writer::threads(), watch: told };
+                MemoryMap::restore(saved.vm, &saved.zones, &bytes, &work)
+            })
+        });
+        Saved { records, memory, clock, another: true }
+    }
+}
+
+/// Looks at a snapshot; its memory is left alone.
+fn load(spec: &RestoreSpec, watch: Watch) -> Result<Loaded, LoadError> {
+    let chain = Chain::open(&spec.folder)?;
+    chain.manifest().check_architecture(ARCHITECTURE)?;
+    let records = chain.state()?;
+    let checked = spec.configure(chain.manifest().config.get().as_bytes());
+    let checked = checked.map_err(|faults| LoadError::Config { faults })?;
+    let fill = if spec.eager { Fill::Eager } else { Fill::Lazy };
+    let clock = match spec.clock {
+        GuestClock::MovedOn => ClockChoice::MovedOn,
+        GuestClock::StoodStill => ClockChoice::StoodStill,
+    };
+    Ok(Loaded { checked, origin: Origin { chain, records, fill, clock, watch } })
+}
+
+/// A snapshot that no VM can be made of.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// It cannot be read.
+    #[error("the snapshot")]
+    Snapshot(#[from] ReadError),
+    /// Its configuration, or what is to replace parts of it.
+    #[error("the configuration is refused: {}", Listed(.faults))]
+    Config {
+        /// What is wrong.
+        faults: Vec<Fault>,
+    },
+}
+
+struct Listed<'a>(&'a [Fault]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<_> = self.0.iter().map(|fault| format!("{}: {}", fault.path, fault.message)).collect();
+        f.write_str(&texts.join("; "))
+    }
+}
+
+/// The reply to a client whose restore failed by `error`.
+pub(super) fn refusal(error: &VmmError) -> ApiError {
+    let VmmError::Load(load) = error else { return ApiError::from_error(Code::RestoreFailed, error) };
+    match &**load {
+        LoadError::Config { faults } => faults.clone().into(),
+        LoadError::Snapshot(
+            ReadError::NoManifest { .. } | ReadError::NotASnapshot { .. } | ReadError::Missing { .. },
+        ) => ApiError::from_error(Code::NoSnapshot, error),
+        LoadError::Snapshot(_) => ApiError::from_error(Code::RestoreFailed, error),
+    }
+}

@@ -1,0 +1,162 @@
+//! What changes in guest memory: while a live snapshot is written, and since the snapshot that the next one may build on.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use vmm_memory_manager::dirty::{Changed, DirtyCollector, DirtyError};
+use vmm_memory_manager::map::MemoryMap;
+
+use super::writer::Since;
+
+/// Name of the tracker of a live snapshot.
+const LIVE: &str = "live";
+/// Name of the tracker of changes since a snapshot.
+const SINCE: &str = "since";
+
+/// The trackers of a machine.
+#[derive(Debug, Default)]
+pub(super) struct Tracks {
+    collector: DirtyCollector,
+    base: Option<Base>,
+    /// What was taken from the tracker for a snapshot that is not written yet.
+    taken: Changed,
+    /// The tracker was started for it.
+    fresh: bool,
+}
+
+/// The snapshot that the next one may build on.
+#[derive(Debug)]
+struct Base {
+    folder: PathBuf,
+    by: By,
+}
+
+/// How changes since it are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    /// By the tracker.
+    Tracker,
+    /// By the page tables: memory is a private mapping of the snapshot's files.
+    PageTables,
+}
+
+impl Tracks {
+    /// The machine was restored from the snapshot in `folder`. Where memory is a mapping of its files, the page tables know
+    /// what changes; else it is tracked if `track` is wanted.
+    pub(super) fn restored(
+        &mut self,
+        memory: &mut MemoryMap,
+        folder: &Path,
+        track: bool,
+    ) -> Result<(), TrackError> {
+        let by = if memory.changed_since_restore()?.is_some() {
+            By::PageTables
+        } else if track {
+            self.collector.start(memory, SINCE)?;
+            By::Tracker
+        } else {
+            return Ok(());
+        };
+        self.base = Some(Base { folder: folder.to_owned(), by });
+        Ok(())
+    }
+
+    /// What an incremental snapshot holds, so far.
+    pub(super) fn since(&mut self, memory: &MemoryMap) -> Result<Since, TrackError> {
+        let Some(Base { folder, by }) = &self.base else { return Err(TrackError::NoBase) };
+        let changed = match by {
+            By::PageTables => memory.changed_since_restore()?.ok_or(TrackError::NoBase)?,
+            By::Tracker => {
+                let changed = self.collector.take_changed(memory, SINCE)?;
+                join(&mut self.taken, &changed);
+                changed
+            }
+        };
+        Ok(Since { parent: folder.clone(), changed })
+    }
+
+    /// The guest stands still: changes from here on are those since the snapshot.
+    pub(super) fn begin(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
+        if self.base.as_ref().is_some_and(|base| base.by == By::Tracker) {
+            let changed = self.collector.take_changed(memory, SINCE)?;
+            join(&mut self.taken, &changed);
+        } else {
+            self.collector.start(memory, SINCE)?;
+            self.fresh = true;
+        }
+        Ok(())
+    }
+
+    /// The snapshot is written: what was begun holds from now on.
+    pub(super) fn keep(&mut self, folder: &Path) {
+        if self.fresh
+            || !self.taken.is_empty()
+            || self.base.as_ref().is_some_and(|base| base.by == By::Tracker)
+        {
+            self.base = Some(Base { folder: folder.to_owned(), by: By::Tracker });
+        }
+        (self.taken, self.fresh) = (Changed::new(), false);
+    }
+
+    /// The snapshot is not written: the one before is still what the next may build on.
+    pub(super) fn give_back(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
+        let (taken, fresh) = (std::mem::take(&mut self.taken), std::mem::take(&mut self.fresh));
+        if fresh {
+            self.collector.stop(memory, SINCE)?;
+        } else if !taken.is_empty() {
+            self.collector.give_back(memory, SINCE, &taken)?;
+        }
+        Ok(())
+    }
+
+    /// A live snapshot begins.
+    pub(super) fn begin_live(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
+        Ok(self.collector.start(memory, LIVE)?)
+    }
+
+    /// What changed since it began, or since the last call.
+    pub(super) fn live(&mut self, memory: &MemoryMap) -> Result<Changed, TrackError> {
+        Ok(self.collector.take_changed(memory, LIVE)?)
+    }
+
+    /// It is over.
+    pub(super) fn end_live(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
+        Ok(self.collector.stop(memory, LIVE)?)
+    }
+}
+
+/// Adds `more`, per region.
+fn join(all: &mut Changed, more: &Changed) {
+    all.resize(all.len().max(more.len()), Vec::new());
+    for (ranges, more) in all.iter_mut().zip(more) {
+        ranges.extend(more.iter().cloned());
+    }
+}
+
+/// What changed is not known.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrackError {
+    /// Nothing is kept track of.
+    #[error("there is no snapshot that changes are known since: take a full one with track first")]
+    NoBase,
+    /// A source cannot be asked.
+    #[error("dirty pages")]
+    Dirty(#[from] DirtyError),
+    /// The page tables cannot be asked.
+    #[error("page tables")]
+    PageTables(#[from] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_joined_by_region() {
+        let mut all = Changed::new();
+        join(&mut all, &vec![vec![0..1], vec![]]);
+        join(&mut all, &vec![vec![4..5], vec![2..3]]);
+        assert_eq!(all, vec![vec![0..1, 4..5], vec![2..3]]);
+    }
+}
