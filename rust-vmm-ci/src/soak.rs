@@ -126,12 +126,12 @@ fn soak(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
         }
     }
     println!(
-        "{:<10} {:>10} {:>10} {:<15} {:>8}  it proves that",
+        "{:<15} {:>10} {:>10} {:<15} {:>8}  it proves that",
         "soak", "reached", "goal", "unit", "failures"
     );
     for Soak { name, proves, unit, goal, .. } in chosen() {
         println!(
-            "{name:<10} {:>10} {goal:>10} {unit:<15} {:>8}  {proves}",
+            "{name:<15} {:>10} {goal:>10} {unit:<15} {:>8}  {proves}",
             record.reached(name),
             record.failures(name)
         );

@@ -1,7 +1,8 @@
 //! Compiles the filters of system calls, `seccomp/*.json`, into the programs that the binary holds, so that nothing of
-//! it is left to be done at run time. `docs/security.md` explains the files.
+//! it is left to be done at run time. `docs/security.md` explains the files. And says how the binary is linked.
 
 mod bpf;
+mod link;
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,6 +63,7 @@ struct Sources {
 
 fn main() -> Result<()> {
     println!("cargo::rerun-if-changed=seccomp");
+    link::set();
     let sources = Sources::read(Path::new("seccomp"))?;
     let mut text = String::from("pub(super) static FILTERS: &[Filter] = &[\n");
     for kind in sources.files.keys().filter(|kind| *kind != BASE) {

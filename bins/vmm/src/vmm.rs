@@ -44,6 +44,7 @@ use crate::sandbox::landlock::LandlockError;
 use boot::Boot;
 use inputs::Inputs;
 pub use restore::{LoadError, Loaded};
+use saving::Saving;
 use served::Served;
 pub use tracks::TrackError;
 use tracks::Tracks;
@@ -84,12 +85,9 @@ pub struct Vmm {
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
     boot: Boot,
-    save: Option<saving::Job>,
+    saving: Saving,
     send: Option<sending::Job>,
     receive: receiving::Receiving,
-    tracks: Tracks,
-    /// Long pieces of work begun so far.
-    jobs: u64,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
@@ -125,11 +123,9 @@ impl Vmm {
             slot: VmSlot::Empty,
             post,
             boot: Boot::default(),
-            save: None,
+            saving: Saving::default(),
             send: None,
             receive: receiving::Receiving::default(),
-            tracks: Tracks::default(),
-            jobs: 0,
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
@@ -241,7 +237,7 @@ impl Vmm {
 
     fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
-        self.tracks = Tracks::default();
+        self.saving.tracks = Tracks::default();
         lost_memory::watch(Vec::new());
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),

@@ -45,8 +45,8 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs enabled, write-back everywhere: the hypervisor ignores them, and guests expect them sane.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// Brings a vCPU into its state at power-on; `entry` is the boot processor's.
-pub(crate) fn set_up(vcpu: &mut dyn Vcpu, entry: Option<&Entry>) -> Result<()> {
+/// Brings a vCPU into its state at power-on.
+pub(crate) fn set_up(vcpu: &mut dyn Vcpu) -> Result<()> {
     // A host that refuses one of these has it set already or does not know it: both harmless.
     vcpu.set_msrs(&[
         MsrEntry { index: MSR_MISC_ENABLE, value: MISC_ENABLE_FAST_STRING },
@@ -54,11 +54,7 @@ pub(crate) fn set_up(vcpu: &mut dyn Vcpu, entry: Option<&Entry>) -> Result<()> {
     ])?;
     let mut lapic = vcpu.lapic()?;
     wire_local_interrupts(&mut lapic);
-    vcpu.set_lapic(&lapic)?;
-    match entry {
-        Some(entry) => enter(vcpu, entry),
-        None => Ok(()),
-    }
+    vcpu.set_lapic(&lapic)
 }
 
 /// LINT0 takes the external interrupt, LINT1 the NMI, as firmware leaves them.
@@ -68,7 +64,8 @@ fn wire_local_interrupts(lapic: &mut Lapic) {
     }
 }
 
-fn enter(vcpu: &mut dyn Vcpu, entry: &Entry) -> Result<()> {
+/// Lets a vCPU that was set up begin at `entry`.
+pub(crate) fn enter(vcpu: &mut dyn Vcpu, entry: &Entry) -> Result<()> {
     let mut sregs = vcpu.sregs()?;
     sregs.cs = entry.code;
     for data in [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {

@@ -12,6 +12,7 @@
 //! Generic over [`vmm_hypervisor`]'s traits, so all of it runs on the scripted fake as well.
 
 pub mod affinity;
+mod birth;
 pub mod compat;
 pub mod cpuid;
 pub mod entry;

@@ -6,7 +6,6 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_device_model::bus::Bus;
@@ -14,11 +13,12 @@ use vmm_device_model::metrics::Sample;
 use vmm_device_model::thread::{ThreadHook, ThreadKind};
 use vmm_hypervisor::{Hypervisor, HypervisorError, Kick, Vm};
 
-use crate::affinity::{CoreScheduling, pin_current_thread, thread_id};
+use crate::affinity::CoreScheduling;
+use crate::birth::{Birth, End, Newborn, Turn};
 use crate::cpuid::Cpuid;
-use crate::entry::{Entry, set_up};
+use crate::entry::Entry;
 use crate::exits::ExitCounter;
-use crate::run::{Order, Runner};
+use crate::run::Order;
 use crate::state::{StateError, TimeBase, Tsc, VcpuV1, saved_msrs};
 use crate::topology::Topology;
 
@@ -120,8 +120,36 @@ struct VcpuThread {
     orders: Sender<Order>,
     kick: Arc<dyn Kick>,
     exits: Arc<ExitCounter>,
-    handle: Option<JoinHandle<()>>,
-    thread: libc::pid_t,
+    #[expect(dead_code, reason = "waits for the thread when it is dropped, after the orders")]
+    end: End,
+}
+
+/// vCPUs that come into being on their threads. Dropped, it waits for them and lets go of them.
+#[derive(Debug)]
+pub struct Unfinished {
+    threads: Vec<Newborn>,
+    apic_ids: Vec<u32>,
+    msrs: Arc<[u32]>,
+}
+
+impl Unfinished {
+    /// Waits for the vCPUs, which are then parked. `entry` is where the boot processor starts; `None` where a restore
+    /// follows.
+    ///
+    /// # Errors
+    /// A vCPU could not be had; those that could are gone again.
+    pub fn finish(self, entry: Option<Entry>) -> Result<VcpuSet, VcpuError> {
+        let Self { threads: newborn, apic_ids, msrs } = self;
+        for (index, thread) in newborn.iter().enumerate() {
+            thread.enter_at(entry.filter(|_| index == 0));
+        }
+        let mut set = VcpuSet { threads: Vec::new(), apic_ids, msrs, running: false };
+        for thread in newborn {
+            let (orders, kick, exits, end) = thread.wait()?;
+            set.threads.push(VcpuThread { orders, kick, exits, end });
+        }
+        Ok(set)
+    }
 }
 
 impl VcpuThread {
@@ -145,26 +173,33 @@ impl VcpuSet {
         entry: Option<Entry>,
         targets: &ExitTargets,
     ) -> Result<Self, VcpuError> {
+        Self::begin(hypervisor, vm, spec, targets)?.finish(entry)
+    }
+
+    /// Begins to create them; their threads do it beside what the caller does next.
+    ///
+    /// # Errors
+    /// A thread could not be had; those that could are gone again.
+    pub fn begin(
+        hypervisor: &dyn Hypervisor,
+        vm: &Arc<dyn Vm>,
+        spec: &VcpuSpec,
+        targets: &ExitTargets,
+    ) -> Result<Unfinished, VcpuError> {
         let msrs: Arc<[u32]> = match &spec.msrs {
             Some(saved) => Arc::clone(saved),
             None => saved_msrs(hypervisor.msr_indices()?).into(),
         };
-        let (threads, apic_ids) = (Vec::new(), Vec::new());
-        let mut set = Self { threads, apic_ids, msrs: Arc::clone(&msrs), running: false };
+        let apic_ids = (0..spec.boot).map(|index| spec.topology.apic_id(index)).collect();
+        let mut unfinished = Unfinished { threads: Vec::new(), apic_ids, msrs };
+        let mut turn = Turn::first();
         for index in 0..spec.boot {
-            let entry = entry.filter(|_| index == 0);
-            let thread = spawn(
-                index,
-                &set.threads,
-                Arc::clone(vm),
-                spec,
-                entry,
-                (targets.clone(), Arc::clone(&msrs)),
-            )?;
-            set.threads.push(thread);
-            set.apic_ids.push(spec.topology.apic_id(index));
+            let (next, after) = turn.then();
+            let birth = Birth::new(index, Arc::clone(vm), spec, turn, next);
+            unfinished.threads.push(birth.spawn(targets.clone(), Arc::clone(&unfinished.msrs))?);
+            turn = after;
         }
-        Ok(set)
+        Ok(unfinished)
     }
 
     /// How many vCPUs there are.
@@ -297,11 +332,6 @@ impl Drop for VcpuSet {
         for thread in &self.threads {
             thread.order(Order::Stop);
         }
-        for thread in &mut self.threads {
-            if let Some(handle) = thread.handle.take() {
-                let _ = handle.join();
-            }
-        }
     }
 }
 
@@ -342,64 +372,6 @@ fn collect<T>(answers: &Receiver<T>, count: usize, index: impl Fn(&T) -> u32) ->
         }
     }
     Ok(got)
-}
-
-fn spawn(
-    index: u32,
-    before: &[VcpuThread],
-    vm: Arc<dyn Vm>,
-    spec: &VcpuSpec,
-    entry: Option<Entry>,
-    (targets, msrs): (ExitTargets, Arc<[u32]>),
-) -> Result<VcpuThread, VcpuError> {
-    let apic_id = spec.topology.apic_id(index);
-    let cpuid = spec.cpuid.of(index);
-    let cpus = spec.affinity.iter().find(|(vcpu, _)| *vcpu == index).map(|(_, cpus)| cpus.clone());
-    let (core_scheduling, first) = (spec.core_scheduling, before.first().map(|first| first.thread));
-    let hook = Arc::clone(&spec.threads);
-    let (orders, inbox) = channel();
-    let (ready, started) = channel();
-    let exits = Arc::<ExitCounter>::default();
-    let counted = Arc::clone(&exits);
-    // The vCPU is created on its thread: KVM is fastest when the same thread makes all the calls.
-    let main = move || {
-        let create = || {
-            if let Some(cpus) = cpus {
-                pin_current_thread(&cpus).map_err(|source| VcpuError::Affinity { vcpu: index, source })?;
-            }
-            core_scheduling
-                .join(first)
-                .map_err(|source| VcpuError::CoreScheduling { vcpu: index, source })?;
-            let mut vcpu = vm.create_vcpu(apic_id)?;
-            vcpu.set_cpuid(&cpuid)?;
-            set_up(&mut *vcpu, entry.as_ref())?;
-            let kick = vcpu.bind()?;
-            hook.begin(THREAD).map_err(|source| VcpuError::Confine { vcpu: index, source })?;
-            Ok((vcpu, kick))
-        };
-        match create() {
-            Ok((vcpu, kick)) => {
-                let _ = ready.send(Ok((kick, thread_id())));
-                drop((ready, vm));
-                Runner { index, vcpu, cpuid, targets, orders: inbox, msrs, exits: counted }.main();
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-            }
-        }
-    };
-    let handle = std::thread::Builder::new()
-        .name(format!("vcpu{index}"))
-        .spawn(main)
-        .map_err(|source| VcpuError::Thread { vcpu: index, source })?;
-    match started.recv() {
-        Ok(Ok((kick, thread))) => Ok(VcpuThread { orders, kick, exits, handle: Some(handle), thread }),
-        Ok(Err(error)) => {
-            let _ = handle.join();
-            Err(error)
-        }
-        Err(_) => Err(VcpuError::DoesNotObey { vcpu: index }),
-    }
 }
 
 /// Something went wrong with the vCPUs.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::{Control, Entry};
-use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuEvent, VcpuEventKind, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::set::{ExitTargets, Unfinished, VcpuError, VcpuEvent, VcpuEventKind, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::state::{MsrV1, TimeBase, VcpuV1};
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_model::bus::{Bus, BusDevice, Mapping};
@@ -71,6 +71,15 @@ fn create_with(
     targets: &ExitTargets,
     threads: Arc<dyn ThreadHook>,
 ) -> Result<VcpuSet, VcpuError> {
+    begin(fake, boot, targets, threads)?.finish(Some(entry()))
+}
+
+fn begin(
+    fake: &Fake,
+    boot: u32,
+    targets: &ExitTargets,
+    threads: Arc<dyn ThreadHook>,
+) -> Result<Unfinished, VcpuError> {
     let topology = Topology::flat(4);
     let options = CpuidOptions { topology, max_phys_bits: None, nested: false };
     let cpuid = Cpuid::new(&fake.supported_cpuid()?, &options);
@@ -85,7 +94,11 @@ fn create_with(
         threads,
     };
     let vm = fake.create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 })?;
-    let entry = Entry {
+    VcpuSet::begin(fake, &vm, &spec, targets)
+}
+
+fn entry() -> Entry {
+    Entry {
         regs: Regs { rip: 0x1000, ..Regs::default() },
         code: Segment { base: 1, ..Segment::default() },
         data: Segment::default(),
@@ -93,8 +106,7 @@ fn create_with(
         gdt: DescriptorTable::default(),
         idt: DescriptorTable::default(),
         control: Control { cr0: 1, ..Control::default() },
-    };
-    VcpuSet::create(fake, &vm, &spec, Some(entry), targets)
+    }
 }
 
 fn wait_for(what: impl Fn() -> bool) {
@@ -267,7 +279,36 @@ impl ThreadHook for Porter {
 fn a_vcpu_that_cannot_be_confined_leaves_nothing_behind() {
     let (fake, world) = (Fake::new(), world());
     let error = create_with(&fake, 2, &world.targets, Arc::new(Porter(Mutex::new(1)))).unwrap_err();
-    assert!(matches!(error, VcpuError::Confine { vcpu: 1, .. }), "{error}");
+    assert!(matches!(error, VcpuError::Confine { .. }), "{error}");
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn vcpus_are_made_beside_their_owner_and_enter_where_they_are_told_at_last() {
+    let (fake, world) = (Fake::new(), world());
+    let unfinished = begin(&fake, 3, &world.targets, Arc::new(Unconfined)).unwrap();
+    wait_for(|| fake.count("KVM_SET_LAPIC") == 3);
+    assert_eq!(fake.count("KVM_SET_REGS"), 0);
+    let set = unfinished.finish(Some(entry())).unwrap();
+    assert_eq!((set.len(), fake.count("KVM_SET_REGS")), (3, 1));
+    assert_eq!(set.save().unwrap()[0].regs.rip, 0x1000);
+}
+
+#[test]
+fn vcpus_that_nobody_waits_for_leave_nothing_behind() {
+    let (fake, world) = (Fake::new(), world());
+    drop(begin(&fake, 3, &world.targets, Arc::new(Unconfined)).unwrap());
+    assert_eq!(fake.count("KVM_CREATE_VCPU"), 3);
+    assert_eq!(fake.live(), Live::default());
+}
+
+#[test]
+fn the_vcpus_behind_one_that_fails_are_not_made() {
+    let (fake, world) = (Fake::new(), world());
+    fake.fail_nth_of("KVM_CREATE_VCPU", 2);
+    let error = create(&fake, 4, &world.targets).unwrap_err();
+    assert!(matches!(error, VcpuError::Hypervisor(_)), "{error}");
+    assert_eq!(fake.count("KVM_CREATE_VCPU"), 2);
     assert_eq!(fake.live(), Live::default());
 }
 

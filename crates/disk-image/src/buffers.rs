@@ -32,7 +32,7 @@ unsafe impl Send for IoRange {}
 ///
 /// An engine owns the buffers of a request from `submit` until it gives them back in the completion, so the memory
 /// cannot go away while the kernel may still touch it. Take a `Buffers` out of a completion and
-/// [`refill`](Self::refill) it to spare the allocation of its list.
+/// [`refill`](Self::refill) it to spare the allocation of its list; [`clear`](Self::clear) it to let go of the memory.
 pub struct Buffers {
     ranges: Vec<IoRange>,
     len: u64,
@@ -40,7 +40,8 @@ pub struct Buffers {
 }
 
 enum Memory {
-    #[expect(dead_code, reason = "held only so that the memory stays mapped")]
+    Nobodys,
+    /// Held so that the memory stays mapped.
     Shared(Arc<dyn Any + Send + Sync>),
     Owned(AlignedMemory),
 }
@@ -62,18 +63,28 @@ impl Buffers {
         buffers
     }
 
-    /// Replaces memory and ranges, keeping the allocation of the list.
+    /// Replaces memory and ranges, keeping the allocation of the list. An owner that is held already is not cloned again:
+    /// counting references is a locked operation.
     ///
     /// # Safety
     ///
     /// As for [`Buffers::new`].
-    pub unsafe fn refill(
+    pub unsafe fn refill<T: Any + Send + Sync>(
         &mut self,
-        owner: Arc<dyn Any + Send + Sync>,
+        owner: &Arc<T>,
         ranges: impl IntoIterator<Item = (*mut u8, usize)>,
     ) {
-        self.memory = Memory::Shared(owner);
+        let same = |held| ptr::addr_eq(Arc::as_ptr(held), Arc::as_ptr(owner));
+        if !matches!(&self.memory, Memory::Shared(held) if same(held)) {
+            self.memory = Memory::Shared(Arc::clone(owner) as _);
+        }
         self.collect(ranges);
+    }
+
+    /// Lets go of the memory. The allocation of the list stays.
+    pub fn clear(&mut self) {
+        self.collect([]);
+        self.memory = Memory::Nobodys;
     }
 
     /// Allocates `len` zeroed bytes, page-aligned, as one range.
@@ -120,7 +131,7 @@ impl Buffers {
     pub fn as_slice(&self) -> Option<&[u8]> {
         match &self.memory {
             Memory::Owned(memory) => Some(memory.as_slice()),
-            Memory::Shared(_) => None,
+            Memory::Shared(_) | Memory::Nobodys => None,
         }
     }
 
@@ -286,17 +297,25 @@ mod tests {
     }
 
     #[test]
-    fn refill_replaces_owner_and_ranges_and_drops_empty_ones() {
+    fn refill_replaces_owner_and_ranges_and_drops_empty_ones_and_clear_all_of_them() {
         let memory = Arc::new(AlignedMemory::zeroed(64).unwrap());
         let base = memory.io_range(64).base;
         let mut buffers = Buffers::zeroed(8).unwrap();
         // SAFETY: both ranges lie in `memory`, which the buffers share.
-        unsafe { buffers.refill(memory.clone(), [(base, 16), (base, 0), (base.wrapping_add(32), 8)]) };
+        unsafe { buffers.refill(&memory, [(base, 16), (base, 0), (base.wrapping_add(32), 8)]) };
         assert_eq!(buffers.len(), 24);
         assert_eq!(buffers.ranges().count(), 2);
         assert!(buffers.as_slice().is_none());
         assert_eq!(Arc::strong_count(&memory), 2);
-        drop(buffers);
-        assert_eq!(Arc::strong_count(&memory), 1);
+        // SAFETY: as above.
+        unsafe { buffers.refill(&memory, [(base, 1)]) };
+        assert_eq!((buffers.len(), Arc::strong_count(&memory)), (1, 2), "held once");
+        let other = Arc::new(AlignedMemory::zeroed(1).unwrap());
+        // SAFETY: the range lies in `other`, which the buffers share.
+        unsafe { buffers.refill(&other, [(other.io_range(1).base, 1)]) };
+        assert_eq!((Arc::strong_count(&memory), Arc::strong_count(&other)), (1, 2));
+        buffers.clear();
+        assert_eq!((Arc::strong_count(&other), buffers.ranges().count()), (1, 0));
+        assert!(buffers.is_empty() && buffers.as_slice().is_none());
     }
 }

@@ -1,12 +1,14 @@
 //! Descriptor chains, taken out of the guest's hands: what it wrote is read once, into memory of ours.
 
 use std::num::Wrapping;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::bitmap::{AtomicBitmap, RefSlice};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, RefSlice};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+};
 use vmm_device_model::dma::GuestRam;
 
 /// The driver does not want interrupts (virtio 1.3, section 2.7.7).
@@ -33,12 +35,12 @@ impl<'m> Table<'m> {
 
     fn new(memory: &'m GuestRam, address: GuestAddress, len: u32) -> Self {
         let bytes = len.checked_mul(DESCRIPTOR_LEN);
-        let whole = bytes.and_then(|bytes| in_one_piece(memory, address, bytes as usize, Permissions::Read));
+        let whole = bytes.and_then(|bytes| in_one_piece(memory, address, bytes as usize));
         Self { memory, address, len, whole }
     }
 
     /// `None` if it is not in the table, or not in memory.
-    fn read(&self, index: u16) -> Option<Descriptor> {
+    pub(crate) fn read(&self, index: u16) -> Option<Descriptor> {
         if u32::from(index) >= self.len {
             return None;
         }
@@ -180,7 +182,7 @@ pub(crate) fn read(memory: &GuestRam, spans: &[Span], to: &mut [u8]) -> Result<u
         let rest = to.get_mut(done..).unwrap_or_default();
         let count = rest.len().min(span.len as usize);
         let Some(part) = rest.get_mut(..count).filter(|part| !part.is_empty()) else { break };
-        match in_one_piece(memory, span.address, count, Permissions::Read) {
+        match in_one_piece(memory, span.address, count) {
             Some(slice) => slice.read_slice(part, 0)?,
             None => memory.read_slice(part, span.address)?,
         }
@@ -196,7 +198,7 @@ pub(crate) fn write(memory: &GuestRam, spans: &[Span], from: &[u8]) -> Result<us
         let rest = from.get(done..).unwrap_or_default();
         let count = rest.len().min(span.len as usize);
         let Some(part) = rest.get(..count).filter(|part| !part.is_empty()) else { break };
-        match in_one_piece(memory, span.address, count, Permissions::Write) {
+        match in_one_piece(memory, span.address, count) {
             Some(slice) => slice.write_slice(part, 0)?,
             None => memory.write_slice(part, span.address)?,
         }
@@ -206,14 +208,8 @@ pub(crate) fn write(memory: &GuestRam, spans: &[Span], from: &[u8]) -> Result<us
 }
 
 /// The range as one slice; `None` if it is not in memory, or in several regions. Quicker than the general way.
-pub(crate) fn in_one_piece(
-    memory: &GuestRam,
-    address: GuestAddress,
-    len: usize,
-    access: Permissions,
-) -> Option<RamSlice<'_>> {
-    let first = memory.get_slices(address, len, access).ok()?.next()?.ok()?;
-    (first.len() == len).then_some(first)
+pub(crate) fn in_one_piece(memory: &GuestRam, address: GuestAddress, len: usize) -> Option<RamSlice<'_>> {
+    memory.get_slice(address, len).ok()
 }
 
 /// Takes up to `most` available chains: their heads are appended to `heads`.
@@ -226,15 +222,34 @@ pub(crate) fn take_heads(
     most: usize,
     heads: &mut Vec<u16>,
 ) -> Result<(), RingError> {
-    let size = queue.size();
+    let (size, start) = (queue.size(), queue.avail_ring());
+    if !queue.ready() || start == 0 {
+        return Err(RingError::Index);
+    }
+    let whole = in_one_piece(memory, GuestAddress(start), AVAILABLE_HEADER as usize + 2 * usize::from(size));
+    let read = |offset: u64| {
+        let value = match &whole {
+            Some(whole) => whole.load(offset as usize, Ordering::Acquire).ok(),
+            None => memory.load(GuestAddress(start.checked_add(offset)?), Ordering::Acquire).ok(),
+        };
+        value.map(u16::from_le)
+    };
+    let mut next = Wrapping(queue.next_avail());
+    let available = Wrapping(read(AVAILABLE_INDEX).ok_or(RingError::Index)?) - next;
+    if available.0 > size {
+        return Err(RingError::Index);
+    }
     let mut end = Ok(());
-    for chain in queue.iter(memory).map_err(|_| RingError::Index)?.take(most) {
-        if chain.head_index() < size {
-            heads.push(chain.head_index());
+    for _ in 0..most.min(available.0.into()) {
+        let Some(head) = read(AVAILABLE_HEADER + 2 * u64::from(next.0 % size)) else { break };
+        next += 1;
+        if head < size {
+            heads.push(head);
         } else {
             end = Err(RingError::Head);
         }
     }
+    queue.set_next_avail(next.0);
     end
 }
 
@@ -251,10 +266,15 @@ pub(crate) fn take_head(queue: &mut Queue, memory: &GuestRam) -> Result<Option<u
 
 /// Chains that are done, until the driver is told of all of them at once: it watches the ring's index, which each
 /// change takes away from its CPU.
+///
+/// Pages are marked dirty just before that, all at once: each mark is a locked operation, which waits until what was
+/// written before, in memory that the driver's CPU had, is there.
 #[derive(Debug, Default)]
 pub(crate) struct Used {
     /// Head and bytes written.
     chains: Vec<(u16, u32)>,
+    /// Memory that was written for them and is not marked dirty yet.
+    written: Vec<Span>,
     /// Published since the driver was last interrupted, or found not to want it.
     news: u16,
 }
@@ -265,6 +285,27 @@ impl Used {
         self.chains.push((head, len));
     }
 
+    /// What the device wrote for a chain that is done without marking it dirty.
+    pub(crate) fn wrote(&mut self, span: Span) {
+        self.written.push(span);
+    }
+
+    /// Writes one byte for such a chain.
+    ///
+    /// # Errors
+    /// It is not in memory.
+    pub(crate) fn write_byte(
+        &mut self,
+        memory: &GuestRam,
+        address: GuestAddress,
+        value: u8,
+    ) -> Result<(), GuestMemoryError> {
+        let slice = memory.get_slice(address, 1)?;
+        slice.get_atomic_ref::<AtomicU8>(0)?.store(value, Ordering::Relaxed);
+        self.wrote(Span { address, len: 1 });
+        Ok(())
+    }
+
     /// Puts all that is done into the used ring, and its new end last.
     ///
     /// # Errors
@@ -273,20 +314,30 @@ impl Used {
         if self.chains.is_empty() {
             return Ok(());
         }
+        mark_dirty(memory, &self.written);
+        self.written.clear();
         let (size, mut next) = (queue.size(), Wrapping(queue.next_used()));
         // The rings were validated: nothing wraps.
         let ring = GuestAddress(queue.used_ring());
         let len = USED_HEADER + USED_ELEMENT * usize::from(size);
-        let whole = in_one_piece(memory, ring, len, Permissions::Write);
+        let whole = in_one_piece(memory, ring, len);
         for (head, len) in self.chains.drain(..) {
             let offset = USED_HEADER + USED_ELEMENT * usize::from(next.0 % size);
             let element = (u64::from(head) | u64::from(len) << 32).to_le();
             match &whole {
-                Some(whole) => whole.write_obj(element, offset)?,
+                Some(whole) => {
+                    // Only aligned to four bytes.
+                    let [low, high] = [element as u32, (element >> 32) as u32];
+                    whole.get_atomic_ref::<AtomicU32>(offset)?.store(low, Ordering::Relaxed);
+                    whole.get_atomic_ref::<AtomicU32>(offset + 4)?.store(high, Ordering::Relaxed);
+                }
                 None => memory.write_obj(element, ring.unchecked_add(offset as u64))?,
             }
             next += 1;
             self.news = self.news.saturating_add(1);
+        }
+        if let Some(whole) = whole {
+            whole.bitmap().mark_dirty(0, whole.len());
         }
         queue.set_next_used(next.0);
         memory.store(next.0.to_le(), ring.unchecked_add(USED_INDEX), Ordering::Release)
@@ -314,13 +365,28 @@ impl Used {
     }
 }
 
+/// Marks what was written past guest memory's bitmap, for that sees only what this process writes in the usual way.
+pub(crate) fn mark_dirty(memory: &GuestRam, spans: &[Span]) {
+    for span in spans {
+        if let Some(slice) = in_one_piece(memory, span.address, span.len as usize) {
+            slice.bitmap().mark_dirty(0, slice.len());
+            continue;
+        }
+        let slices = memory.get_slices(span.address, span.len as usize);
+        for slice in slices.flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+}
+
 /// Bytes before the elements of a used ring, of one of them, and where in front is the index of its end
 /// (virtio 1.3, section 2.7.8).
 const USED_HEADER: usize = 4;
 const USED_ELEMENT: usize = 8;
 const USED_INDEX: u64 = 2;
-/// Bytes before the entries of an available ring (virtio 1.3, section 2.7.6).
+/// Bytes before the entries of an available ring, and where among them is the index of its end (virtio 1.3, section 2.7.6).
 const AVAILABLE_HEADER: u64 = 4;
+const AVAILABLE_INDEX: u64 = 2;
 
 /// Why an available ring makes no sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -468,10 +534,27 @@ mod tests {
             assert_eq!(elements, [2, u32::MAX, 0, 0, 3, 513, 0, 1], "head and length of each");
             used.publish(&mut queue, &memory).unwrap();
             assert_eq!(index(&memory), 1, "nothing new");
+            let dirty =
+                |address| in_one_piece(&memory, GuestAddress(address), 1).unwrap().bitmap().dirty_at(0);
+            assert!(dirty(ring + 4) && dirty(ring + 35), "where elements were written");
         }
         let (memory, mut queue, mut used) = (memory(), queue(0x3000 - 8, true), Used::default());
         used.add(1, 1);
         assert!(used.publish(&mut queue, &memory).is_err(), "past the end of memory");
+    }
+
+    #[test]
+    fn what_was_written_for_chains_is_dirty_once_they_are_published() {
+        let (memory, mut queue, mut used) = (memory(), queue(0x100, true), Used::default());
+        let dirty = |address| in_one_piece(&memory, GuestAddress(address), 1).unwrap().bitmap().dirty_at(0);
+        used.write_byte(&memory, GuestAddress(0x2800), 7).unwrap();
+        used.wrote(Span { address: GuestAddress(0x1fff), len: 1 });
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x2800)).unwrap(), 7);
+        used.add(0, 1);
+        assert!(!dirty(0x2800) && !dirty(0x1fff), "not yet");
+        used.publish(&mut queue, &memory).unwrap();
+        assert!(dirty(0x2800) && dirty(0x1fff) && dirty(0x104));
+        assert!(used.write_byte(&memory, GuestAddress(0x3000), 7).is_err(), "past the end of memory");
     }
 
     #[test]

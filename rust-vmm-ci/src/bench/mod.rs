@@ -29,6 +29,8 @@ const BENCHES: &[(&str, Source)] = &[
     ("bus", Source::Criterion { package: "vmm-device-model", bench: "bus", at_most_ns: Some(150.0) }),
     ("pci", Source::Criterion { package: "vmm-pci", bench: "config", at_most_ns: None }),
     ("block", Source::Block),
+    ("restore", Source::Whole),
+    ("snapshot", Source::Whole),
     ("snapshot-create", Source::Printed { package: "vmm-snapshot", bench: "create", case: "create" }),
     (
         "snapshot-incremental",

@@ -7,6 +7,7 @@ mod figure;
 mod http;
 mod latency;
 mod process;
+mod snapshot;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,8 @@ fn main() -> Result<()> {
             Some("vm-info-busy") => bench.vm_info_busy()?,
             Some("pause-resume") => vec![bench.pause_resume()?],
             Some("memory") => vec![bench.memory()?],
+            Some("restore") => bench.restore()?,
+            Some("snapshot") => bench.snapshot()?,
             Some("size") => vec![bench.size()?],
             _ => return Err(format!("no benchmark has the name {}", name.display()).into()),
         };

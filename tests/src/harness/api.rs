@@ -48,6 +48,14 @@ impl Api {
         Self { client }
     }
 
+    /// Gives each request up to `limit`.
+    ///
+    /// # Panics
+    /// When the system refuses.
+    pub fn patient(&mut self, limit: std::time::Duration) {
+        self.client.set_timeout(Some(limit)).expect("a time limit");
+    }
+
     /// A GET request.
     ///
     /// # Panics

@@ -139,10 +139,11 @@ impl Console {
         self.serial.path()
     }
 
-    /// What the guest told so far.
+    /// What the guest told so far, in whole lines.
     #[must_use]
     pub fn report(&self) -> Report {
-        Report::parse(&self.serial.text())
+        let text = self.serial.text();
+        Report::parse(text.rsplit_once('\n').map_or("", |(lines, _)| lines))
     }
 
     /// Every value that the guest told for `name`, in order.

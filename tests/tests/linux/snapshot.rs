@@ -78,6 +78,7 @@ fn ticks_on(console: &Console, before: u64) -> u64 {
 pub(crate) fn snapshots_survived(bench: &Bench) {
     let scratch = Scratch::new();
     let mut guest = system(bench, "snapshots", "true", "poweroff");
+    guest.memory_mib = 512;
     guest.cmdline = "console=ttyS0 quiet root=/dev/vda vmm.action=poweroff".to_owned();
     let script = scratch.path("script");
     fs::write(&script, rootfs::script_disk(WORK)).unwrap();
@@ -85,6 +86,7 @@ pub(crate) fn snapshots_survived(bench: &Bench) {
     let mut console = bench.disks.console("snapshots");
     let mut vmm = Vmm::with_api(&scratch, [""; 0]);
     let mut api = vmm.api();
+    api.patient(SYSTEM_LIMIT);
     api.create(&guest.document(console.path()));
     api.puts(&["vm.boot"]);
     let mut ticks = ticks_on(&console, 2);
@@ -99,6 +101,7 @@ pub(crate) fn snapshots_survived(bench: &Bench) {
 
         vmm = Vmm::with_api(&scratch, [""; 0]);
         api = vmm.api();
+        api.patient(SYSTEM_LIMIT);
         console = bench.disks.console(&format!("snapshots-{number}"));
         let serial = json!({ "mode": "File", "file": console.path() });
         put(&mut api, "vm.restore", &json!({ "source_url": url(&folder), "resume": true, "serial": serial }));

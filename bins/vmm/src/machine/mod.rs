@@ -1,6 +1,7 @@
 //! A machine that a guest runs in: the one place where all parts meet.
 
 mod adapters;
+pub(crate) mod ahead;
 mod counts;
 mod kernel;
 mod recipes;
@@ -17,7 +18,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
-use vmm_cpu_manager::set::{ExitTargets, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::set::{ExitTargets, Unfinished, VcpuError, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
@@ -104,22 +105,28 @@ impl fmt::Debug for Plan<'_> {
     }
 }
 
-/// A machine without vCPUs.
+/// A machine without vCPUs, or with such as are still being made.
 struct Frame {
-    // Devices use memory, so they go first.
+    // In the order in which they must go: vCPUs use devices, devices use memory.
+    vcpus: Option<Unfinished>,
     board: Board,
     ways: Ways,
     memory: MemoryMap,
-    vm: Arc<dyn Vm>,
     recorder: Recorder,
 }
 
-/// The address spaces of a machine and who stands on them.
-struct Board {
+/// A VM and the ways into and out of it, on which nobody stands yet.
+struct Roads {
+    vm: Arc<dyn Vm>,
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     router: Arc<InterruptRouter>,
     ioapic: Arc<IoApic>,
+}
+
+/// Who stands on the address spaces of a machine.
+struct Board {
+    roads: Roads,
     bridge: Arc<HostBridge>,
     devices: DeviceSet,
 }
@@ -139,15 +146,18 @@ impl Machine {
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let plan = Plan { hypervisor, spec, ports, post, threads, locks: Locks::Now };
-        let (vm, vcpu_spec) = stages.time(Stage::Vm, || {
-            let vm = plan.create_vm()?;
-            Ok::<_, MachineError>((vm, plan.vcpu_spec(None)?))
+        let (roads, vcpu_spec, vcpus) = stages.time(Stage::Vm, || {
+            let roads = Roads::new(plan.create_vm()?);
+            let vcpu_spec = plan.vcpu_spec(None)?;
+            // They arise beside all that follows.
+            let vcpus = VcpuSet::begin(hypervisor, &roads.vm, &vcpu_spec, &roads.targets(post))?;
+            Ok::<_, MachineError>((roads, vcpu_spec, vcpus))
         })?;
         let memory = stages.time(Stage::Memory, || {
             let phys_bits = vcpu_spec.cpuid.phys_bits();
-            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&vm), &plan.zones()?, phys_bits)?)
+            Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&roads.vm), &plan.zones()?, phys_bits)?)
         })?;
-        let frame = Frame::new(&plan, vm, memory, None, stages)?;
+        let frame = Frame::new(&plan, roads, memory, Origin::PowerOn(vcpus), stages)?;
         let entry = stages.time(Stage::Kernel, || {
             let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
             frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
@@ -285,35 +295,53 @@ impl Machine {
     }
 }
 
+impl Roads {
+    fn new(vm: Arc<dyn Vm>) -> Self {
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let router = InterruptRouter::new(Arc::clone(&vm), PINS.into(), GSI_CAPACITY);
+        let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
+        Self { vm, pio, mmio, router, ioapic }
+    }
+
+    /// Where exits of vCPUs go.
+    fn targets(&self, post: &EventPost) -> ExitTargets {
+        let (events, ioapic) = (post.clone(), Arc::clone(&self.ioapic));
+        ExitTargets {
+            pio: Arc::clone(&self.pio),
+            mmio: Arc::clone(&self.mmio),
+            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
+            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
+        }
+    }
+}
+
 impl Board {
     fn new(
-        vm: &Arc<dyn Vm>,
+        roads: Roads,
         memory: &MemoryMap,
         post: &EventPost,
         threads: &Arc<dyn ThreadHook>,
     ) -> Result<Self, MachineError> {
-        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let router = InterruptRouter::new(Arc::clone(vm), PINS.into(), GSI_CAPACITY);
-        let ioapic = IoApic::new(Arc::new(PinRoutes(Arc::clone(&router))));
+        let Roads { vm, pio, mmio, router, ioapic } = &roads;
         let windows = Windows {
             mmio32: layout::MMIO32.start..layout::MMIO32.end(),
             mmio64: memory.layout().mmio64.start..memory.layout().mmio64.end(),
         };
         let doorbells = Arc::new(IoEvents(Arc::clone(vm)));
-        let bridge = HostBridge::new(0, Arc::clone(&mmio), doorbells, windows.clone());
+        let bridge = HostBridge::new(0, Arc::clone(mmio), doorbells, windows.clone());
         let parts = Parts {
-            pio: Arc::clone(&pio),
-            mmio: Arc::clone(&mmio),
+            pio: Arc::clone(pio),
+            mmio: Arc::clone(mmio),
             memory: memory.dma(),
-            lines: Box::new(IoApicLines(Arc::clone(&ioapic))),
-            msi: Arc::new(MsiBlocks(Arc::clone(&router))),
+            lines: Box::new(IoApicLines(Arc::clone(ioapic))),
+            msi: Arc::new(MsiBlocks(Arc::clone(router))),
             attentions: Box::new(post.clone()),
             threads: Arc::clone(threads),
             bridge: Arc::clone(&bridge),
             windows,
         };
         let devices = DeviceSet::new(DeviceResources::new(parts)?);
-        Ok(Self { pio, mmio, router, ioapic, bridge, devices })
+        Ok(Self { roads, bridge, devices })
     }
 }
 
@@ -360,26 +388,38 @@ pub(crate) fn zones(spec: &MachineSpec) -> Result<Vec<ZoneConfig>, MachineError>
     spec.memory.zones.iter().map(|zone| zone_config(zone, spec.memory.thp)).collect()
 }
 
+/// Where a machine comes from.
+enum Origin<'a> {
+    /// Nowhere: its vCPUs are being made meanwhile.
+    PowerOn(Unfinished),
+    /// Another one, with these devices, which get what they had there; then come the vCPUs.
+    Saved(&'a DeviceTreeV1),
+}
+
 impl Frame {
-    /// Buses and devices around memory. Devices of a saved `tree` get what they had.
+    /// Devices around memory.
     fn new(
         plan: &Plan<'_>,
-        vm: Arc<dyn Vm>,
+        roads: Roads,
         memory: MemoryMap,
-        tree: Option<&DeviceTreeV1>,
+        origin: Origin<'_>,
         stages: &mut Stages,
     ) -> Result<Self, MachineError> {
         let mut recorder = Recorder::default();
         let (board, ways) = stages.time(Stage::Devices, || {
-            let mut board = Board::new(&vm, &memory, plan.post, plan.threads)?;
-            if let Some(tree) = tree {
+            let mut board = Board::new(roads, &memory, plan.post, plan.threads)?;
+            if let Origin::Saved(tree) = &origin {
                 board.devices.keep(tree).map_err(MachineError::Tree)?;
             }
             let ways =
                 recipes::add_all(&mut board, plan.spec, plan.ports, plan.post, plan.locks, &mut recorder)?;
             Ok::<_, MachineError>((board, ways))
         })?;
-        Ok(Self { board, ways, memory, vm, recorder })
+        let vcpus = match origin {
+            Origin::PowerOn(vcpus) => Some(vcpus),
+            Origin::Saved(_) => None,
+        };
+        Ok(Self { vcpus, board, ways, memory, recorder })
     }
 
     /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow.
@@ -390,20 +430,16 @@ impl Frame {
         entry: Option<Entry>,
         stages: &mut Stages,
     ) -> Result<Machine, MachineError> {
-        let Self { board, ways, memory, vm, recorder } = self;
-        let (events, ioapic) = (plan.post.clone(), board.ioapic);
-        let targets = ExitTargets {
-            pio: board.pio,
-            mmio: board.mmio,
-            end_of_interrupt: Arc::new(move |vector| ioapic.end_of_interrupt(vector)),
-            events: Arc::new(move |event| events.post(MachineEvent::Vcpu(event))),
-        };
-        let vcpus = stages
-            .time(Stage::Vcpus, || VcpuSet::create(plan.hypervisor, &vm, vcpu_spec, entry, &targets))?;
+        let Self { vcpus, board, ways, memory, recorder } = self;
+        let Board { roads, devices, .. } = board;
+        let vcpus = stages.time(Stage::Vcpus, || match vcpus {
+            Some(unfinished) => unfinished.finish(entry),
+            None => VcpuSet::create(plan.hypervisor, &roads.vm, vcpu_spec, entry, &roads.targets(plan.post)),
+        })?;
         let identity = MachineV1::of(plan.spec, vcpu_spec.cpuid.phys_bits(), vcpus.msrs());
         let trace = BootTrace::new(plan.post.machine, stages, recorder);
         let number = plan.post.machine;
-        Ok(Machine { vcpus, devices: board.devices, memory, ways, vm, identity, number, trace })
+        Ok(Machine { vcpus, devices, memory, ways, vm: roads.vm, identity, number, trace })
     }
 }
 

@@ -104,7 +104,7 @@ pub(super) fn add_all(
     let ram = ram_size(spec.memory.total().get());
     // First who delivers interrupts: it is restored before those that raise them.
     let mut recipes: Vec<AnyRecipe> = vec![
-        Box::new(IoApicRecipe::new("_ioapic", layout::IOAPIC.start, Arc::clone(&board.ioapic))),
+        Box::new(IoApicRecipe::new("_ioapic", layout::IOAPIC.start, Arc::clone(&board.roads.ioapic))),
         Box::new(HostBridgeRecipe(Arc::clone(&board.bridge))),
         Box::new(I8042::recipe("_i8042", Arc::clone(&events) as _)),
         Box::new(Cmos::recipe("_cmos", Arc::new(Utc), ram)),

@@ -33,7 +33,7 @@ use vmm_snapshot::RecordSet;
 
 use super::recipes::PM_TIMER;
 use super::stages::{Stage, Stages};
-use super::{Frame, Machine, MachineError, Plan, QUIESCE_TIMEOUT, generation_id, topology};
+use super::{Frame, Machine, MachineError, Origin, Plan, QUIESCE_TIMEOUT, Roads, generation_id, topology};
 
 const MACHINE: &str = "machine";
 const CLOCK: &str = "clock";
@@ -189,9 +189,9 @@ impl Machine {
             memory.check(&layout).map_err(MachineError::Layout)?;
             Ok::<_, MachineError>(memory)
         })?;
-        let mut frame = Frame::new(plan, vm, memory, Some(&tree), stages)?;
+        let mut frame = Frame::new(plan, Roads::new(vm), memory, Origin::Saved(&tree), stages)?;
         stages.time(Stage::State, || {
-            let (router, board) = (Arc::clone(&frame.board.router), &mut frame.board);
+            let (router, board) = (Arc::clone(&frame.board.roads.router), &mut frame.board);
             let held = router.hold();
             board.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT)?;
             let timer: PmTimerV1 = devices.take(PM_TIMER)?;

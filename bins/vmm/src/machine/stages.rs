@@ -16,7 +16,7 @@ pub enum Stage {
     Devices,
     /// ACPI tables, kernel and initramfs are loaded.
     Kernel,
-    /// The vCPUs and their threads are made.
+    /// The vCPUs and their threads are made, or waited for: at power-on they are made from the VM's stage on.
     Vcpus,
     /// Devices and vCPUs take their saved state over, of a restore.
     State,

@@ -58,7 +58,9 @@ extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
 /// call that some filter forbids.
 pub(crate) fn last_words(module: &str, text: fmt::Arguments<'_>) {
     if let Some(place) = PLACE.get() {
-        write_all(place.descriptor, line(place, thread_name(&mut [0; 16]), module, text).bytes());
+        let mut line = Line { bytes: [0; LINE], length: 0 };
+        line.say(place, thread_name(&mut [0; 16]), module, text);
+        write_all(place.descriptor, line.bytes());
     }
 }
 
@@ -75,14 +77,6 @@ fn thread_name(buffer: &mut [u8; 16]) -> &str {
     CStr::from_bytes_until_nul(buffer).ok().and_then(|name| name.to_str().ok()).unwrap_or("?")
 }
 
-fn line(place: &LogPlace, thread: &str, module: &str, text: fmt::Arguments<'_>) -> Line {
-    let elapsed = place.start.elapsed();
-    let mut line = Line { bytes: [0; LINE], length: 0 };
-    let (seconds, micros) = (elapsed.as_secs(), elapsed.subsec_micros());
-    let _ = writeln!(line, "vmm: {seconds}.{micros:06}s: <{thread}> ERROR:{module} -- {text}");
-    line
-}
-
 fn write_all(descriptor: RawFd, mut bytes: &[u8]) {
     while !bytes.is_empty() {
         // SAFETY: a valid range of memory.
@@ -95,8 +89,8 @@ fn write_all(descriptor: RawFd, mut bytes: &[u8]) {
     }
 }
 
-/// Room for a long path.
-const LINE: usize = 1024;
+/// Room for a path. It is on a handler's stack, which is small.
+const LINE: usize = 512;
 
 /// A line of text without a heap; what is too long for it is cut off.
 struct Line {
@@ -107,6 +101,13 @@ struct Line {
 impl Line {
     fn bytes(&self) -> &[u8] {
         self.bytes.get(..self.length).unwrap_or_default()
+    }
+
+    /// As the log has it.
+    fn say(&mut self, place: &LogPlace, thread: &str, module: &str, text: fmt::Arguments<'_>) {
+        let elapsed = place.start.elapsed();
+        let (seconds, micros) = (elapsed.as_secs(), elapsed.subsec_micros());
+        let _ = writeln!(self, "vmm: {seconds}.{micros:06}s: <{thread}> ERROR:{module} -- {text}");
     }
 }
 
@@ -130,7 +131,8 @@ mod tests {
     fn a_line_is_like_those_of_the_log_and_bounded() {
         let place = LogPlace { descriptor: 2, start: Instant::now() };
         let text = |thread: &str| {
-            let line = line(&place, thread, "vmm::x", format_args!("forbidden"));
+            let mut line = Line { bytes: [0; LINE], length: 0 };
+            line.say(&place, thread, "vmm::x", format_args!("forbidden"));
             String::from_utf8(line.bytes().to_vec()).unwrap()
         };
         let (time, rest) =

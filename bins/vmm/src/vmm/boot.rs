@@ -17,6 +17,7 @@ use super::{Vmm, VmmError, told};
 use crate::console::{Console, Consoles};
 use crate::exit::ExitCode;
 use crate::lost_memory;
+use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Locks, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
@@ -169,6 +170,7 @@ impl Vmm {
         let mut stages = told::stages(&self.events, self.boot.machines);
         let snapshots = origin.as_ref().map(Origin::folders).unwrap_or_default();
         self.sandbox.confine_paths(&configured.spec, &snapshots);
+        let hypervisor = Ahead::ask(&self.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
             Some(consoles) => Ok(consoles),
@@ -190,7 +192,7 @@ impl Vmm {
         };
         configured.consoles = Some(consoles);
         let build = Build {
-            hypervisor: Arc::clone(&self.hypervisor),
+            hypervisor,
             spec: Arc::clone(&configured.spec),
             ports,
             post: EventPost::new(self.boot.machines, self.post.clone()),
@@ -244,7 +246,7 @@ impl Vmm {
             return self.boot_ended(stages, Ok(()));
         };
         let resumes = restore.resumes();
-        if let Err(error) = restore.track(&mut self.tracks, &mut machine) {
+        if let Err(error) = restore.track(&mut self.saving.tracks, &mut machine) {
             // It only cannot be built on.
             log::warn!("what changes is not tracked: {}", crate::exit::chain(&error));
         }
@@ -324,7 +326,7 @@ pub(super) fn explain(sandbox: &Sandbox, error: VmmError) -> VmmError {
 
 /// All that a machine is built from, to be carried to another thread.
 struct Build {
-    hypervisor: Arc<dyn vmm_hypervisor::Hypervisor>,
+    hypervisor: Ahead,
     spec: Arc<vmm_api::spec::MachineSpec>,
     ports: Ports,
     post: EventPost,
@@ -341,7 +343,7 @@ impl Build {
         self.before.wait();
         let stages = &mut self.stages;
         let plan = Plan {
-            hypervisor: &*self.hypervisor,
+            hypervisor: &self.hypervisor,
             spec: &self.spec,
             ports: &self.ports,
             post: &self.post,
@@ -351,7 +353,7 @@ impl Build {
         let result = match self.origin {
             Some(origin) => Machine::restore(&plan, origin.saved(), stages),
             None => {
-                Machine::build(&*self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
+                Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
             }
         };
         (result, self.stages)

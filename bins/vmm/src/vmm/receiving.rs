@@ -85,8 +85,8 @@ impl Vmm {
         // The address may be the same.
         self.receive.thread = None;
         self.boot.machines += 1;
-        self.jobs += 1;
-        let (machine, number) = (self.boot.machines, self.jobs);
+        self.saving.jobs += 1;
+        let (machine, number) = (self.boot.machines, self.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();

@@ -16,7 +16,7 @@ use vmm_device_model::thread;
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
-use super::tracks::TrackError;
+use super::tracks::{TrackError, Tracks};
 use super::writer::{self, Answer, SaveError, SaveStep, Still, Watch, Writer};
 use super::{Vmm, VmmError, boot, told};
 use crate::exit::chain;
@@ -25,9 +25,19 @@ use crate::machine::{EventPost, Machine};
 /// The kind of the job, in events.
 const KIND: &str = "snapshot";
 
+/// A snapshot under way, and what the next one may build on.
+#[derive(Debug, Default)]
+pub(super) struct Saving {
+    job: Option<Job>,
+    /// Of the machine that is there.
+    pub(super) tracks: Tracks,
+    /// Long pieces of work begun so far.
+    pub(super) jobs: u64,
+}
+
 /// A snapshot that is being written, and who waits for its end.
 #[derive(Debug)]
-pub(super) struct Job {
+struct Job {
     number: u64,
     asker: Replier<()>,
     /// Who cancelled it.
@@ -46,6 +56,8 @@ struct Thread {
     handle: JoinHandle<()>,
     answers: Option<Sender<Answer>>,
     cancelled: Arc<AtomicBool>,
+    /// The snapshot is there.
+    committed: Arc<AtomicBool>,
 }
 
 /// What the guest does meanwhile.
@@ -74,8 +86,8 @@ impl Vmm {
         if matches!(pace, Pace::Live) && !spec.live {
             return asker.reply(Err(not_paused().into()));
         }
-        self.jobs += 1;
-        let (number, start) = (self.jobs, Instant::now());
+        self.saving.jobs += 1;
+        let (number, start) = (self.saving.jobs, Instant::now());
         self.note(&Event::Snapshotting);
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_save(&spec, pace) {
@@ -83,7 +95,7 @@ impl Vmm {
                 // There is a machine.
                 let _ = self.slot.begin_save();
                 let (cancels, failure) = (Vec::new(), None);
-                self.save = Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
+                self.saving.job = Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
             }
             Err(error) => {
                 self.give_tracks_back(pace);
@@ -103,20 +115,20 @@ impl Vmm {
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
         let source = machine.memory().source().map_err(SaveError::Memory)?;
-        let since = spec.incremental.then(|| self.tracks.since(machine.memory())).transpose()?;
+        let since = spec.incremental.then(|| self.saving.tracks.since(machine.memory())).transpose()?;
         let still = if matches!(pace, Pace::Live) {
-            self.tracks.begin_live(machine.memory_mut())?;
+            self.saving.tracks.begin_live(machine.memory_mut())?;
             None
         } else {
             let still = still(machine)?;
             if spec.track {
-                self.tracks.begin(machine.memory_mut())?;
+                self.saving.tracks.begin(machine.memory_mut())?;
             }
             Some(still)
         };
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let (cancelled, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let number = machine.number();
-        let (job, events) = (self.jobs, self.events.clone());
+        let (job, events) = (self.saving.jobs, self.events.clone());
         let (answers, asked) = channel();
         let writer = Writer {
             folder: spec.folder.clone(),
@@ -128,10 +140,12 @@ impl Vmm {
             watch: Watch { job, machine: number, events, cancelled: Arc::clone(&cancelled) },
             post: EventPost::new(number, self.post.clone()),
             answers: asked,
+            committed: Arc::clone(&committed),
         };
         let work = move || writer.run();
         let handle = thread::spawn(self.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
-        Ok(Thread { handle: handle.map_err(SaveError::Thread)?, answers: Some(answers), cancelled })
+        let handle = handle.map_err(SaveError::Thread)?;
+        Ok(Thread { handle, answers: Some(answers), cancelled, committed })
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -152,14 +166,14 @@ impl Vmm {
 
     fn changed(&mut self) -> Result<(), SaveError> {
         let machine = self.slot.machine().ok_or(SaveError::NoMachine)?;
-        let changed = self.tracks.live(machine.memory())?;
+        let changed = self.saving.tracks.live(machine.memory())?;
         self.answer(Answer::Changed(changed));
         Ok(())
     }
 
     /// The blackout begins.
     fn stand_still(&mut self) -> Result<(), SaveError> {
-        let Some(job) = &mut self.save else { return Ok(()) };
+        let Some(job) = &mut self.saving.job else { return Ok(()) };
         let machine = self.slot.machine_mut().ok_or(SaveError::NoMachine)?;
         if job.failure.is_some() {
             return Ok(());
@@ -167,9 +181,9 @@ impl Vmm {
         machine.pause().map_err(SaveError::Guest)?;
         job.pace = Pace::Blackout(Instant::now());
         let still = still(machine)?;
-        let changed = self.tracks.live(machine.memory())?;
+        let changed = self.saving.tracks.live(machine.memory())?;
         if job.spec.track {
-            self.tracks.begin(machine.memory_mut())?;
+            self.saving.tracks.begin(machine.memory_mut())?;
         }
         self.answer(Answer::Still(still, changed));
         Ok(())
@@ -177,7 +191,7 @@ impl Vmm {
 
     /// The blackout is over, if there is one.
     fn run_on(&mut self) {
-        let (Some(job), Some(machine)) = (&mut self.save, self.slot.machine_mut()) else { return };
+        let (Some(job), Some(machine)) = (&mut self.saving.job, self.slot.machine_mut()) else { return };
         let Pace::Blackout(since) = job.pace else { return };
         let resumed = machine.resume();
         let blackout = since.elapsed();
@@ -192,7 +206,7 @@ impl Vmm {
     }
 
     fn answer(&self, answer: Answer) {
-        if let Some(answers) = self.save.as_ref().and_then(|job| job.thread.answers.as_ref()) {
+        if let Some(answers) = self.saving.job.as_ref().and_then(|job| job.thread.answers.as_ref()) {
             // A thread that is over has told, or will.
             let _ = answers.send(answer);
         }
@@ -200,7 +214,7 @@ impl Vmm {
 
     /// The thread is to end, for this reason.
     fn fail_save(&mut self, error: SaveError) {
-        let Some(job) = &mut self.save else { return };
+        let Some(job) = &mut self.saving.job else { return };
         job.failure.get_or_insert(error);
         job.thread.cancelled.store(true, Ordering::SeqCst);
         job.thread.answers = None;
@@ -216,7 +230,7 @@ impl Vmm {
     /// The end of a snapshot: the VM is where it was before, and who waited is served.
     fn saved(&mut self, result: Result<Hash, SaveError>) {
         self.run_on();
-        let Some(job) = self.save.take() else { return };
+        let Some(job) = self.saving.job.take() else { return };
         let Job { number, asker, cancels, spec, start, pace, thread, failure } = job;
         // It has nothing left to do but end.
         let _ = thread.handle.join();
@@ -226,7 +240,7 @@ impl Vmm {
         };
         match &result {
             Ok(_) if spec.track => {
-                self.tracks.keep(&spec.folder);
+                self.saving.tracks.keep(&spec.folder);
                 self.end_live(pace);
             }
             Ok(_) => self.end_live(pace),
@@ -268,7 +282,7 @@ impl Vmm {
     /// Nothing is tracked for a live snapshot any more.
     fn end_live(&mut self, pace: Pace) {
         let Some(machine) = self.slot.machine_mut().filter(|_| !matches!(pace, Pace::Paused)) else { return };
-        if let Err(error) = self.tracks.end_live(machine.memory_mut()) {
+        if let Err(error) = self.saving.tracks.end_live(machine.memory_mut()) {
             log::debug!("the tracker of a live snapshot: {}", chain(&error));
         }
     }
@@ -277,9 +291,9 @@ impl Vmm {
     fn give_tracks_back(&mut self, pace: Pace) {
         self.end_live(pace);
         let Some(machine) = self.slot.machine_mut() else { return };
-        if let Err(error) = self.tracks.give_back(machine.memory_mut()) {
+        if let Err(error) = self.saving.tracks.give_back(machine.memory_mut()) {
             log::warn!("what changed is not known any more: {}", chain(&error));
-            self.tracks = super::Tracks::default();
+            self.saving.tracks = Tracks::default();
         }
     }
 
@@ -303,7 +317,7 @@ impl Vmm {
     pub(super) fn cancel_save(&mut self, asker: Replier<()>) {
         let Some(asker) = self.cancel_send(asker) else { return };
         let Some(asker) = self.cancel_receive(asker) else { return };
-        match &mut self.save {
+        match &mut self.saving.job {
             Some(job) => {
                 job.cancels.push(asker);
                 self.fail_save(SaveError::Cancelled);
@@ -315,11 +329,16 @@ impl Vmm {
     /// The machine goes: nobody waits for its snapshot any more.
     pub(super) fn give_up_save(&mut self) {
         self.fail_save(SaveError::Cancelled);
-        let Some(Job { number, asker, cancels, thread, .. }) = self.save.take() else { return };
-        // What it wrote is gone then; it may also have been done.
+        let Some(Job { number, asker, cancels, thread, .. }) = self.saving.job.take() else { return };
         let _ = thread.handle.join();
-        let reply = self.save_failed(number, SaveError::Cancelled);
-        asker.reply(Err(reply));
+        if thread.committed.load(Ordering::SeqCst) {
+            self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
+            asker.reply(Ok(()));
+        } else {
+            // What it wrote is gone.
+            let reply = self.save_failed(number, SaveError::Cancelled);
+            asker.reply(Err(reply));
+        }
         cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
     }
 }

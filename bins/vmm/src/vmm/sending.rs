@@ -54,8 +54,8 @@ impl Vmm {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
-        self.jobs += 1;
-        let number = self.jobs;
+        self.saving.jobs += 1;
+        let number = self.saving.jobs;
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_send(&spec) {
             Ok(mut job) => {
@@ -88,7 +88,7 @@ impl Vmm {
             memory,
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
-            told: Told { job: self.jobs, machine: machine.number(), events: self.events.clone() },
+            told: Told { job: self.saving.jobs, machine: machine.number(), events: self.events.clone() },
             threads: Arc::clone(self.sandbox.threads()),
             inputs: (inputs.clone(), queue),
             gone: Arc::clone(&gone),
@@ -96,7 +96,17 @@ impl Vmm {
         thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
             .map_err(SendError::Thread)?;
         let (asker, cancels, start) = (None, Vec::new(), Instant::now());
-        Ok(Job { number: self.jobs, asker, cancels, start, paused, stands: false, inputs, aside, gone })
+        Ok(Job {
+            number: self.saving.jobs,
+            asker,
+            cancels,
+            start,
+            paused,
+            stands: false,
+            inputs,
+            aside,
+            gone,
+        })
     }
 
     /// The driver asks or tells something.
@@ -122,9 +132,9 @@ impl Vmm {
             return Err("there is no machine".into());
         };
         match step {
-            SourceStep::StartDirtyLog => self.tracks.begin_live(machine.memory_mut())?,
+            SourceStep::StartDirtyLog => self.saving.tracks.begin_live(machine.memory_mut())?,
             SourceStep::TakeDirty => {
-                return Ok(Output::Bytes(job.aside.put(self.tracks.live(machine.memory())?)));
+                return Ok(Output::Bytes(job.aside.put(self.saving.tracks.live(machine.memory())?)));
             }
             SourceStep::Pause => {
                 machine.pause()?;
@@ -154,7 +164,7 @@ impl Vmm {
             return Err("there is no machine".into());
         };
         match undo {
-            SourceUndo::StopDirtyLog => self.tracks.end_live(machine.memory_mut())?,
+            SourceUndo::StopDirtyLog => self.saving.tracks.end_live(machine.memory_mut())?,
             SourceUndo::Resume => {
                 let resumed = machine.resume();
                 told::changes(&self.events, machine);

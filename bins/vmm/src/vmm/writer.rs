@@ -107,6 +107,8 @@ pub(super) struct Writer {
     pub(super) watch: Watch,
     pub(super) post: EventPost,
     pub(super) answers: Receiver<Answer>,
+    /// Set when the snapshot is there.
+    pub(super) committed: Arc<AtomicBool>,
 }
 
 impl Writer {
@@ -114,6 +116,7 @@ impl Writer {
     pub(super) fn run(mut self) {
         let still = self.still.take();
         let result = self.write(still);
+        self.committed.store(result.is_ok(), Ordering::SeqCst);
         self.tell(SaveStep::Over(result));
     }
 

@@ -2,20 +2,20 @@
 #![expect(unsafe_code, reason = "the kernel is given host addresses of guest memory")]
 
 use std::any::Any;
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::sync::Arc;
 
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 use vmm_device_model::dma::GuestRam;
 use vmm_disk_image::Buffers;
 
 use crate::chain::{self, Span, in_one_piece};
 
-/// Buffers whose lists of ranges are used again.
+/// Buffers whose lists of ranges are used again. They hold the memory of their last use until they are told to
+/// [`let_go`](Self::let_go): a busy queue's next request is in the same.
 #[derive(Debug, Default)]
 pub(super) struct BufferPool {
     spare: Vec<Buffers>,
-    nobody: Arc<()>,
 }
 
 impl BufferPool {
@@ -29,7 +29,7 @@ impl BufferPool {
         let len = chain::len(spans);
         // Nearly every buffer lies in one piece; the general way is slower.
         let pieces = spans.iter().map_while(|span| {
-            let slice = in_one_piece(memory, span.address, span.len as usize, access)?;
+            let slice = in_one_piece(memory, span.address, span.len as usize)?;
             Some((slice.ptr_guard_mut().as_ptr(), slice.len()))
         });
         let buffers = self.fill(memory, pieces);
@@ -52,37 +52,33 @@ impl BufferPool {
 
     /// Buffers of these host ranges, which are slices of `memory`.
     fn fill(&mut self, memory: &Arc<GuestRam>, ranges: impl Iterator<Item = (*mut u8, usize)>) -> Buffers {
-        let owner = Arc::clone(memory) as Arc<dyn Any + Send + Sync>;
         match self.spare.pop() {
             Some(mut spare) => {
                 // SAFETY: the ranges are slices of `memory`, mapped readable and writable for as long as the owner lives;
                 // guest memory is only ever reached through volatile accesses, never through references.
-                unsafe { spare.refill(owner, ranges) };
+                unsafe { spare.refill(memory, ranges) };
                 spare
             }
             // SAFETY: as above.
-            None => unsafe { Buffers::new(owner, ranges) },
+            None => unsafe { Buffers::new(Arc::clone(memory) as Arc<dyn Any + Send + Sync>, ranges) },
         }
     }
 
-    /// Takes buffers that no request uses any more, and lets go of their memory.
-    pub(super) fn give_back(&mut self, mut buffers: Buffers) {
-        // SAFETY: there is no range.
-        unsafe { buffers.refill(Arc::clone(&self.nobody) as _, []) };
+    /// Takes buffers that no request uses any more.
+    pub(super) fn give_back(&mut self, buffers: Buffers) {
         self.spare.push(buffers);
+    }
+
+    /// Lets go of guest memory.
+    pub(super) fn let_go(&mut self) {
+        self.spare.iter_mut().for_each(Buffers::clear);
     }
 }
 
-/// Marks what the kernel wrote, for guest memory's bitmap sees only writes of this process.
-pub(super) fn mark_dirty(memory: &GuestRam, spans: &[Span]) {
-    for span in spans {
-        if let Some(slice) = in_one_piece(memory, span.address, span.len as usize, Permissions::Write) {
-            slice.bitmap().mark_dirty(0, slice.len());
-            continue;
-        }
-        let slices = memory.get_slices(span.address, span.len as usize, Permissions::Write);
-        for slice in slices.into_iter().flatten().flatten() {
-            slice.bitmap().mark_dirty(0, slice.len());
-        }
+/// Asks the processor for what lies at `address`, which is read soon.
+pub(super) fn prefetch(memory: &GuestRam, address: GuestAddress) {
+    if let Some(slice) = in_one_piece(memory, address, 1) {
+        // SAFETY: a hint to the processor, which reads nothing on behalf of the program; the address is mapped.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(slice.ptr_guard().as_ptr().cast()) };
     }
 }

@@ -14,12 +14,15 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::{BlockConfig, F_CONFIG_WCE, F_FLUSH, segments};
 use super::counters::{BlockCounters, QueueWatch};
 use super::flight::{Flights, Kind, Request};
-use super::memory::{BufferPool, mark_dirty};
+use super::memory::{BufferPool, prefetch};
 use super::request::{Command, ID_LEN, Status, parse};
 use crate::chain::{self, Chain, RingError, Span, Table, Used, take_heads};
 use crate::device::VirtioInterrupt;
 use crate::worker::{Next, Task};
 
+/// Most requests that are begun in a round. What the page cache has is done at once, so a driver that keeps many in
+/// flight prepares new ones while the next of the old are worked on.
+const BATCH: usize = 16;
 /// Rounds of work before the thread looks whether it is to stop.
 const ROUNDS: usize = 64;
 /// Looks at an empty queue before the thread sleeps; each gives the CPU to whoever wants it. A few microseconds,
@@ -112,11 +115,16 @@ impl BlockQueue {
         // Fails only if the rings are not in memory, and then the next line tells.
         let _ = self.rings.queue.disable_notification(&**memory);
         let mut heads = std::mem::take(&mut self.heads);
-        let end = take_heads(&mut self.rings.queue, memory, self.flights.room(), &mut heads);
+        let most = self.flights.room().min(BATCH);
+        let end = take_heads(&mut self.rings.queue, memory, most, &mut heads);
         let table = Table::of(&self.rings.queue, memory);
         let taken = heads.len();
         if taken > 0 {
             self.watch.look();
+            // Headers have just been written by the driver's CPU: they come while others are looked at.
+            for first in heads.iter().filter_map(|head| table.read(*head)) {
+                prefetch(memory, first.addr());
+            }
             for head in heads.drain(..) {
                 self.begin(memory, &table, head);
             }
@@ -231,7 +239,7 @@ impl BlockQueue {
         let Request { head, status, kind, spans, taken } = request;
         if kind == Kind::Read {
             // Of a read that failed, too: part of it may be there.
-            mark_dirty(memory, &spans);
+            spans.iter().for_each(|span| self.used.wrote(*span));
         }
         let settling = match (&result, kind) {
             (Ok(len), Kind::Write) if !self.writeback() => Some(Kind::Settling(*len)),
@@ -307,7 +315,7 @@ impl BlockQueue {
         self.engine = None;
         self.watch.in_flight(0);
         while let Some(Request { head, status, spans, .. }) = self.flights.remove_any() {
-            mark_dirty(memory, &spans);
+            spans.iter().for_each(|span| self.used.wrote(*span));
             self.watch.failed();
             self.answer(memory, head, status, Status::IoError, 0);
         }
@@ -315,8 +323,8 @@ impl BlockQueue {
 
     /// Writes the status byte and gives the chain back; `len` is what was written besides.
     fn answer(&mut self, memory: &GuestRam, head: u16, status: GuestAddress, answer: Status, len: u32) {
-        match chain::write(memory, &[Span { address: status, len: 1 }], &[answer as u8]) {
-            Ok(_) => self.used.add(head, len.saturating_add(1)),
+        match self.used.write_byte(memory, status, answer as u8) {
+            Ok(()) => self.used.add(head, len.saturating_add(1)),
             Err(error) => {
                 self.shared.misused(&error);
                 self.used.add(head, 0);
@@ -415,7 +423,9 @@ impl Task for BlockQueue {
     fn work(&mut self, stopping: bool) -> Next {
         // As long as it works it looks by itself.
         self.announce(false);
-        match self.rounds(stopping) {
+        let next = self.rounds(stopping);
+        self.pool.let_go();
+        match next {
             Next::Wait if self.announce(true) => Next::Again,
             next => next,
         }

@@ -277,7 +277,7 @@ events! {
     Booting = "vm" "booting" monitor [];
     /// A stage of a boot is over, whether it succeeded or not.
     BootStage {
-        /// Which: `console`, `vm`, `memory`, `devices`, `kernel`, `vcpus`, in this order.
+        /// Which: `console`, `vm`, `memory`, `devices`, `kernel`, `vcpus`, in this order; a restore has `state`, no `kernel`.
         stage: Text,
         /// Microseconds that it took.
         duration_us: u64,

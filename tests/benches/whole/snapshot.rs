@@ -1,0 +1,185 @@
+//! A VM that is saved, and made of a snapshot.
+
+use std::fs::File;
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use vmm_api::client::Client;
+use vmm_api::commands::vm;
+use vmm_snapshot::directory::{Chain, Contents, Draft, FileMemory, HostStorage, Work};
+use vmm_tests::tiny::Guest;
+
+use crate::figure::{Figure, Goal, median};
+use crate::process::Process;
+use crate::{Bench, MEMORY_MIB, MIB, Result, alternate, first_byte, micros};
+
+const RESTORE_ROUNDS: usize = 100;
+const CREATE_ROUNDS: usize = 5;
+/// Where memory that is in use begins, beyond what the guest itself has.
+const USED_FROM: u64 = 64 << 20;
+
+impl Bench {
+    /// From the start of the process with `--restore` to the guest's next byte on the serial port, with little and much of
+    /// its memory in use; beside it the KVM calls of a boot.
+    pub(crate) fn restore(&self) -> Result<Vec<Figure>> {
+        let kernel = self.kernel.display().to_string();
+        let floor = ["boot", &kernel, &MEMORY_MIB.to_string()];
+        let mut figures = Vec::new();
+        for (used, name) in
+            [(4, "restore to first byte, 4 MiB in use"), (256, "restore to first byte, 256 MiB in use")]
+        {
+            let url = self.snapshot_of(used)?;
+            let restore = format!("source_url=file://{},resume=true", url.display());
+            let ours = ["--restore", &restore, "--serial", "tty"];
+            let times = alternate(
+                RESTORE_ROUNDS,
+                || first_byte(&self.vmm, &ours),
+                || first_byte(&self.floor, &floor),
+            )?;
+            figures.push(Figure::beside(name, "us", times, Goal::None));
+        }
+        Ok(figures)
+    }
+
+    /// From the request to the answer of vm.snapshot; beside it the same number of bytes written to a file and synced.
+    pub(crate) fn snapshot(&self) -> Result<Vec<Figure>> {
+        let mut figures = Vec::new();
+        for (used, name) in [(64, "vm.snapshot, 64 MiB in use"), (256, "vm.snapshot, 256 MiB in use")] {
+            let source = self.snapshot_of(used)?;
+            let socket = self.folder.join("snapshot.sock");
+            let option = format!("path={}", socket.display());
+            // All of its memory is its own.
+            let restore = format!("source_url=file://{},prefault=true", source.display());
+            let args = ["--api-socket", &option, "--restore", &restore, "--serial", "tty"];
+            let vmm = Process::start(&self.vmm, &args)?;
+            let mut client = Client::connect_within(&socket, Duration::from_secs(20))?;
+            client.set_timeout(Some(Duration::from_secs(60)))?;
+            wait_for_paused(&mut client)?;
+            let (mut ours, mut floor) = (Vec::new(), Vec::new());
+            for _ in 0..CREATE_ROUNDS {
+                let target = self.folder.join("target");
+                let body = format!(r#"{{"destination_url":"file://{}"}}"#, target.display());
+                let start = Instant::now();
+                let answer =
+                    client.request(vmm_api::command::Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
+                ours.push(micros(start.elapsed()) / 1e3);
+                if answer.status != 204 {
+                    return Err(format!("vm.snapshot: {answer:?}").into());
+                }
+                std::fs::remove_dir_all(&target)?;
+                floor.push(micros(plain_write(&self.folder.join("plain"), used << 20)?) / 1e3);
+            }
+            drop(vmm);
+            let _ = std::fs::remove_file(&socket);
+            figures.push(Figure::alone(name, "ms", median(&mut ours), Goal::None));
+            figures.push(Figure::alone(
+                "a plain write of as much, synced",
+                "ms",
+                median(&mut floor),
+                Goal::None,
+            ));
+        }
+        Ok(figures)
+    }
+
+    /// A snapshot of a guest that prints without end, `used` MiB of whose memory are not zero.
+    fn snapshot_of(&self, used: u64) -> Result<PathBuf> {
+        let path = self.folder.join(format!("used-{used}"));
+        if path.exists() {
+            return Ok(path);
+        }
+        let (small, socket) = (self.folder.join(format!("small-{used}")), self.folder.join("make.sock"));
+        let kernel = Guest::Flood.write(&self.folder)?;
+        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M"));
+        let kernel = kernel.display().to_string();
+        let args = [
+            "--api-socket",
+            &option,
+            "--kernel",
+            &kernel,
+            "--memory",
+            &memory,
+            "--serial",
+            "tty",
+            "--console",
+            "off",
+        ];
+        let mut vmm = Process::start(&self.vmm, &args)?;
+        vmm.read_byte()?;
+        let mut client = Client::connect_within(&socket, Duration::from_secs(20))?;
+        client.call::<vm::Pause>(&())?;
+        let body = format!(r#"{{"destination_url":"file://{}"}}"#, small.display());
+        let answer = client.request(vmm_api::command::Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
+        if answer.status != 204 {
+            return Err(format!("vm.snapshot: {answer:?}").into());
+        }
+        drop(vmm);
+        let _ = std::fs::remove_file(&socket);
+        fill(&small, &path, used)?;
+        Ok(path)
+    }
+}
+
+fn wait_for_paused(client: &mut Client) -> Result<()> {
+    let start = Instant::now();
+    while client.call::<vm::Info>(&()).map(|info| info.phase != "Paused").unwrap_or(true) {
+        if start.elapsed() > Duration::from_secs(60) {
+            return Err("the restored VM is not paused".into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// The snapshot `from` with `used` MiB more that are not zero, as the snapshot `to`.
+fn fill(from: &Path, to: &Path, used: u64) -> Result<()> {
+    let chain = Chain::open(from)?;
+    let mut regions = Vec::new();
+    for (region, place) in chain.regions().iter().enumerate() {
+        let file = tempfile::tempfile()?;
+        file.set_len(place.size)?;
+        regions.push((region, place.place(), file));
+    }
+    chain.load(&Work::quiet(threads()), &|piece| {
+        let (_, _, file) = regions.get(piece.region).ok_or(std::io::ErrorKind::NotFound)?;
+        file.write_all_at(piece.bytes, piece.offset)
+    })?;
+    if let Some((_, _, file)) = regions.first() {
+        let chunk: Vec<u8> = (0..MIB as usize).map(|at| (at * 7 + at / 4096) as u8 | 1).collect();
+        for mib in 0..used {
+            file.write_all_at(&chunk, USED_FROM + (mib << 20))?;
+        }
+    }
+    let memory = FileMemory(regions.into_iter().map(|(_, place, file)| (place, file)).collect());
+    let manifest = chain.manifest();
+    let contents = Contents {
+        vmm: &manifest.vmm,
+        architecture: &manifest.architecture,
+        created: SystemTime::now(),
+        config: &manifest.config,
+        state: &chain.state()?,
+    };
+    Draft::begin(&HostStorage, to)?.memory(&memory, None, &Work::quiet(threads()))?.commit(&contents)?;
+    Ok(())
+}
+
+/// Bytes to a new file and to stable storage.
+fn plain_write(path: &Path, bytes: u64) -> Result<Duration> {
+    let chunk: Vec<u8> = (0..2 << 20).map(|at: usize| at as u8 | 1).collect();
+    let start = Instant::now();
+    let mut file = File::create(path)?;
+    for _ in 0..bytes / chunk.len() as u64 {
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()?;
+    let time = start.elapsed();
+    std::fs::remove_file(path)?;
+    Ok(time)
+}
+
+fn threads() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
