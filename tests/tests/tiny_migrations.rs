@@ -6,37 +6,18 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
+use vmm_tests::harness::counting::{counting_guest, goes_on};
 use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
-/// Boots a guest that counts in memory, and lets it count a little.
-fn ticker(scratch: &Scratch) -> (Vmm, SerialFile) {
-    let vmm = Vmm::with_api(scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    vmm.api().create(&vm_config(&scratch.guest(Guest::Pages), serial.path()));
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
-    (vmm, serial)
-}
-
-/// The numbers that a ticker has counted; the first and the last line may have been cut.
-fn ticks(serial: &SerialFile) -> Vec<u32> {
-    let text = serial.text();
-    assert!(!text.contains("memory"), "{text}");
-    let whole = |line: &&str| line.len() == 8;
-    text.lines().filter(whole).map(|line| u32::from_str_radix(line, 16).unwrap()).collect()
-}
-
-/// The ticker goes on where it stood, and neither repeats nor leaves out a number.
-fn goes_on(before: &SerialFile, after: &SerialFile) {
-    after.wait_longer_than(after.text().len() + 40);
-    let (before, after) = (ticks(before), ticks(after));
-    let (last, first) = (*before.last().unwrap(), after[0]);
-    assert!(first == last + 1 || first == last + 2, "{first} after {last}, of which a line may be cut");
-    assert!(after.windows(2).all(|pair| pair[1] == pair[0] + 1), "{after:?}");
+/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn url(path: &Path) -> String {
@@ -72,8 +53,9 @@ fn refused(answer: &Answer, status: u16, words: &str) {
 
 #[test]
 fn a_guest_goes_on_elsewhere_and_comes_to_a_third() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     let mut second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     let (mut received, path) = receive(&second, &scratch, &other);
@@ -95,8 +77,9 @@ fn a_guest_goes_on_elsewhere_and_comes_to_a_third() {
 
 #[test]
 fn a_paused_guest_arrives_paused() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     first.api().puts(&["vm.pause"]);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
@@ -112,8 +95,9 @@ fn a_paused_guest_arrives_paused() {
 /// A source that nobody receives stays as it is, and can be sent again.
 #[test]
 fn nobody_there_is_told_and_changes_nothing() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (first, serial) = ticker(&scratch);
+    let (first, serial) = counting_guest(&scratch);
     let answer = first.api().put_json("vm.send-migration", &to(&scratch.path("nobody")));
     refused(&answer, 500, "cannot connect to the receiver");
     assert_eq!(first.api().phase(), Phase::Running);
@@ -122,6 +106,7 @@ fn nobody_there_is_told_and_changes_nothing() {
 
 #[test]
 fn a_receiver_is_cancelled_and_waits_again() {
+    let _turn = turn();
     let scratch = Scratch::new();
     let vmm = Vmm::with_api(&scratch, [""; 0]);
     let serial = SerialFile::new(scratch.path("serial"));
@@ -165,8 +150,9 @@ fn relay(at: &Path, to: &Path, most: usize) -> std::thread::JoinHandle<()> {
 
 #[test]
 fn a_link_that_is_cut_leaves_the_guest_where_it_was_and_the_next_migration_succeeds() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     let mut second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     for most in [1, 20, 300, 2000, 40_000, 300_000] {
@@ -200,6 +186,7 @@ fn a_link_that_is_cut_leaves_the_guest_where_it_was_and_the_next_migration_succe
 /// The disk's image is locked by one of both at any time, and by the new one in the end.
 #[test]
 fn disks_go_along_with_their_locks() {
+    let _turn = turn();
     let scratch = Scratch::new();
     let mut first = Vmm::with_api(&scratch, [""; 0]);
     let serial = SerialFile::new(scratch.path("serial"));
@@ -275,8 +262,9 @@ impl Held {
 
 #[test]
 fn clients_are_served_and_a_migration_is_cancelled_while_its_link_stalls() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (first, serial) = ticker(&scratch);
+    let (first, serial) = counting_guest(&scratch);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     for (number, at_source) in [true, false].into_iter().enumerate() {
@@ -310,8 +298,9 @@ fn clients_are_served_and_a_migration_is_cancelled_while_its_link_stalls() {
 
 #[test]
 fn when_one_end_dies_the_other_is_as_before() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (first, serial) = ticker(&scratch);
+    let (first, serial) = counting_guest(&scratch);
     for (number, most) in [100, 20_000, 200_000].into_iter().enumerate() {
         let second = Vmm::with_api(&scratch, [""; 0]);
         let other = SerialFile::new(scratch.path("other"));
@@ -380,7 +369,7 @@ fn copy_frames(mut from: &UnixStream, mut to: &UnixStream, most: u64) {
 /// Cuts the link after each frame of a direction, until one migration succeeds.
 fn cut_after_each_frame(limits: impl Fn(u64) -> (u64, u64)) {
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     for frames in 0.. {
@@ -409,18 +398,21 @@ fn cut_after_each_frame(limits: impl Fn(u64) -> (u64, u64)) {
 
 #[test]
 fn exactly_one_guest_runs_whichever_frame_of_the_source_is_the_last() {
+    let _turn = turn();
     cut_after_each_frame(|frames| (frames, u64::MAX));
 }
 
 #[test]
 fn exactly_one_guest_runs_whichever_frame_of_the_destination_is_the_last() {
+    let _turn = turn();
     cut_after_each_frame(|frames| (u64::MAX, frames + 1));
 }
 
 #[test]
 fn a_guest_goes_over_tcp() {
+    let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     // A port that was free a moment ago.

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
+use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
 use vmm_tests::harness::{
     Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, resident_kib, vm_config, wait_until,
 };
@@ -31,33 +32,6 @@ fn from(folder: &Path, serial: &SerialFile) -> Value {
     json!({ "source_url": url(folder), "resume": true, "serial": { "mode": "File", "file": serial.path() } })
 }
 
-/// Boots a guest that counts in memory, and lets it count a little.
-fn ticker(scratch: &Scratch) -> (Vmm, SerialFile) {
-    let vmm = Vmm::with_api(scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    vmm.api().create(&vm_config(&scratch.guest(Guest::Pages), serial.path()));
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
-    (vmm, serial)
-}
-
-/// The numbers that a ticker has counted; the first and the last line may have been cut.
-fn ticks(serial: &SerialFile) -> Vec<u32> {
-    let text = serial.text();
-    assert!(!text.contains("memory"), "{text}");
-    let whole = |line: &&str| line.len() == 8;
-    text.lines().filter(whole).map(|line| u32::from_str_radix(line, 16).unwrap()).collect()
-}
-
-/// The restored ticker goes on where the first one stood, and neither repeats nor leaves out a number.
-fn goes_on(before: &SerialFile, after: &SerialFile) {
-    after.wait_longer_than(after.text().len() + 40);
-    let (before, after) = (ticks(before), ticks(after));
-    let (last, first) = (*before.last().unwrap(), after[0]);
-    assert!(first == last + 1 || first == last + 2, "{first} after {last}, of which a line may be cut");
-    assert!(after.windows(2).all(|pair| pair[1] == pair[0] + 1), "{after:?}");
-}
-
 fn refused(answer: &Answer, status: u16, words: &str) {
     assert_eq!(answer.status, status, "{answer:?}");
     assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
@@ -66,7 +40,7 @@ fn refused(answer: &Answer, status: u16, words: &str) {
 #[test]
 fn a_guest_goes_on_in_another_process() {
     let scratch = Scratch::new();
-    let (mut first, serial) = ticker(&scratch);
+    let (mut first, serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     first.api().puts(&["vm.pause"]);
     first.api().done("vm.snapshot", &to(&saved));
@@ -138,7 +112,7 @@ fn a_restored_guest_keeps_its_socket_and_its_pty() {
 fn many_cycles_in_one_process_leave_nothing_behind() {
     let cycles = std::env::var("VMM_SNAPSHOT_CYCLES").map_or(20, |number| number.parse().unwrap());
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let mut api = vmm.api();
     let saved = scratch.path("saved");
     let cycle = |api: &mut Api| {
@@ -159,7 +133,7 @@ fn many_cycles_in_one_process_leave_nothing_behind() {
     vmm.expect_holdings(&before.0, "after many cycles");
     let after = resident_kib(&vmm.pid().to_string());
     assert!(after < before.1 + 2048, "{} KiB became {after} KiB in {cycles} cycles", before.1);
-    assert!(ticks(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "it still counts");
+    assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "it still counts");
 }
 
 /// A VM whose snapshot lasts: all of its memory is there, and has to be looked at. It grows until what is to be seen is seen.
@@ -267,7 +241,7 @@ fn limit_files(vmm: &Vmm, size: libc::rlim_t) {
 #[test]
 fn a_disk_that_is_full_leaves_the_guest_as_it_was() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     let mut api = vmm.api();
     for _ in 0..2 {
@@ -294,7 +268,7 @@ fn a_disk_that_is_full_leaves_the_guest_as_it_was() {
 #[test]
 fn what_cannot_be_saved_is_refused_by_name() {
     let scratch = Scratch::new();
-    let (vmm, _serial) = ticker(&scratch);
+    let (vmm, _serial) = counting_guest(&scratch);
     let mut api = vmm.api();
     let (saved, other) = (scratch.path("saved"), scratch.path("other"));
     refused(&api.put_json("vm.snapshot", &to(&saved)), 409, "not paused");
@@ -318,7 +292,7 @@ fn what_cannot_be_saved_is_refused_by_name() {
 #[test]
 fn what_cannot_be_restored_is_refused_by_name_and_leaves_no_vm() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     let mut api = vmm.api();
     api.puts(&["vm.pause"]);
@@ -397,12 +371,12 @@ fn two_clones_run_at_once_with_disks_and_consoles_of_their_own() {
 #[test]
 fn a_live_snapshot_of_a_guest_that_counts_in_memory() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let (saved, later) = (scratch.path("saved"), scratch.path("later"));
     let mut api = vmm.api();
     api.done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true, "track": true }));
     assert_eq!(api.state(), "Running");
-    let at = ticks(&serial).len();
+    let at = counts(&serial).len();
     serial.wait_longer_than(serial.text().len() + 100);
     api.done("vm.snapshot", &json!({ "destination_url": url(&later), "live": true, "incremental": true }));
     assert!(size_on_disk(&later) < size_on_disk(&saved), "only what changed");
@@ -421,13 +395,13 @@ fn a_live_snapshot_of_a_guest_that_counts_in_memory() {
         let clone = Vmm::with_api(&scratch, [""; 0]);
         clone.api().done("vm.restore", &from(folder, &other));
         other.wait_longer_than(60);
-        let (all, ours) = (ticks(&serial), ticks(&other));
+        let (all, ours) = (counts(&serial), counts(&other));
         assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
         assert!(all.contains(&ours[0]), "it goes on from where the first was");
         assert_eq!(ours[0] as usize > at, *folder == later, "{} of {at}", ours[0]);
     }
     // The first one counted on all the while.
-    assert!(ticks(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1));
+    assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1));
 }
 
 fn size_on_disk(folder: &Path) -> u64 {
@@ -438,7 +412,7 @@ fn size_on_disk(folder: &Path) -> u64 {
 #[test]
 fn a_vm_that_was_restored_is_saved_again_whole_or_as_a_chain() {
     let scratch = Scratch::new();
-    let (vmm, mut serial) = ticker(&scratch);
+    let (vmm, mut serial) = counting_guest(&scratch);
     let mut api = vmm.api();
     let name = |number: usize| scratch.path(format!("saved-{number}"));
     api.puts(&["vm.pause"]);
@@ -474,7 +448,7 @@ fn a_vm_that_was_restored_is_saved_again_whole_or_as_a_chain() {
 #[test]
 fn an_incremental_snapshot_that_fails_loses_no_change() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let mut api = vmm.api();
     let name = |number: usize| scratch.path(format!("saved-{number}"));
     let incremental =
@@ -499,7 +473,7 @@ fn an_incremental_snapshot_that_fails_loses_no_change() {
 #[test]
 fn the_command_line_restores_a_vm_and_confines_it() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     vmm.api().puts(&["vm.pause"]);
     vmm.api().done("vm.snapshot", &to(&saved));
@@ -508,7 +482,7 @@ fn the_command_line_restores_a_vm_and_confines_it() {
         ["--restore", &restore].into_iter().chain(more.iter().copied()).map(str::to_owned).collect::<Vec<_>>()
     };
     let restored = Vmm::spawn(arguments(&["--serial", "tty"]));
-    let last = format!("{:08x}\n", ticks(&serial).last().unwrap() + 5);
+    let last = format!("{:08x}\n", counts(&serial).last().unwrap() + 5);
     restored.stdout.wait_for(&last);
     for (more, words) in [
         (&["--memory", "size=1G"][..], "--memory: cannot be given beside --restore"),
@@ -524,7 +498,7 @@ fn the_command_line_restores_a_vm_and_confines_it() {
 #[test]
 fn a_snapshot_that_shrinks_under_its_vm_is_told_by_name() {
     let scratch = Scratch::new();
-    let (vmm, _serial) = ticker(&scratch);
+    let (vmm, _serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     vmm.api().puts(&["vm.pause"]);
     vmm.api().done("vm.snapshot", &to(&saved));
@@ -556,7 +530,7 @@ fn told(vmm: &Vmm) -> Vec<String> {
 #[test]
 fn what_happens_is_told_in_the_contracts_words_and_in_order() {
     let scratch = Scratch::new();
-    let (vmm, serial) = ticker(&scratch);
+    let (vmm, serial) = counting_guest(&scratch);
     let saved = scratch.path("saved");
     vmm.api().puts(&["vm.pause"]);
     vmm.api().done("vm.snapshot", &to(&saved));

@@ -85,9 +85,7 @@ pub struct Vmm {
     slot: VmSlot<Configured, Machine>,
     post: Mailbox<MachineMessage>,
     boot: Boot,
-    saving: Saving,
-    send: Option<sending::Job>,
-    receive: receiving::Receiving,
+    jobs: Jobs,
     /// What the guest did while it was paused; its machine does not outlive that.
     deferred: Vec<GuestEvent>,
     inputs: Inputs,
@@ -96,6 +94,14 @@ pub struct Vmm {
     sandbox: Sandbox,
     served: Served,
     events: Events,
+}
+
+/// Work that goes on beside the control thread, and what it leaves behind.
+#[derive(Debug, Default)]
+struct Jobs {
+    saving: Saving,
+    send: Option<sending::Job>,
+    receive: receiving::Receiving,
 }
 
 /// How the VMM behaves, for its whole life.
@@ -123,9 +129,7 @@ impl Vmm {
             slot: VmSlot::Empty,
             post,
             boot: Boot::default(),
-            saving: Saving::default(),
-            send: None,
-            receive: receiving::Receiving::default(),
+            jobs: Jobs::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
@@ -237,7 +241,7 @@ impl Vmm {
 
     fn drop_machine(&mut self, done: impl FnOnce() + Send + 'static) {
         self.deferred.clear();
-        self.saving.tracks = Tracks::default();
+        self.jobs.saving.tracks = Tracks::default();
         lost_memory::watch(Vec::new());
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),

@@ -246,7 +246,7 @@ impl Vmm {
             return self.boot_ended(stages, Ok(()));
         };
         let resumes = restore.resumes();
-        if let Err(error) = restore.track(&mut self.saving.tracks, &mut machine) {
+        if let Err(error) = restore.track(&mut self.jobs.saving.tracks, &mut machine) {
             // It only cannot be built on.
             log::warn!("what changes is not tracked: {}", crate::exit::chain(&error));
         }

@@ -83,10 +83,10 @@ impl Vmm {
             Err(faults) => return asker.reply(Err(faults.into())),
         };
         // The address may be the same.
-        self.receive.thread = None;
+        self.jobs.receive.thread = None;
         self.boot.machines += 1;
-        self.saving.jobs += 1;
-        let (machine, number) = (self.boot.machines, self.saving.jobs);
+        self.jobs.saving.jobs += 1;
+        let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();
@@ -105,8 +105,8 @@ impl Vmm {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_restore();
-                self.receive.thread = Some(Thread { gone, handle: Some(handle) });
-                self.receive.job = Some(job);
+                self.jobs.receive.thread = Some(Thread { gone, handle: Some(handle) });
+                self.jobs.receive.job = Some(job);
             }
             Err(error) => self.not_received(job, ReceiveError::Thread(error)),
         }
@@ -114,18 +114,18 @@ impl Vmm {
 
     /// The driver asks or tells something.
     pub(super) fn receive_says(&mut self, machine: u64, step: ReceiveStep) {
-        if self.receive.job.as_ref().is_none_or(|job| job.machine != machine) {
+        if self.jobs.receive.job.as_ref().is_none_or(|job| job.machine != machine) {
             return;
         }
         match step {
             ReceiveStep::Restore(arrival) => self.make_arrived(*arrival),
             ReceiveStep::TakeLocks => {
-                let held = self.receive.job.as_mut().and_then(|job| job.held.as_mut());
+                let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.as_mut());
                 let taken = held.map_or(Ok(()), |held| held.machine.take_disks());
                 self.answer_receiver(taken.map_err(VmmError::from));
             }
             ReceiveStep::ReleaseLocks => {
-                let held = self.receive.job.as_mut().and_then(|job| job.held.as_mut());
+                let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.as_mut());
                 let released = held.map_or(Ok(()), |held| held.machine.release_disks());
                 self.answer_receiver(released.map_err(VmmError::from));
             }
@@ -139,7 +139,7 @@ impl Vmm {
     }
 
     fn answer_receiver(&self, result: Result<(), VmmError>) {
-        let Some(job) = &self.receive.job else { return };
+        let Some(job) = &self.jobs.receive.job else { return };
         let input = match result {
             Ok(()) => DestinationInput::Done(Output::Nothing),
             Err(error) => DestinationInput::Failed(Fault::new(Reason::Failed, &chain(&error))),
@@ -150,7 +150,7 @@ impl Vmm {
 
     /// Makes a machine of what arrived, as a restore does.
     fn make_arrived(&mut self, Arrival { checked, records, memory }: Arrival) {
-        let Some(job) = &self.receive.job else { return };
+        let Some(job) = &self.jobs.receive.job else { return };
         self.boot.restore = Some(Restore::arrival(job.start));
         super::warn(&checked.spec);
         let _ = self.slot.load(Configured::new(checked));
@@ -164,7 +164,7 @@ impl Vmm {
 
     /// Keeps a machine until it is known whose it is; gives it back where nothing is to arrive.
     pub(super) fn hold(&mut self, held: Held) -> Option<Held> {
-        match &mut self.receive.job {
+        match &mut self.jobs.receive.job {
             Some(job) => {
                 job.held = Some(held);
                 None
@@ -175,14 +175,14 @@ impl Vmm {
 
     /// The machine is this VMM's; its guest is paused.
     fn adopt(&mut self) -> Result<(), VmmError> {
-        let held = self.receive.job.as_mut().and_then(|job| job.held.take()).ok_or(VmmError::NoVm)?;
+        let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.take()).ok_or(VmmError::NoVm)?;
         self.show(held)
     }
 
     /// Nothing of the VM stays.
     fn discard(&mut self) {
-        let held = self.receive.job.as_mut().and_then(|job| job.held.take());
-        let Some(job) = &self.receive.job else { return };
+        let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.take());
+        let Some(job) = &self.jobs.receive.job else { return };
         let to = job.to.clone();
         let answer = move || drop(to.send(Heard::Answer(DestinationInput::Done(Output::Nothing))));
         let Some(Held { machine, stages, fresh }) = held else { return answer() };
@@ -217,7 +217,7 @@ impl Vmm {
             Ok(DestinationOutcome::Checked) => return,
             Err(error) => Some(error),
         };
-        let Some(job) = self.receive.job.take() else { return };
+        let Some(job) = self.jobs.receive.job.take() else { return };
         match error {
             Some(error) => self.not_received(job, error),
             None => {
@@ -252,7 +252,7 @@ impl Vmm {
 
     /// Cancels it. Gives the client back where there is none.
     pub(super) fn cancel_receive(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
-        let Some(job) = &mut self.receive.job else { return Some(asker) };
+        let Some(job) = &mut self.jobs.receive.job else { return Some(asker) };
         job.cancels.push(asker);
         let _ = job.to.send(Heard::Cancel);
         None
@@ -260,8 +260,8 @@ impl Vmm {
 
     /// The VMM ends: no VM is waited for, and nobody is answered.
     pub(super) fn give_up_receive(&mut self) {
-        self.receive.thread = None;
-        let Some(job) = self.receive.job.take() else { return };
+        self.jobs.receive.thread = None;
+        let Some(job) = self.jobs.receive.job.take() else { return };
         let gone = || ApiError::new(Code::Cancelled, "the VMM ends");
         job.asker.reply(Err(gone()));
         job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));

@@ -103,9 +103,9 @@ impl Vmm {
         // Admission keeps this from failing.
         let _ = self.slot.begin_restore();
         self.boot.restore = Some(Restore { spec: Some(spec.clone()), start: Instant::now() });
-        self.saving.jobs += 1;
+        self.jobs.saving.jobs += 1;
         let watch = Watch {
-            job: self.saving.jobs,
+            job: self.jobs.saving.jobs,
             machine: number,
             events: self.events.clone(),
             cancelled: Arc::new(AtomicBool::new(false)),

@@ -86,8 +86,8 @@ impl Vmm {
         if matches!(pace, Pace::Live) && !spec.live {
             return asker.reply(Err(not_paused().into()));
         }
-        self.saving.jobs += 1;
-        let (number, start) = (self.saving.jobs, Instant::now());
+        self.jobs.saving.jobs += 1;
+        let (number, start) = (self.jobs.saving.jobs, Instant::now());
         self.note(&Event::Snapshotting);
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_save(&spec, pace) {
@@ -95,7 +95,8 @@ impl Vmm {
                 // There is a machine.
                 let _ = self.slot.begin_save();
                 let (cancels, failure) = (Vec::new(), None);
-                self.saving.job = Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
+                self.jobs.saving.job =
+                    Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
             }
             Err(error) => {
                 self.give_tracks_back(pace);
@@ -115,20 +116,20 @@ impl Vmm {
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
         let source = machine.memory().source().map_err(SaveError::Memory)?;
-        let since = spec.incremental.then(|| self.saving.tracks.since(machine.memory())).transpose()?;
+        let since = spec.incremental.then(|| self.jobs.saving.tracks.since(machine.memory())).transpose()?;
         let still = if matches!(pace, Pace::Live) {
-            self.saving.tracks.begin_live(machine.memory_mut())?;
+            self.jobs.saving.tracks.begin_live(machine.memory_mut())?;
             None
         } else {
             let still = still(machine)?;
             if spec.track {
-                self.saving.tracks.begin(machine.memory_mut())?;
+                self.jobs.saving.tracks.begin(machine.memory_mut())?;
             }
             Some(still)
         };
         let (cancelled, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let number = machine.number();
-        let (job, events) = (self.saving.jobs, self.events.clone());
+        let (job, events) = (self.jobs.saving.jobs, self.events.clone());
         let (answers, asked) = channel();
         let writer = Writer {
             folder: spec.folder.clone(),
@@ -166,14 +167,14 @@ impl Vmm {
 
     fn changed(&mut self) -> Result<(), SaveError> {
         let machine = self.slot.machine().ok_or(SaveError::NoMachine)?;
-        let changed = self.saving.tracks.live(machine.memory())?;
+        let changed = self.jobs.saving.tracks.live(machine.memory())?;
         self.answer(Answer::Changed(changed));
         Ok(())
     }
 
     /// The blackout begins.
     fn stand_still(&mut self) -> Result<(), SaveError> {
-        let Some(job) = &mut self.saving.job else { return Ok(()) };
+        let Some(job) = &mut self.jobs.saving.job else { return Ok(()) };
         let machine = self.slot.machine_mut().ok_or(SaveError::NoMachine)?;
         if job.failure.is_some() {
             return Ok(());
@@ -181,9 +182,9 @@ impl Vmm {
         machine.pause().map_err(SaveError::Guest)?;
         job.pace = Pace::Blackout(Instant::now());
         let still = still(machine)?;
-        let changed = self.saving.tracks.live(machine.memory())?;
+        let changed = self.jobs.saving.tracks.live(machine.memory())?;
         if job.spec.track {
-            self.saving.tracks.begin(machine.memory_mut())?;
+            self.jobs.saving.tracks.begin(machine.memory_mut())?;
         }
         self.answer(Answer::Still(still, changed));
         Ok(())
@@ -191,7 +192,7 @@ impl Vmm {
 
     /// The blackout is over, if there is one.
     fn run_on(&mut self) {
-        let (Some(job), Some(machine)) = (&mut self.saving.job, self.slot.machine_mut()) else { return };
+        let (Some(job), Some(machine)) = (&mut self.jobs.saving.job, self.slot.machine_mut()) else { return };
         let Pace::Blackout(since) = job.pace else { return };
         let resumed = machine.resume();
         let blackout = since.elapsed();
@@ -206,7 +207,7 @@ impl Vmm {
     }
 
     fn answer(&self, answer: Answer) {
-        if let Some(answers) = self.saving.job.as_ref().and_then(|job| job.thread.answers.as_ref()) {
+        if let Some(answers) = self.jobs.saving.job.as_ref().and_then(|job| job.thread.answers.as_ref()) {
             // A thread that is over has told, or will.
             let _ = answers.send(answer);
         }
@@ -214,7 +215,7 @@ impl Vmm {
 
     /// The thread is to end, for this reason.
     fn fail_save(&mut self, error: SaveError) {
-        let Some(job) = &mut self.saving.job else { return };
+        let Some(job) = &mut self.jobs.saving.job else { return };
         job.failure.get_or_insert(error);
         job.thread.cancelled.store(true, Ordering::SeqCst);
         job.thread.answers = None;
@@ -230,7 +231,7 @@ impl Vmm {
     /// The end of a snapshot: the VM is where it was before, and who waited is served.
     fn saved(&mut self, result: Result<Hash, SaveError>) {
         self.run_on();
-        let Some(job) = self.saving.job.take() else { return };
+        let Some(job) = self.jobs.saving.job.take() else { return };
         let Job { number, asker, cancels, spec, start, pace, thread, failure } = job;
         // It has nothing left to do but end.
         let _ = thread.handle.join();
@@ -240,7 +241,7 @@ impl Vmm {
         };
         match &result {
             Ok(_) if spec.track => {
-                self.saving.tracks.keep(&spec.folder);
+                self.jobs.saving.tracks.keep(&spec.folder);
                 self.end_live(pace);
             }
             Ok(_) => self.end_live(pace),
@@ -282,7 +283,7 @@ impl Vmm {
     /// Nothing is tracked for a live snapshot any more.
     fn end_live(&mut self, pace: Pace) {
         let Some(machine) = self.slot.machine_mut().filter(|_| !matches!(pace, Pace::Paused)) else { return };
-        if let Err(error) = self.saving.tracks.end_live(machine.memory_mut()) {
+        if let Err(error) = self.jobs.saving.tracks.end_live(machine.memory_mut()) {
             log::debug!("the tracker of a live snapshot: {}", chain(&error));
         }
     }
@@ -291,9 +292,9 @@ impl Vmm {
     fn give_tracks_back(&mut self, pace: Pace) {
         self.end_live(pace);
         let Some(machine) = self.slot.machine_mut() else { return };
-        if let Err(error) = self.saving.tracks.give_back(machine.memory_mut()) {
+        if let Err(error) = self.jobs.saving.tracks.give_back(machine.memory_mut()) {
             log::warn!("what changed is not known any more: {}", chain(&error));
-            self.saving.tracks = Tracks::default();
+            self.jobs.saving.tracks = Tracks::default();
         }
     }
 
@@ -317,7 +318,7 @@ impl Vmm {
     pub(super) fn cancel_save(&mut self, asker: Replier<()>) {
         let Some(asker) = self.cancel_send(asker) else { return };
         let Some(asker) = self.cancel_receive(asker) else { return };
-        match &mut self.saving.job {
+        match &mut self.jobs.saving.job {
             Some(job) => {
                 job.cancels.push(asker);
                 self.fail_save(SaveError::Cancelled);
@@ -329,7 +330,7 @@ impl Vmm {
     /// The machine goes: nobody waits for its snapshot any more.
     pub(super) fn give_up_save(&mut self) {
         self.fail_save(SaveError::Cancelled);
-        let Some(Job { number, asker, cancels, thread, .. }) = self.saving.job.take() else { return };
+        let Some(Job { number, asker, cancels, thread, .. }) = self.jobs.saving.job.take() else { return };
         let _ = thread.handle.join();
         if thread.committed.load(Ordering::SeqCst) {
             self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });

@@ -54,15 +54,15 @@ impl Vmm {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
-        self.saving.jobs += 1;
-        let number = self.saving.jobs;
+        self.jobs.saving.jobs += 1;
+        let number = self.jobs.saving.jobs;
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_send(&spec) {
             Ok(mut job) => {
                 job.asker = Some(asker);
                 // There is a machine.
                 let _ = self.slot.begin_save();
-                self.send = Some(job);
+                self.jobs.send = Some(job);
             }
             Err(error) => asker.reply(Err(self.send_failed(number, error))),
         }
@@ -88,7 +88,7 @@ impl Vmm {
             memory,
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
-            told: Told { job: self.saving.jobs, machine: machine.number(), events: self.events.clone() },
+            told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
             threads: Arc::clone(self.sandbox.threads()),
             inputs: (inputs.clone(), queue),
             gone: Arc::clone(&gone),
@@ -97,7 +97,7 @@ impl Vmm {
             .map_err(SendError::Thread)?;
         let (asker, cancels, start) = (None, Vec::new(), Instant::now());
         Ok(Job {
-            number: self.saving.jobs,
+            number: self.jobs.saving.jobs,
             asker,
             cancels,
             start,
@@ -117,7 +117,7 @@ impl Vmm {
             SendStep::InDoubt(failure) => return self.in_doubt(&SendError::InDoubt(failure)),
             SendStep::Over(result) => return self.sent(result),
         };
-        let Some(job) = &self.send else { return };
+        let Some(job) = &self.jobs.send else { return };
         let input = match answer {
             Ok(Output::Nothing) => DONE,
             Ok(output) => SourceInput::Done(output),
@@ -128,13 +128,13 @@ impl Vmm {
     }
 
     fn send_step(&mut self, step: SourceStep) -> StepResult {
-        let (Some(job), Some(machine)) = (&mut self.send, self.slot.machine_mut()) else {
+        let (Some(job), Some(machine)) = (&mut self.jobs.send, self.slot.machine_mut()) else {
             return Err("there is no machine".into());
         };
         match step {
-            SourceStep::StartDirtyLog => self.saving.tracks.begin_live(machine.memory_mut())?,
+            SourceStep::StartDirtyLog => self.jobs.saving.tracks.begin_live(machine.memory_mut())?,
             SourceStep::TakeDirty => {
-                return Ok(Output::Bytes(job.aside.put(self.saving.tracks.live(machine.memory())?)));
+                return Ok(Output::Bytes(job.aside.put(self.jobs.saving.tracks.live(machine.memory())?)));
             }
             SourceStep::Pause => {
                 machine.pause()?;
@@ -160,11 +160,11 @@ impl Vmm {
     }
 
     fn send_undo(&mut self, undo: SourceUndo) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let (Some(job), Some(machine)) = (&mut self.send, self.slot.machine_mut()) else {
+        let (Some(job), Some(machine)) = (&mut self.jobs.send, self.slot.machine_mut()) else {
             return Err("there is no machine".into());
         };
         match undo {
-            SourceUndo::StopDirtyLog => self.saving.tracks.end_live(machine.memory_mut())?,
+            SourceUndo::StopDirtyLog => self.jobs.saving.tracks.end_live(machine.memory_mut())?,
             SourceUndo::Resume => {
                 let resumed = machine.resume();
                 told::changes(&self.events, machine);
@@ -179,7 +179,7 @@ impl Vmm {
     }
 
     fn in_doubt(&mut self, error: &SendError) {
-        let Some(job) = &mut self.send else { return };
+        let Some(job) = &mut self.jobs.send else { return };
         log::error!("{}", chain(error));
         let reply = ApiError::from_error(Code::MigrationFailed, error);
         for waiting in job.cancels.drain(..).chain(job.asker.take()) {
@@ -189,7 +189,7 @@ impl Vmm {
 
     /// The end: the VM is elsewhere, or as it was.
     fn sent(&mut self, result: Result<(), SendError>) {
-        let Some(job) = self.send.take() else { return };
+        let Some(job) = self.jobs.send.take() else { return };
         let Job { number, asker, cancels, start, paused, stands, .. } = job;
         match result {
             Ok(()) => {
@@ -226,7 +226,7 @@ impl Vmm {
 
     /// Cancels it, as far as that is possible; in doubt, asks again. Gives the client back where there is none.
     pub(super) fn cancel_send(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
-        let Some(job) = &mut self.send else { return Some(asker) };
+        let Some(job) = &mut self.jobs.send else { return Some(asker) };
         job.cancels.push(asker);
         let input = match job.asker {
             Some(_) => SourceInput::Cancel("by this end's operator".to_owned()),
@@ -238,7 +238,7 @@ impl Vmm {
 
     /// The guest did something that ends it: there is nothing to go on with elsewhere.
     pub(super) fn ends_send(&self, event: GuestEvent) {
-        if let Some(job) = &self.send
+        if let Some(job) = &self.jobs.send
             && self.policy.reactions.to(event) != Reaction::Report
         {
             let _ = job.inputs.send(SourceInput::Cancel(format!("the guest has ended: {event}")));
@@ -247,7 +247,7 @@ impl Vmm {
 
     /// The machine goes: nobody waits for the migration any more.
     pub(super) fn give_up_send(&mut self) {
-        let Some(job) = self.send.take() else { return };
+        let Some(job) = self.jobs.send.take() else { return };
         job.gone.store(true, Ordering::SeqCst);
         let gone = || ApiError::new(Code::Cancelled, "the VM was removed while it was given away");
         job.asker.into_iter().for_each(|asker| asker.reply(Err(gone())));
