@@ -96,6 +96,7 @@ fn assert_end(world: &mut World) {
 fn resolve(world: &mut World) {
     assert!(!world.source.running && world.source.given_away && world.locks != Holder::Source);
     let there = world.destination.owned() && !world.destination.dead;
+    world.kept = !there;
     world.source_input(if there { SourceInput::Yield } else { SourceInput::Keep });
     world.run(&NOTHING);
     match (there, &world.source.outcome) {

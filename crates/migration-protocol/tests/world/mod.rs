@@ -161,6 +161,8 @@ pub(crate) struct World {
     pub(crate) locks: Holder,
     /// Events so far.
     pub(crate) count: usize,
+    /// The operator has said that the destination is no more.
+    pub(crate) kept: bool,
     order: Order,
     sessions: u8,
 }
@@ -189,6 +191,7 @@ impl World {
             locks: Holder::Source,
             count: 0,
             order,
+            kept: false,
             sessions: 1,
         };
         world.source_actions();
@@ -203,6 +206,7 @@ impl World {
     /// The same, in a session of a chosen name.
     pub(crate) fn again_with_session(&mut self, session: u8) {
         self.sessions = session;
+        self.kept = false;
         self.links = Links::new();
         self.mode.timeout = self.mode.timeout.max(Duration::from_secs(1));
         self.mode.budget = 20;
@@ -339,7 +343,8 @@ impl World {
             assert!(destination.owned(), "the guest runs before Commit");
             assert_eq!(self.locks, Holder::Destination, "the guest runs without its disks");
         }
-        if destination.owned() && !source.dead {
+        // What a dead destination had decided is the operator's to overrule, and nobody else's.
+        if destination.owned() && !source.dead && !(self.kept && destination.dead) {
             let known = source.given_away || source.outcome == Some(SourceOutcome::Sent);
             assert!(known, "a Commit that the source has not decided");
         }
