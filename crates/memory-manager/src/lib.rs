@@ -5,9 +5,11 @@
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
+//! - [`handover`]: RAM that another process takes over by its descriptors;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
+pub mod handover;
 pub mod layout;
 pub mod map;
 mod pagemap;

@@ -23,7 +23,7 @@ use super::{Configured, Vmm, VmmError, boot, saving, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::outgoing::{DONE, Outgoing, Told};
-use crate::migration::{Aside, SendError, SendStep, THREAD};
+use crate::migration::{self, Aside, SendError, SendStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "migration";
@@ -78,7 +78,16 @@ impl Vmm {
         let (configured, machine) = self.slot.parts_mut().ok_or_else(|| refused("there is no machine"))?;
         let memory = machine.memory().source().map_err(|error| SendError::Refused(error.into()))?;
         let places = machine.memory().places();
-        let setup = setup(configured, machine, &places, (spec, paused))?;
+        let shared = match spec.local {
+            true => Some(machine.memory().share().map_err(|error| SendError::Refused(error.into()))?),
+            false => None,
+        };
+        let mut setup = setup(configured, machine, &places, (spec, paused))?;
+        if let Some(shared) = &shared {
+            (setup.hello.features, setup.hello.required) = (Features::LOCAL_MEMORY, Features::LOCAL_MEMORY);
+            setup.descriptors =
+                migration::ranges(&shared.pieces).map_err(|error| SendError::Refused(error.into()))?;
+        }
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
         let post = EventPost::new(machine.number(), self.post.clone());
@@ -86,6 +95,7 @@ impl Vmm {
             address: spec.address.clone(),
             setup,
             memory,
+            files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
             told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
