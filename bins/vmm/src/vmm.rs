@@ -31,6 +31,7 @@ use vmm_cpu_manager::set::VcpuEventKind;
 use vmm_epoll::{Control, Mailbox};
 use vmm_hypervisor::Hypervisor;
 use vmm_platform_devices::events::SystemEvent;
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_state::{GuestEvent, Reactions, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
@@ -65,6 +66,8 @@ pub struct Configured {
     boots: u64,
     /// What the guest did to its machine last.
     last_event: Option<GuestEvent>,
+    /// Its generation ID, once it has one: it stays the same guest, whatever machine it runs on.
+    generation: Option<GenerationId>,
 }
 
 /// What the log says of a guest's misbehaviour already: a guest cannot fill it.
@@ -382,8 +385,9 @@ fn warn(spec: &MachineSpec) {
 
 impl Configured {
     fn new(Checked { config, spec }: Checked) -> Self {
-        let (told, boots, last_event) = (Told::default(), 0, None);
-        Self { wire: Arc::new(config), spec: Arc::new(spec), consoles: None, told, boots, last_event }
+        let told = Told::default();
+        let (wire, spec) = (Arc::new(config), Arc::new(spec));
+        Self { wire, spec, consoles: None, told, boots: 0, last_event: None, generation: None }
     }
 
     /// Takes an edited configuration; there is no machine.

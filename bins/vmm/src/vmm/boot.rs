@@ -8,6 +8,7 @@ use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, RebootCause};
 use vmm_device_model::thread::ThreadHook;
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_state::Phase;
 
 use super::receiving::Held;
@@ -200,6 +201,7 @@ impl Vmm {
             threads: Arc::clone(self.sandbox.threads()),
             before: self.boot.before.take(),
             origin,
+            generation: configured.generation,
         };
         Ok((build, fresh))
     }
@@ -234,6 +236,7 @@ impl Vmm {
         lost_memory::watch(machine.memory().mapped_files());
         if let Some(configured) = self.slot.config_mut() {
             configured.boots += 1;
+            configured.generation = Some(machine.generation());
             if let Some(consoles) = &mut configured.consoles {
                 consoles.attach();
                 self.inputs.want(consoles);
@@ -336,6 +339,8 @@ struct Build {
     before: Teardown,
     /// What it is made of, if it is restored.
     origin: Option<Origin>,
+    /// The VM's generation ID, if it was booted before.
+    generation: Option<GenerationId>,
 }
 
 impl Build {
@@ -349,12 +354,11 @@ impl Build {
             post: &self.post,
             threads: &self.threads,
             locks: self.origin.as_ref().map_or(Locks::Now, Origin::locks),
+            generation: self.generation,
         };
         let result = match self.origin {
             Some(origin) => Machine::restore(&plan, origin.saved(), stages),
-            None => {
-                Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
-            }
+            None => Machine::build(&plan, stages),
         };
         (result, self.stages)
     }
