@@ -25,7 +25,7 @@ use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, PanicEvent};
-use vmm_api::info::{VmInfo, VmState};
+use vmm_api::info::{RestoredFrom, VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
 use vmm_epoll::{Control, Mailbox};
@@ -68,6 +68,8 @@ pub struct Configured {
     last_event: Option<GuestEvent>,
     /// Its generation ID, once it has one: it stays the same guest, whatever machine it runs on.
     generation: Option<GenerationId>,
+    /// The snapshot that it was made of.
+    restored_from: Option<RestoredFrom>,
 }
 
 /// What the log says of a guest's misbehaviour already: a guest cannot fill it.
@@ -369,6 +371,7 @@ impl Vmm {
             phase: self.slot.phase().to_string(),
             boots: configured.boots,
             last_guest_event: configured.last_event.map(|event| event.to_string()),
+            restored_from: configured.restored_from.clone(),
         })
     }
 }
@@ -385,9 +388,16 @@ fn warn(spec: &MachineSpec) {
 
 impl Configured {
     fn new(Checked { config, spec }: Checked) -> Self {
-        let told = Told::default();
-        let (wire, spec) = (Arc::new(config), Arc::new(spec));
-        Self { wire, spec, consoles: None, told, boots: 0, last_event: None, generation: None }
+        Self {
+            wire: Arc::new(config),
+            spec: Arc::new(spec),
+            consoles: None,
+            told: Told::default(),
+            boots: 0,
+            last_event: None,
+            generation: None,
+            restored_from: None,
+        }
     }
 
     /// Takes an edited configuration; there is no machine.
