@@ -22,6 +22,7 @@ use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Locks, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
+use crate::sandbox::paths::Beginning;
 
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
@@ -169,8 +170,8 @@ impl Vmm {
             self.events.tell(self.boot.machines, &Event::Booting);
         }
         let mut stages = told::stages(&self.events, self.boot.machines);
-        let snapshots = origin.as_ref().map(Origin::folders).unwrap_or_default();
-        self.sandbox.confine_paths(&configured.spec, &snapshots);
+        let beginning = origin.as_ref().map_or(Beginning::Boot, |origin| Beginning::Saved(origin.folders()));
+        self.sandbox.confine_paths(&configured.spec, &beginning);
         let hypervisor = Ahead::ask(&self.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
