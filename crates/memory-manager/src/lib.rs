@@ -5,6 +5,7 @@
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
+//! - [`userfault`]: page faults of guest memory, handled here;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
@@ -14,6 +15,7 @@ mod pagemap;
 pub mod restore;
 pub mod source;
 mod sys;
+pub mod userfault;
 pub mod zone;
 
 #[cfg(doctest)]
