@@ -61,12 +61,13 @@ impl VmState {
     #[must_use]
     pub const fn from_phase(phase: Phase) -> Option<Self> {
         match phase {
-            Phase::Empty => None,
+            // A VM on its way here is nobody's to see.
+            Phase::Empty | Phase::Receiving => None,
             // The contract has no word for a boot under way.
             Phase::Created | Phase::Booting => Some(Self::Created),
             Phase::Running => Some(Self::Running),
-            // Nor for a snapshot under way: see `VmSlot::shown`.
-            Phase::Paused | Phase::Saving => Some(Self::Paused),
+            // Nor for a snapshot or a migration under way: see `VmSlot::shown`.
+            Phase::Paused | Phase::Saving | Phase::Migrating => Some(Self::Paused),
             Phase::Shutdown => Some(Self::Shutdown),
         }
     }

@@ -128,7 +128,8 @@ impl Vmm {
 
     /// A boot thread is done. What is not waited for any more is dropped.
     pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: Stages) {
-        if self.slot.phase() != Phase::Booting || number != self.boot.machines {
+        let builds = matches!(self.slot.phase(), Phase::Booting | Phase::Receiving);
+        if !builds || number != self.boot.machines {
             return;
         }
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
