@@ -266,6 +266,12 @@ events! {
     VmmStarted = "vmm" "started";
     /// The VMM ends.
     VmmShutdown = "vmm" "shutdown" monitor [];
+    /// In the event monitor only: before the next event, others were left out. The guest brought them about too fast, or the reader
+    /// was too slow.
+    LeftOut {
+        /// How many.
+        events: u64,
+    } = "vmm" "left-out" monitor [events];
     /// The level of the log changed.
     LogLevelChanged {
         /// The least important level that is logged now.
@@ -414,6 +420,26 @@ events! {
         /// What became of it.
         outcome: JobOutcome,
     } = "job" "finished";
+}
+
+impl Event {
+    /// Whether a guest can have it happen again and again, without anybody else's doing.
+    #[must_use]
+    pub fn guest_repeats(&self) -> bool {
+        matches!(
+            self,
+            Self::Booting
+                | Self::BootStage { .. }
+                | Self::Booted { .. }
+                | Self::Rebooting { .. }
+                | Self::Rebooted
+                | Self::GuestPanic { .. }
+                | Self::GuestExit { .. }
+                | Self::DeviceActivated { .. }
+                | Self::DeviceReset { .. }
+                | Self::DeviceNeedsReset { .. }
+        )
+    }
 }
 
 #[cfg(test)]
