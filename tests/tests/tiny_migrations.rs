@@ -418,7 +418,9 @@ fn a_guest_goes_over_tcp() {
     // A port that was free a moment ago.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("tcp:127.0.0.1:{port}");
-    let body = json!({ "receiver_url": address, "serial": { "mode": "File", "file": other.path() } });
+    let body = json!({
+        "receiver_url": address, "paths": [scratch.path("")], "serial": { "mode": "File", "file": other.path() },
+    });
     let mut received = pending(&second, "vm.receive-migration", &body);
     let body = json!({ "destination_url": address, "connections": 4 });
     let refused = |answer: &Answer| answer.body.contains("refused");
