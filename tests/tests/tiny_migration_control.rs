@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
+use vmm_tests::harness::migrating::{pending, url};
 use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
@@ -21,14 +22,6 @@ use vmm_tests::tiny::Guest;
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn url(path: &Path) -> String {
-    format!("unix:{}", path.display())
-}
-
-fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
-    Pending::send(vmm.socket(), name, body.to_string().as_bytes())
 }
 
 /// Begins to wait for a VM, whose serial port is to go to `serial`, with `more` in the request.

@@ -9,10 +9,12 @@
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `link` | | sockets, and frames out of them |
+//! | `descriptors` | | memory that is handed over instead of being sent |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
+mod descriptors;
 mod fit;
 pub(crate) mod incoming;
 mod landing;
@@ -27,6 +29,7 @@ use std::time::{Duration, Instant};
 use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
+pub(crate) use descriptors::ranges;
 pub(crate) use fit::{Host, needs};
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};

@@ -105,7 +105,16 @@ impl Vmm {
         let (configured, machine) = self.slot.parts_mut().ok_or_else(|| refused("there is no machine"))?;
         let memory = machine.memory().source().map_err(|error| SendError::Refused(error.into()))?;
         let places = machine.memory().places();
-        let setup = setup(configured, machine, &places, (spec, paused))?;
+        let shared = match spec.local {
+            true => Some(machine.memory().share().map_err(|error| SendError::Refused(error.into()))?),
+            false => None,
+        };
+        let mut setup = setup(configured, machine, &places, (spec, paused))?;
+        if let Some(shared) = &shared {
+            (setup.hello.features, setup.hello.required) = (Features::LOCAL_MEMORY, Features::LOCAL_MEMORY);
+            setup.descriptors =
+                migration::ranges(&shared.pieces).map_err(|error| SendError::Refused(error.into()))?;
+        }
         self.jobs.moving.memory(setup.hello.memory.bytes());
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
@@ -115,6 +124,7 @@ impl Vmm {
             max_bandwidth: spec.max_bandwidth,
             setup,
             memory,
+            files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
             threads: Arc::clone(self.sandbox.threads()),
