@@ -6,6 +6,7 @@
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
 //! - [`handover`]: RAM that another process takes over by its descriptors;
+//! - [`userfault`]: page faults of guest memory, handled here;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
@@ -16,6 +17,7 @@ mod pagemap;
 pub mod restore;
 pub mod source;
 mod sys;
+pub mod userfault;
 pub mod zone;
 
 #[cfg(doctest)]

@@ -197,6 +197,8 @@ struct Live {
     machine: Destination,
     connection: u64,
     socket: Arc<Socket>,
+    /// It has been read to its end.
+    lost: bool,
     /// Read on until then, at most.
     until: Option<Instant>,
 }
@@ -260,9 +262,9 @@ impl Driver {
         match said {
             Said::First(socket, frame) => self.first(number, socket, frame),
             Said::Lost(text) if ours => {
-                let live = self.live.as_mut().and_then(|live| live.until.as_mut());
-                if let Some(until) = live {
-                    *until = Instant::now();
+                if let Some(live) = &mut self.live {
+                    live.lost = true;
+                    live.until = live.until.map(|_| Instant::now());
                 }
                 self.handle(DestinationInput::Lost(text));
             }
@@ -310,7 +312,7 @@ impl Driver {
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
-        self.live = Some(Live { machine, connection: number, socket, until: None });
+        self.live = Some(Live { machine, connection: number, socket, lost: false, until: None });
         self.handle(DestinationInput::Frame(frame));
     }
 
@@ -373,7 +375,7 @@ impl Driver {
             DestinationAction::Close => {
                 if let Some(live) = &mut self.live {
                     live.socket.shutdown(Shutdown::Write);
-                    live.until = Some(Instant::now() + LINGER);
+                    live.until = Some(Instant::now() + if live.lost { Duration::ZERO } else { LINGER });
                 }
             }
             DestinationAction::Report(DestinationOutcome::Checked) => {}

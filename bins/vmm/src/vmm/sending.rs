@@ -61,7 +61,7 @@ impl Vmm {
             Ok(mut job) => {
                 job.asker = Some(asker);
                 // There is a machine.
-                let _ = self.slot.begin_save();
+                let _ = self.slot.begin_migrate();
                 self.jobs.send = Some(job);
             }
             Err(error) => asker.reply(Err(self.send_failed(number, error))),
@@ -211,7 +211,7 @@ impl Vmm {
             }
             Err(error) => {
                 let guest = if paused || stands { Guest::Rests } else { Guest::Runs };
-                let _ = self.slot.end_save(guest);
+                let _ = self.slot.end_migrate(guest);
                 let reply = self.send_failed(number, error);
                 self.post_info();
                 cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
