@@ -404,6 +404,67 @@ fn a_live_snapshot_of_a_guest_that_counts_in_memory() {
     assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1));
 }
 
+/// A guest that writes to all of its memory without a pause, in memory of this kind.
+fn writing_guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
+    let vmm = Vmm::with_api(scratch, ["-v"]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+    config["memory"] = memory.clone();
+    vmm.api().create(&config);
+    vmm.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    (vmm, serial)
+}
+
+#[test]
+fn a_live_snapshot_is_the_guest_at_one_moment() {
+    for shared in [false, true] {
+        let scratch = Scratch::new();
+        let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": shared }));
+        let mut api = vmm.api();
+        let name = |number: usize| scratch.path(format!("saved-{number}"));
+        for number in 0..8 {
+            let live = json!({
+                "destination_url": url(&name(number)), "live": true, "track": true, "incremental": number > 0
+            });
+            api.done("vm.snapshot", &live);
+            serial.wait_longer_than(serial.text().len() + 20);
+        }
+        assert_eq!(vmm.stderr.text().matches("its memory is saved as it was").count(), 8, "none in passes");
+        for number in [0, 7] {
+            let other = SerialFile::new(scratch.path(format!("serial-{number}")));
+            let clone = Vmm::with_api(&scratch, [""; 0]);
+            clone.api().done("vm.restore", &from(&name(number), &other));
+            other.wait_longer_than(60);
+            let ours = counts(&other);
+            assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
+            assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
+        }
+        assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "the first counts on");
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_frozen_is_saved_in_passes_and_the_log_says_why() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = counting_guest(&scratch);
+    let (saved, later) = (scratch.path("saved"), scratch.path("later"));
+    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    let clone = Vmm::with_api(&scratch, ["-v"]);
+    let other = SerialFile::new(scratch.path("other"));
+    clone.api().done("vm.restore", &from(&saved, &other));
+    other.wait_longer_than(20);
+    clone.api().done("vm.snapshot", &json!({ "destination_url": url(&later), "live": true }));
+    let log = clone.stderr.text();
+    assert!(log.contains("saved in passes") && log.contains("a private mapping of a file"), "{log}");
+    drop((vmm, serial));
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    third.api().done("vm.restore", &from(&later, &last));
+    last.wait_longer_than(40);
+    assert!(counts(&other).contains(&counts(&last)[0]));
+}
+
 fn size_on_disk(folder: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().blocks()).sum()

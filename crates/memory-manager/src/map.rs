@@ -24,6 +24,8 @@ pub struct MemoryMap {
     dma: DmaMemory,
     /// Per region the snapshot's file that it is a private mapping of; empty where nothing was restored.
     files: Vec<Option<PathBuf>>,
+    /// Another process that maps it, too.
+    shared_with: Option<String>,
 }
 
 /// RAM that no VM has yet: a migration fills it before there is a machine.
@@ -105,7 +107,7 @@ impl MemoryMap {
         files: Vec<Option<PathBuf>>,
     ) -> Result<Self, ZoneError> {
         let dma = DmaMemory::from(Arc::clone(&memory));
-        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma, files };
+        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma, files, shared_with: None };
         map.give_to_guest()?;
         Ok(map)
     }
@@ -141,6 +143,17 @@ impl MemoryMap {
     /// The handle that devices get.
     pub fn dma(&self) -> DmaMemory {
         self.dma.clone()
+    }
+
+    /// Another process has mapped this memory, on behalf of `who`: it writes into it as it likes, unseen by the page
+    /// tables of this one.
+    pub fn share_with(&mut self, who: &str) {
+        self.shared_with = Some(who.to_owned());
+    }
+
+    /// On whose behalf another process has mapped it.
+    pub fn shared_with(&self) -> Option<&str> {
+        self.shared_with.as_deref()
     }
 
     /// The snapshot's files that RAM is a mapping of; for a handler of SIGBUS.

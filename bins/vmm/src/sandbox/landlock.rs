@@ -67,6 +67,9 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     if path == Path::new(STANDARD_OUTPUT) && !is_named(path).map_err(failed)? {
         return Ok(());
     }
+    if rule.usage == Usage::Faults && !path.exists() {
+        return Ok(());
+    }
     if rule.usage == Usage::Output && !path.exists() {
         // A rule is about a file that is there. Without it all of its folder would have to be writable.
         let mut options = OpenOptions::new();
@@ -87,7 +90,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
             | Usage::Granted(_),
         ) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
-        (true, Usage::Read | Usage::Disk { .. } | Usage::Output) => AccessFs::ReadDir.into(),
+        (true, Usage::Read | Usage::Disk { .. } | Usage::Output | Usage::Faults) => AccessFs::ReadDir.into(),
     };
     ruleset.add_rule(PathBeneath::new(named, rights))?;
     Ok(())
@@ -108,6 +111,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Output => write,
         Usage::Terminal => read | write | AccessFs::IoctlDev,
+        Usage::Faults => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Sockets => AccessFs::MakeSock | AccessFs::RemoveFile,
         Usage::Memory => read | write | AccessFs::MakeReg | AccessFs::RemoveFile,
         Usage::Granted(PathAccess { read, write }) => {
