@@ -576,6 +576,36 @@ fn a_snapshot_that_shrinks_under_its_vm_is_told_by_name() {
     assert!(log.contains("guest memory is lost") && log.contains("memory-0.bin"), "{log}");
 }
 
+/// A device's thread that touches lost memory gets a signal, where a vCPU's is stopped by KVM.
+#[test]
+fn a_snapshot_that_shrinks_is_told_by_name_when_a_device_meets_it() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Drivers), serial.path());
+    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
+    vmm.api().create(&config);
+    vmm.api().puts(&["vm.boot"]);
+    // It halts then, and touches nothing any more.
+    serial.wait_for("driven\n");
+    let saved = scratch.path("saved");
+    vmm.api().puts(&["vm.pause"]);
+    vmm.api().done("vm.snapshot", &to(&saved));
+    drop(vmm);
+    let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+    let mut body = from(&saved, &SerialFile::new(scratch.path("other")));
+    body["resume"] = json!(false);
+    vmm.api().done("vm.restore", &body);
+    let memory = saved.join("memory-0.bin");
+    fs::set_permissions(&memory, Permissions::from_mode(0o600)).unwrap();
+    OpenOptions::new().write(true).open(&memory).unwrap().set_len(0).unwrap();
+    // A device that goes on looks at its rings.
+    let _resume = Pending::send(vmm.socket(), "vm.resume", b"");
+    vmm.expect_exit(13);
+    let log = vmm.stderr.text();
+    assert!(log.contains("has shrunk or cannot be read") && log.contains("memory-0.bin"), "{log}");
+}
+
 /// Names of the VMM's events about its VM, without stages and progress.
 fn told(vmm: &Vmm) -> Vec<String> {
     let events = Client::connect(vmm.socket()).unwrap().events_so_far(1).unwrap();
