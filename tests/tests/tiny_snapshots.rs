@@ -4,7 +4,7 @@
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -442,6 +442,62 @@ fn a_live_snapshot_is_the_guest_at_one_moment() {
         }
         assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "the first counts on");
     }
+}
+
+#[test]
+fn shared_memory_is_filled_while_the_guest_runs() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 256 << 20, "shared": true }));
+    let (saved, again) = (scratch.path("saved"), scratch.path("again"));
+    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    drop(vmm);
+    let clone = Vmm::with_api(&scratch, ["-v"]);
+    let other = SerialFile::new(scratch.path("other"));
+    clone.api().done("vm.restore", &from(&saved, &other));
+    other.wait_longer_than(60);
+    let ours = counts(&other);
+    assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
+    assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
+    let log = clone.stderr.text();
+    assert!(!log.contains("filled before the guest runs"), "{log}");
+    // Nothing is saved of memory that is not all there yet.
+    let live = json!({ "destination_url": url(&again), "live": true });
+    let done = || {
+        let answer = clone.api().put_json("vm.snapshot", &live);
+        assert!(answer.status == 204 || answer.body.contains("still being read"), "{answer:?}");
+        (answer.status == 204).then_some(())
+    };
+    wait_until(LIMIT, done, || "a snapshot".to_owned());
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    third.api().done("vm.restore", &from(&again, &last));
+    goes_on(&other, &last);
+}
+
+#[test]
+fn shared_memory_that_is_damaged_is_told_by_name() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": true }));
+    let saved = scratch.path("saved");
+    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    drop(vmm);
+    let memory = saved.join("memory-0.bin");
+    fs::set_permissions(&memory, Permissions::from_mode(0o600)).unwrap();
+    let file = OpenOptions::new().write(true).open(&memory).unwrap();
+    let mut first = [0];
+    let code = 1 << 20;
+    OpenOptions::new().read(true).open(&memory).unwrap().read_exact_at(&mut first, code).unwrap();
+    file.write_all_at(&[!first[0]], code).unwrap();
+    // Its generation ID is written there before it runs.
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let body = from(&saved, &SerialFile::new(scratch.path("other")));
+    refused(&vmm.api().put_json("vm.restore", &body), 500, "chunk 0 (byte 0x0)");
+    assert_eq!(vmm.api().phase(), Phase::Empty, "as before");
+    file.write_all_at(&first, code).unwrap();
+    let other = SerialFile::new(scratch.path("another"));
+    vmm.api().done("vm.restore", &from(&saved, &other));
+    other.wait_longer_than(40);
+    assert!(counts(&serial).contains(&counts(&other)[0]));
 }
 
 #[test]

@@ -16,11 +16,10 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
+use rustix::event::{EventfdFlags, eventfd};
 use vmm_snapshot::directory::{CHUNK, Extents, MemorySource, Place};
 
 use crate::dirty::Changed;
@@ -154,12 +153,7 @@ impl Frozen {
 
     fn serve_until_thawed(&self) -> io::Result<()> {
         loop {
-            let (fd, over) = (self.userfault.as_fd(), self.over.as_fd());
-            let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&over, PollFlags::IN)];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+            self.userfault.wait(&self.over)?;
             if self.lock().thawed {
                 return Ok(());
             }

@@ -53,13 +53,17 @@ impl MemoryMap {
     /// The RAM for a snapshot's writer, a region per piece of the layout.
     ///
     /// # Errors
-    /// The page tables cannot be asked (/proc/self/pagemap).
+    /// The page tables cannot be asked (/proc/self/pagemap), or [it is being filled](Self::is_filling).
     pub fn source(&self) -> io::Result<GuestMemorySource> {
         self.source_of(Own::All)
     }
 
     /// The same; of private memory only `which` pages are there.
     pub(crate) fn source_of(&self, which: Own) -> io::Result<GuestMemorySource> {
+        if self.is_filling() {
+            let what = "it is still being read from the snapshot that it was restored from";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
+        }
         let pagemap = Pagemap::open(which)?;
         let regions = self.places().into_iter().zip(self.memory().iter()).map(|(place, region)| {
             let mapping = region.get_mmap();

@@ -214,6 +214,10 @@ impl Vmm {
         // Without one of its paths the machine was not built, which said more of the reason.
         let confined = self.sandbox.confined();
         let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
+        let built = built.and_then(|machine| {
+            machine.memory().settle().map_err(MachineError::NotFilled)?;
+            Ok(machine)
+        });
         let machine = match built {
             Ok(machine) => machine,
             Err(error) => {
@@ -351,7 +355,7 @@ impl Build {
             locks: self.origin.as_ref().map_or(Locks::Now, Origin::locks),
         };
         let result = match self.origin {
-            Some(origin) => Machine::restore(&plan, origin.saved(), stages),
+            Some(origin) => Machine::restore(&plan, origin.saved(&self.threads), stages),
             None => {
                 Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
             }
