@@ -456,7 +456,7 @@ fn doubt(deliver: bool) {
     assert!(answer.status == 500 && answer.body.contains("in doubt"), "{answer:?}");
     // It stays paused, and nobody is let at it.
     assert_eq!(source.api().get("vmm.ping").status, 200);
-    assert_eq!(source.api().phase(), Phase::Saving);
+    assert_eq!(source.api().phase(), Phase::Migrating);
     let still = serial.text();
     fs::rename(scratch.path("away"), &between).unwrap();
     let mut asked = source.begin("vm.cancel");

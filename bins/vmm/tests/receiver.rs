@@ -3,7 +3,7 @@
 
 use vmm_fuzzing::{Random, mutate, rounds};
 
-mod fuzzing;
+mod peer;
 
 fn seeds() -> Vec<Vec<u8>> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/receiver");
@@ -13,8 +13,8 @@ fn seeds() -> Vec<Vec<u8>> {
 
 #[test]
 fn a_whole_session_brings_the_vm_and_a_part_of_it_does_not() {
-    let frames = fuzzing::frames();
-    let arrives: Vec<_> = (0..=frames).map(|count| fuzzing::receiver(&vec![0; count])).collect();
+    let frames = peer::frames();
+    let arrives: Vec<_> = (0..=frames).map(|count| peer::receiver(&vec![0; count])).collect();
     let first = arrives.iter().position(|arrived| *arrived).unwrap();
     assert!(frames - 2 <= first && arrives[first..].iter().all(|arrived| *arrived), "{arrives:?}");
 }
@@ -26,12 +26,12 @@ fn fuzz_a_receiver_takes_no_vm_that_is_not_given() {
     for round in 0..rounds(300) {
         let mut bytes = match round % 3 {
             0 => (0..random.below(60)).map(|_| random.byte()).collect(),
-            1 => vec![0; random.below(fuzzing::frames())],
+            1 => vec![0; random.below(peer::frames())],
             _ => seeds[random.below(seeds.len())].clone(),
         };
         for _ in 0..random.below(6) {
             mutate(&mut bytes, &mut random, &[]);
         }
-        fuzzing::receiver(&bytes);
+        peer::receiver(&bytes);
     }
 }

@@ -11,14 +11,15 @@
 //! close together are one interruption, so the thread then obeys every order that has come.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::{Duration, Instant};
 
 use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
 
 use crate::exits::ExitCounter;
 use crate::set::{ExitTargets, VcpuEvent, VcpuEventKind};
-use crate::state::{StateError, Tsc, VcpuV1};
+use crate::state::{self, MsrV1, StateError, Tsc, VcpuV1};
 
 /// What the owner of the VM asks a vCPU's thread.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ pub(crate) enum Order {
     Restore(Box<VcpuV1>, Tsc, Sender<(u32, Result<Option<u64>, StateError>)>),
     /// Raise a non-maskable interrupt and tell.
     Nmi(Sender<(u32, Result<(), HypervisorError>)>),
+    /// Keep out of the guest for so long, if it runs.
+    Rest(Duration),
     /// End.
     Stop,
 }
@@ -46,6 +49,8 @@ pub(crate) struct Runner {
     pub(crate) orders: Receiver<Order>,
     pub(crate) msrs: Arc<[u32]>,
     pub(crate) exits: Arc<ExitCounter>,
+    /// MSRs of a restored state that wait until it runs.
+    pub(crate) owed: Vec<MsrV1>,
 }
 
 enum Next {
@@ -82,10 +87,11 @@ impl Runner {
                 Next::Park
             }
             Order::Save(reply) => {
-                let _ = reply.send((self.index, VcpuV1::capture(&*self.vcpu, &self.cpuid, &self.msrs)));
+                let _ = reply.send((self.index, self.capture()));
                 current
             }
-            Order::Restore(state, tsc, reply) => {
+            Order::Restore(mut state, tsc, reply) => {
+                self.owed = state.take_owed();
                 let _ = reply.send((self.index, self.restore(&state, tsc)));
                 current
             }
@@ -93,8 +99,35 @@ impl Runner {
                 let _ = reply.send((self.index, self.vcpu.nmi()));
                 current
             }
+            Order::Rest(time) => match current {
+                Next::Run => self.rest(time),
+                other => other,
+            },
             Order::Stop => Next::Stop,
         }
+    }
+
+    /// Stays out of the guest; other orders are obeyed meanwhile, and may end it.
+    fn rest(&mut self, time: Duration) -> Next {
+        let until = Instant::now() + time;
+        loop {
+            let next = match self.orders.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                // One that comes before the last is over adds nothing.
+                Ok(Order::Rest(_)) => Next::Run,
+                Ok(order) => self.obey(order, Next::Run),
+                Err(RecvTimeoutError::Timeout) => return Next::Run,
+                Err(RecvTimeoutError::Disconnected) => return Next::Stop,
+            };
+            if !matches!(next, Next::Run) {
+                return next;
+            }
+        }
+    }
+
+    fn capture(&self) -> Result<VcpuV1, StateError> {
+        let mut state = VcpuV1::capture(&*self.vcpu, &self.cpuid, &self.msrs)?;
+        state.put_owed(&self.owed);
+        Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuV1, tsc: Tsc) -> Result<Option<u64>, StateError> {
@@ -123,6 +156,10 @@ impl Runner {
     }
 
     fn run(&mut self) -> Next {
+        if let Err(error) = state::settle(&mut *self.vcpu, &std::mem::take(&mut self.owed)) {
+            // The guest's wall clock stays as it was, which is what it would be but for a clock that was set since.
+            log::error!("vCPU {}: {error}", self.index);
+        }
         loop {
             let exit = self.vcpu.run();
             self.exits.count(&exit);

@@ -181,6 +181,36 @@ fn pause_and_resume_a_thousand_times_lose_no_exit() {
 }
 
 #[test]
+fn a_brake_keeps_vcpus_out_of_the_guest_and_nothing_else_from_them() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    let written = || world.log.lock().unwrap().0.len();
+    let write = |vcpu| fake.script(vcpu, [Exit::PioWrite { port: 0x80, data: vec![1] }]);
+    let brake = set.brake();
+    // Who is parked needs no rest.
+    brake.rest(Duration::from_secs(3600));
+    write(0);
+    set.run();
+    wait_for(|| written() == 1);
+    brake.rest(Duration::from_secs(3600));
+    // Orders are obeyed in their turn, so both rest now.
+    set.nmi().unwrap();
+    (0..2).for_each(write);
+    brake.rest(Duration::from_secs(3600));
+    set.nmi().unwrap();
+    assert_eq!(written(), 1, "it is out of the guest");
+    set.pause().unwrap();
+    set.save().unwrap();
+    set.run();
+    wait_for(|| written() == 3);
+    brake.rest(Duration::from_millis(1));
+    (0..2).for_each(write);
+    wait_for(|| written() == 5);
+    drop(set);
+    brake.rest(Duration::from_millis(1));
+}
+
+#[test]
 fn state_moves_to_another_set() {
     let (fake, world) = (Fake::new(), world());
     let first = create(&fake, 2, &world.targets).unwrap();
@@ -192,6 +222,29 @@ fn state_moves_to_another_set() {
     assert_eq!(second.save().unwrap(), states);
     let error = second.restore(states[..1].to_vec(), TimeBase::SameVm).unwrap_err();
     assert!(matches!(error, VcpuError::Count { states: 1, vcpus: 2 }));
+}
+
+/// KVM writes the wall clock to guest memory when its MSR is set, and the memory may still be another process's.
+#[test]
+fn what_writes_to_guest_memory_waits_until_the_vcpu_runs() {
+    const CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 1, &world.targets).unwrap();
+    let mut states = set.save().unwrap();
+    states[0].msrs = CLOCKS.iter().map(|index| MsrV1 { index: *index, value: 0x1000 }).collect();
+    let before = fake.calls().len();
+    set.restore(states, TimeBase::SameVm).unwrap();
+    let restored = fake.calls().split_off(before);
+    assert!(!restored.iter().any(|call| call.starts_with("KVM_SET_MSRS")), "{restored:?}");
+    let found = |set: &VcpuSet| {
+        let msrs = set.save().unwrap().remove(0).msrs;
+        CLOCKS.map(|index| msrs.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.value))
+    };
+    let (saved, runs) = (found(&set), fake.calls().len());
+    set.run();
+    wait_for(|| fake.calls().split_off(runs).iter().any(|call| call.starts_with("KVM_SET_MSRS")));
+    set.pause().unwrap();
+    assert_eq!(found(&set), saved, "saved meanwhile, it is as it was");
 }
 
 fn tsc(state: &mut VcpuV1) -> &mut MsrV1 {

@@ -181,7 +181,9 @@ impl Code {
             | Reason::AlreadyRunning
             | Reason::AlreadyPaused
             | Reason::NotPaused
-            | Reason::NoJob => Self::WrongPhase,
+            | Reason::NoJob
+            | Reason::Migrating
+            | Reason::NotMigrating => Self::WrongPhase,
         }
     }
 

@@ -61,14 +61,27 @@ const DIFFERENCES: &[(&str, &str)] = &[
     ("ReceiveMigrationData.console is beyond", "overrides in `vm.receive-migration`"),
     ("ReceiveMigrationData.debug_console is beyond", "overrides in `vm.receive-migration`"),
     ("ReceiveMigrationData.disks is beyond", "overrides in `vm.receive-migration`"),
+    ("ReceiveMigrationData.paths is beyond", "overrides in `vm.receive-migration`"),
     ("ReceiveMigrationData.serial is beyond", "overrides in `vm.receive-migration`"),
+    ("SendMigrationData.auto_converge is beyond", "`check`, `detach` and more in `vm.send-migration`"),
+    ("SendMigrationData.check is beyond", "`check`, `detach` and more in `vm.send-migration`"),
+    ("SendMigrationData.detach is beyond", "`check`, `detach` and more in `vm.send-migration`"),
+    ("SendMigrationData.max_bandwidth is beyond", "`check`, `detach` and more in `vm.send-migration`"),
+    ("SendMigrationData.preserve_source is beyond", "`check`, `detach` and more in `vm.send-migration`"),
     ("RestoreConfig.track is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
     ("VmSnapshotConfig.incremental is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
     ("VmSnapshotConfig.live is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
     ("VmSnapshotConfig.track is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
-    ("VmInfo.boots is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
-    ("VmInfo.last_guest_event is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
-    ("VmInfo.phase is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
+    ("VmInfo.boots is beyond", "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`"),
+    (
+        "VmInfo.last_guest_event is beyond",
+        "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`",
+    ),
+    ("VmInfo.phase is beyond", "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`"),
+    (
+        "VmInfo.restored_from is beyond",
+        "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`",
+    ),
 ];
 
 /// The contract, and ours.

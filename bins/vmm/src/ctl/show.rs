@@ -1,7 +1,12 @@
 //! Replies as tables. Control characters of foreign texts do not reach the terminal.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use vmm_api::config::{Bytes, VmConfig};
-use vmm_api::info::{CountersReply, DeviceNode, VmInfo};
+use vmm_api::info::{CountersReply, DeviceNode, RestoredFrom, VmInfo};
+use vmm_api::progress::MigrationProgressReply;
+
+use crate::logger::time::rfc3339;
 
 /// A text whose control characters are escaped.
 pub(crate) fn plain(text: &str) -> String {
@@ -14,15 +19,19 @@ pub(crate) fn plain(text: &str) -> String {
 
 /// `vm.info`: what the VM is, then its devices.
 pub(super) fn info(info: &VmInfo) -> String {
-    let VmInfo { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = info;
+    let VmInfo { config, state, memory_actual_size, device_tree, phase, boots, .. } = info;
     // Other VMMs tell no phase and do not count.
     let phase = if phase.is_empty() { format!("{state:?}") } else { plain(phase) };
     let mut facts = vec![["state", &phase].map(str::to_owned)];
     if *boots > 0 {
         facts.push(["boots".to_owned(), boots.to_string()]);
     }
-    if let Some(event) = last_guest_event {
+    if let Some(event) = &info.last_guest_event {
         facts.push(["last event".to_owned(), plain(event)]);
+    }
+    if let Some(RestoredFrom { source_url, created_ms, .. }) = &info.restored_from {
+        let text = format!("{} of {}", plain(source_url), moment(*created_ms));
+        facts.push(["restored from".to_owned(), text]);
     }
     facts.push(["vCPUs".to_owned(), vcpus(config)]);
     facts.push(["memory".to_owned(), Bytes(*memory_actual_size).to_string()]);
@@ -35,6 +44,12 @@ pub(super) fn info(info: &VmInfo) -> String {
         text.push_str(&table(&rows));
     }
     text
+}
+
+/// A point in time, from milliseconds since 1970.
+pub(crate) fn moment(milliseconds: u64) -> String {
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds));
+    time.map_or_else(|| format!("{milliseconds} ms after 1970"), rfc3339)
 }
 
 fn vcpus(config: &VmConfig) -> String {
@@ -54,6 +69,38 @@ fn boots_what(config: &VmConfig) -> impl Iterator<Item = (&'static str, String)>
 fn device(node: &DeviceNode) -> [String; 3] {
     let or_dash = |text: &Option<String>| text.as_deref().map_or("-".to_owned(), plain);
     [plain(&node.id), or_dash(&node.pci_bdf), or_dash(&node.parent)]
+}
+
+/// `vm.migration-progress`: one fact a line.
+pub(super) fn migration(reply: &MigrationProgressReply) -> String {
+    let seconds = |micros: u64| format!("{}.{:03} s", micros / 1_000_000, micros / 1000 % 1000);
+    let rate = |bytes: u64| format!("{}/s", about(bytes));
+    let mut facts = vec![("status", format!("{:?}", reply.status))];
+    let mut add = |name, fact: Option<String>| facts.extend(fact.map(|fact| (name, fact)));
+    let begun = reply.role.is_some();
+    add("end", reply.role.map(|role| format!("{role:?}")));
+    add("check only", reply.check.then(|| "yes".to_owned()));
+    add("step", reply.step.as_deref().map(plain));
+    add("time", begun.then(|| seconds(reply.elapsed_us)));
+    add("memory", (reply.memory_bytes > 0).then(|| about(reply.memory_bytes)));
+    add("sent", begun.then(|| format!("{}, passes {}", about(reply.sent_bytes), reply.passes)));
+    add("bandwidth", reply.bandwidth.map(rate));
+    add("dirtied", reply.dirty_rate.map(rate));
+    add("vCPUs slowed", (reply.throttle > 0).then(|| format!("{} %", reply.throttle)));
+    add("blackout expected", reply.expected_blackout_ms.map(|ms| format!("{ms} ms")));
+    add("blackout", reply.blackout_us.map(seconds));
+    add("because", (!reply.causes.is_empty()).then(|| plain(&reply.causes.join(": "))));
+    table(&facts.into_iter().map(|(name, fact)| [name.to_owned(), fact]).collect::<Vec<_>>())
+}
+
+/// Bytes in a unit that leaves few digits.
+pub(super) fn about(bytes: u64) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.into_iter().find(|(shift, _)| bytes >> shift > 0);
+    unit.map_or_else(
+        || format!("{bytes} B"),
+        |(shift, unit)| format!("{}.{} {unit}", bytes >> shift, (bytes >> (shift - 10)) % 1024 * 10 / 1024),
+    )
 }
 
 /// `vm.counters`: one counter a line.
@@ -110,14 +157,20 @@ mod tests {
             phase: "Running".to_owned(),
             boots: 2,
             last_guest_event: Some("reset".to_owned()),
+            restored_from: Some(RestoredFrom {
+                source_url: "file:///srv/\n".to_owned(),
+                id: "0".repeat(64),
+                created_ms: 1_790_000_000_000,
+            }),
         };
         let expected = "\
-state       Running
-boots       2
-last event  reset
-vCPUs       1 of 4
-memory      512M
-kernel      /boot/vmlinux
+state          Running
+boots          2
+last event     reset
+restored from  file:///srv/\\n of 2026-09-21T14:13:20.000000Z
+vCPUs          1 of 4
+memory         512M
+kernel         /boot/vmlinux
 
 DEVICE  ADDRESS       PARENT
 _disk0  0000:00:02.0  -
@@ -130,6 +183,7 @@ serial  -             -
             phase: String::new(),
             boots: 0,
             last_guest_event: None,
+            restored_from: None,
             ..running
         };
         assert_eq!(info(&other), "state   Running\nvCPUs   1\nmemory  512M\n");

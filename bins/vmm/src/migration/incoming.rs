@@ -2,23 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use vmm_api::spec::{Checked, ReceiveSpec};
+use vmm_api::spec::{Checked, MigrationAddress, ReceiveSpec};
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
-    Command, Destination, DestinationAction, DestinationInput, DestinationOutcome, DestinationState,
-    DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits, Message, Missing,
-    MissingKind, Offer, Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
+    Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
+    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits,
+    Message, Missing, MissingKind, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome,
+    Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
 use super::landing::{Ground, Said, Target, read};
 use super::link::{Listener, Socket};
-use super::{Clock, LINGER, THREAD};
+use super::outgoing::PERIOD;
+use super::{Clock, Host, LINGER, THREAD, descriptors, fit};
 use crate::exit::chain;
 use crate::machine;
 
@@ -49,6 +52,8 @@ pub enum ReceiveStep {
     Discard,
     /// Give the locks back; answer likewise.
     ReleaseLocks,
+    /// So far it is: what this end does, how much memory there is, what the source says.
+    Progress(DestinationState, u64, Progress),
     /// It is over.
     Over(Result<DestinationOutcome, ReceiveError>),
 }
@@ -111,7 +116,7 @@ impl From<(u64, Said)> for Heard {
 /// All that the thread needs.
 pub(crate) struct Incoming {
     pub(crate) spec: ReceiveSpec,
-    pub(crate) most_vcpus: u32,
+    pub(crate) host: Host,
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
@@ -139,7 +144,7 @@ impl Incoming {
         let mut driver = Driver {
             clock: Clock::start(),
             spec: self.spec,
-            most_vcpus: self.most_vcpus,
+            host: self.host,
             desk: self.desk,
             ground,
             outcomes: Outcomes::new(),
@@ -214,6 +219,8 @@ impl Live {
 struct Vm {
     checked: Option<Checked>,
     memory: Option<HostMemory>,
+    /// What came to map it from.
+    files: Vec<OwnedFd>,
     /// The control thread has it.
     handed_over: bool,
 }
@@ -221,7 +228,7 @@ struct Vm {
 struct Driver {
     clock: Clock,
     spec: ReceiveSpec,
-    most_vcpus: u32,
+    host: Host,
     desk: Box<dyn Fn(ReceiveStep) + Send>,
     ground: Arc<Ground>,
     outcomes: Outcomes,
@@ -235,6 +242,7 @@ struct Driver {
 
 impl Driver {
     fn run(&mut self, heard: &Receiver<Heard>) {
+        let mut last = Instant::now();
         while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
@@ -247,7 +255,19 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
                 Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
             }
+            if last.elapsed() >= PERIOD {
+                last = Instant::now();
+                self.tell();
+            }
         }
+    }
+
+    fn tell(&self) {
+        let Some(machine) = self.live.as_ref().map(|live| &live.machine).filter(|_| !self.told) else {
+            return;
+        };
+        let memory = machine.hello().map_or(0, |hello| hello.memory.bytes());
+        (self.desk)(ReceiveStep::Progress(machine.state(), memory, machine.progress()));
     }
 
     /// Whether nobody needs the thread any more.
@@ -272,6 +292,10 @@ impl Driver {
                 self.handle(DestinationInput::Lost(text));
             }
             Said::Frame(frame) if ours => self.handle(DestinationInput::Frame(frame)),
+            Said::Files(frame, files) if ours => {
+                self.vm.files = files;
+                self.handle(DestinationInput::Frame(frame));
+            }
             Said::Garbage(text) if ours => self.handle(DestinationInput::Garbage(text)),
             Said::Landed { pass, last } if ours => self.handle(DestinationInput::Landed { pass, last }),
             Said::Damaged(range) if ours => self.handle(DestinationInput::Damaged(range)),
@@ -294,6 +318,8 @@ impl Driver {
         if frame.command() == Command::Query {
             return self.asked(number, socket, frame);
         }
+        // One that only asked is done with.
+        self.live.take_if(|live| !self.told && live.machine.state() == DestinationState::Ended);
         if self.live.is_some() || self.told {
             let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
             if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
@@ -303,7 +329,10 @@ impl Driver {
         }
         let offer = Offer {
             versions: Versions::OURS,
-            features: Features::NONE,
+            features: match self.spec.address {
+                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY,
+                MigrationAddress::Tcp(_) => Features::NONE,
+            },
             connections: 1,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
@@ -339,6 +368,9 @@ impl Driver {
         let now = self.clock.now();
         let Some(live) = &mut self.live else { return };
         live.machine.handle(now, input);
+        if is_local(live) && live.machine.state() == DestinationState::Offered {
+            self.ground.expect_files(live.connection);
+        }
         while let Some(action) = self.live.as_mut().and_then(|live| live.machine.poll()) {
             self.act(action);
         }
@@ -371,12 +403,14 @@ impl Driver {
                     live.until = Some(Instant::now() + if live.lost { Duration::ZERO } else { LINGER });
                 }
             }
-            DestinationAction::Report(DestinationOutcome::Checked) => {}
+            // The next may be the VM.
+            DestinationAction::Report(DestinationOutcome::Checked) => self.vm = Vm::default(),
             DestinationAction::Report(outcome) => self.over(Ok(outcome)),
         }
     }
 
     fn over(&mut self, result: Result<DestinationOutcome, ReceiveError>) {
+        self.tell();
         if !std::mem::replace(&mut self.told, true) {
             (self.desk)(ReceiveStep::Over(result));
         }
@@ -397,9 +431,7 @@ impl Driver {
             },
             DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
             DestinationStep::Run => return (self.desk)(ReceiveStep::Run),
-            DestinationStep::MapMemory(_) => {
-                Err(Fault::new(Reason::Features, "descriptors were not agreed on"))
-            }
+            DestinationStep::MapMemory(ranges) => self.map(&ranges),
         };
         self.answer(result);
     }
@@ -408,6 +440,7 @@ impl Driver {
         match undo {
             DestinationUndo::Discard => {
                 self.ground.close();
+                self.ground.refuse_files();
                 let handed_over = std::mem::take(&mut self.vm).handed_over;
                 if handed_over {
                     return (self.desk)(ReceiveStep::Discard);
@@ -432,29 +465,8 @@ impl Driver {
 
     /// Whether a VM of this configuration can run here.
     fn check(&self, config: &[u8]) -> Result<Checked, Fault> {
-        let checked = self.spec.configure(config).map_err(|faults| {
-            let texts: Vec<_> =
-                faults.iter().map(|fault| format!("{}: {}", fault.path, fault.message)).collect();
-            Fault::new(Reason::Incompatible, &format!("the configuration is refused: {}", texts.join("; ")))
-        })?;
         let hello = self.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
-        let mut missing = Vec::new();
-        if checked.spec.cpus.max > self.most_vcpus {
-            let name = format!("{} vCPUs, {} are possible", checked.spec.cpus.max, self.most_vcpus);
-            missing.push(Missing::new(MissingKind::Cpu, &name));
-        }
-        let zones: u64 = checked.spec.memory.total().get();
-        if zones != hello.memory.bytes() {
-            let name = format!("{} bytes, the configuration has {zones}", hello.memory.bytes());
-            missing.push(Missing::new(MissingKind::Memory, &name));
-        }
-        for disk in &checked.spec.disks {
-            if let Err(error) = std::fs::metadata(&disk.image.path) {
-                let name = format!("{}: {error}", disk.image.path.display());
-                missing.push(Missing::new(MissingKind::Resource, &name));
-            }
-        }
-        if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
+        fit::check(&self.spec, &self.host, hello, config)
     }
 
     fn hello(&self) -> Option<&Hello> {
@@ -469,14 +481,18 @@ impl Driver {
         let failed = |error: &dyn std::error::Error| Fault::new(Reason::Failed, &chain(error));
         let hello = live.machine.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
         let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
-        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
-        let here = memory.regions().map(|(zone, gpa, length)| (zone.to_owned(), gpa, length));
+        let places = HostMemory::places(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
         let there =
             hello.memory.regions().iter().map(|region| (region.zone.clone(), region.gpa, region.length));
-        if !here.eq(there) {
+        if !places.into_iter().eq(there) {
             let missing = Missing::new(MissingKind::Memory, "memory where the guest has it");
             return Err(Fault::incompatible(vec![missing]));
         }
+        if is_local(live) {
+            // It is there already, and will be handed over.
+            return Ok(());
+        }
+        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
         let target = Target {
             memory: Arc::clone(memory.memory()),
             layout: hello.memory.clone(),
@@ -484,6 +500,21 @@ impl Driver {
         };
         self.ground.open(target);
         self.vm.memory = Some(memory);
+        Ok(())
+    }
+
+    /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
+    fn map(&mut self, ranges: &[DescriptorRange]) -> Result<(), Fault> {
+        self.ground.refuse_files();
+        let files = std::mem::take(&mut self.vm.files);
+        let (Some(checked), Some(hello)) = (&self.vm.checked, self.hello()) else {
+            return Err(Fault::new(Reason::Failed, "there is no configuration"));
+        };
+        let failed = |error: &dyn std::error::Error| Fault::new(Reason::Incompatible, &chain(error));
+        let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
+        let pieces = descriptors::pieces(ranges);
+        let memory = HostMemory::adopt(&zones, hello.cpu.phys_bits, files, &pieces);
+        self.vm.memory = Some(memory.map_err(|error| failed(&error))?);
         Ok(())
     }
 
@@ -498,4 +529,9 @@ impl Driver {
         let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
         Ok(Arrival { checked, records, memory })
     }
+}
+
+/// Whether memory is handed over by its descriptors.
+fn is_local(live: &Live) -> bool {
+    live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LOCAL_MEMORY))
 }

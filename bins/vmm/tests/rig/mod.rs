@@ -1,6 +1,7 @@
 //! A VMM without its control thread, for tests over the scripted hypervisor.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic, reason = "test code; each user takes a part")]
 
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ pub(crate) struct Rig {
     /// Mode of the serial port.
     serial: &'static str,
     inbox: Inbox<MachineMessage>,
+    /// The other end of a migration, which says nothing.
+    peer: Option<UnixListener>,
 }
 
 impl Rig {
@@ -40,7 +43,7 @@ impl Rig {
         let (post, inbox) = mailbox().unwrap();
         let policy = Policy { serves_clients: true, verify_state: false, reactions };
         let vmm = Vmm::new(Arc::new(fake), post, policy, Events::new());
-        Self { folder, vmm, serial, inbox }
+        Self { folder, vmm, serial, inbox, peer: None }
     }
 
     /// The same in a sandbox.
@@ -54,9 +57,9 @@ impl Rig {
 
     pub(crate) fn brought_to(mut self, phase: Phase) -> Self {
         let way: &[&str] = match phase {
-            Phase::Empty => &[],
+            Phase::Empty | Phase::Receiving => &[],
             Phase::Created | Phase::Booting => &["vm.create"],
-            Phase::Running => &["vm.create", "vm.boot"],
+            Phase::Running | Phase::Migrating => &["vm.create", "vm.boot"],
             Phase::Paused | Phase::Saving => &["vm.create", "vm.boot", "vm.pause"],
             Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
         };
@@ -69,6 +72,13 @@ impl Rig {
         }
         if phase == Phase::Saving {
             drop(self.begin("vm.snapshot"));
+        }
+        if phase == Phase::Migrating {
+            self.peer = Some(UnixListener::bind(self.folder.path().join("peer")).unwrap());
+        }
+        if matches!(phase, Phase::Migrating | Phase::Receiving) {
+            let (name, body) = Requests::migration(phase, &self.folder.path().join("peer"));
+            drop(self.begin_with(name, body));
         }
         assert_eq!(self.vmm.phase(), phase);
         self

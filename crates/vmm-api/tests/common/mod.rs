@@ -111,6 +111,7 @@ impl Toy {
             phase: self.slot.phase().to_string(),
             boots: 1,
             last_guest_event: None,
+            restored_from: None,
         })
     }
 
@@ -132,7 +133,7 @@ macro_rules! refuse {
 }
 
 refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
-refuse!(vm::Cancel, vm::ReceiveMigration);
+refuse!(vm::Cancel, vm::ReceiveMigration, vm::MigrationProgress, vm::MigrationKeep, vm::MigrationYield);
 
 /// Nobody ever receives a toy.
 impl Handle<vm::SendMigration> for Toy {
