@@ -23,7 +23,7 @@ use super::{Configured, Vmm, VmmError, boot, saving, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::outgoing::{DONE, Outgoing, Told};
-use crate::migration::{Aside, SendError, SendStep, THREAD};
+use crate::migration::{self, Aside, SendError, SendStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "migration";
@@ -50,7 +50,9 @@ type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
 impl Vmm {
     /// Begins to give the VM away; `asker` is told of the end.
     pub(super) fn send_for(&mut self, request: &SendMigrationData, asker: Replier<()>) {
-        let spec = match SendSpec::check(request) {
+        let checked = SendSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
@@ -84,6 +86,7 @@ impl Vmm {
         let post = EventPost::new(machine.number(), self.post.clone());
         let outgoing = Outgoing {
             address: spec.address.clone(),
+            tls_dir: spec.tls_dir.clone(),
             setup,
             memory,
             aside: Arc::clone(&aside),

@@ -56,6 +56,8 @@ pub struct SendSpec {
     pub strategy: TimeoutStrategy,
     /// Connections to ask for, 1 to 128.
     pub connections: u16,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
 }
 
 impl SendSpec {
@@ -73,9 +75,11 @@ impl SendSpec {
         }
         let address = MigrationAddress::parse("destination_url", &config.destination_url)
             .map_err(|fault| faults.push(fault));
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         match address {
             Ok(address) if faults.is_empty() => Ok(Self {
                 address,
+                tls_dir,
                 downtime: Duration::from_millis(config.downtime_ms),
                 timeout: Duration::from_secs(config.timeout_s),
                 strategy: config.timeout_strategy,
@@ -91,6 +95,8 @@ impl SendSpec {
 pub struct ReceiveSpec {
     /// Where to listen.
     pub address: MigrationAddress,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
     overrides: Overrides,
 }
 
@@ -104,6 +110,7 @@ impl ReceiveSpec {
         refuse_postcopy(config.memory_mode, &mut faults);
         let address =
             MigrationAddress::parse("receiver_url", &config.receiver_url).map_err(|fault| faults.push(fault));
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         let overrides = Overrides {
             disks: config.disks.clone().unwrap_or_default(),
             serial: config.serial.clone(),
@@ -111,7 +118,7 @@ impl ReceiveSpec {
             debug_console: config.debug_console.clone(),
         };
         match address {
-            Ok(address) if faults.is_empty() => Ok(Self { address, overrides }),
+            Ok(address) if faults.is_empty() => Ok(Self { address, tls_dir, overrides }),
             _ => Err(faults),
         }
     }
@@ -123,6 +130,19 @@ impl ReceiveSpec {
     pub fn configure(&self, document: &[u8]) -> Result<Checked, Vec<Fault>> {
         self.overrides.configure(document)
     }
+}
+
+/// TLS is for TCP.
+fn check_tls(
+    folder: Option<&Path>,
+    address: Option<&MigrationAddress>,
+    faults: &mut Vec<Fault>,
+) -> Option<PathBuf> {
+    if let (Some(_), Some(MigrationAddress::Unix(_))) = (folder, address) {
+        let message = "TLS is for tcp:host:port; a UNIX socket is this host's";
+        faults.push(Fault::new("tls_dir", FaultKind::Invalid, message));
+    }
+    folder.map(Path::to_owned)
 }
 
 fn refuse_postcopy(mode: MigrationMode, faults: &mut Vec<Fault>) {
@@ -163,6 +183,18 @@ mod tests {
         );
         let mut faults = faults.unwrap_err();
         faults.sort();
-        assert_eq!(faults, ["connections", "destination_url", "local", "memory_mode", "tls_dir"]);
+        assert_eq!(faults, ["connections", "destination_url", "local", "memory_mode"]);
+    }
+
+    #[test]
+    fn tls_is_for_tcp() {
+        let spec = send(r#"{"destination_url": "tcp:h:1", "tls_dir": "/t"}"#).unwrap();
+        assert_eq!(spec.tls_dir.as_deref(), Some(Path::new("/t")));
+        assert_eq!(send(r#"{"destination_url": "tcp:h:1"}"#).unwrap().tls_dir, None);
+        let faults = send(r#"{"destination_url": "unix:/m", "tls_dir": "/t"}"#).unwrap_err();
+        assert_eq!(faults, ["tls_dir"]);
+        let config = r#"{"receiver_url": "unix:/m", "tls_dir": "/t"}"#;
+        let faults = ReceiveSpec::check(&serde_json::from_str(config).unwrap()).unwrap_err();
+        assert_eq!((faults.len(), faults[0].path.as_str()), (1, "tls_dir"));
     }
 }
