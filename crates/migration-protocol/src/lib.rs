@@ -13,6 +13,7 @@ mod memory;
 mod message;
 mod negotiate;
 mod pacer;
+mod packing;
 mod policy;
 mod source;
 
@@ -38,6 +39,7 @@ pub use negotiate::{
     Accept, Features, Hello, MAX_CONNECTIONS, MAX_REQUESTED_CONNECTIONS, Offer, Purpose, SessionId, Versions,
 };
 pub use pacer::Pacer;
+pub use packing::{Packer, UnpackError, unpack};
 pub use policy::{Decision, Goals, Pass, Policy, Stop, TimeoutStrategy};
 pub use source::{
     Source, SourceAction, SourceInput, SourceKind, SourceOutcome, SourceProgress, SourceSetup, SourceState,
