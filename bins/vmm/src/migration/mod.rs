@@ -7,11 +7,13 @@
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in` | reads a connection; memory lands from here |
 //! | `link` | | sockets, and frames out of them |
+//! | `descriptors` | | memory that is handed over instead of being sent |
 //! | `tls` | | sockets that are encrypted, with the cargo feature of that name |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
+mod descriptors;
 pub(crate) mod incoming;
 mod landing;
 mod link;
@@ -27,6 +29,7 @@ use vmm_api::config::{self, FaultKind};
 use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
+pub(crate) use descriptors::ranges;
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
 pub use tls::TlsError;

@@ -1,6 +1,7 @@
 //! The thread that gives a VM away: it drives the protocol's [`Source`].
 
 use std::fmt;
+use std::fs::File;
 use std::net::Shutdown;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -99,6 +100,8 @@ pub(crate) struct Outgoing {
     pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
+    /// The files of memory that is handed over.
+    pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
     pub(crate) told: Told,
@@ -139,6 +142,7 @@ impl Outgoing {
         let writer = Writer {
             socket: Arc::clone(&socket),
             memory: self.memory,
+            files: self.files,
             queue: queued,
             answers: answers.clone(),
             shared: Arc::clone(&shared),

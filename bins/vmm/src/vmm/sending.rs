@@ -63,7 +63,7 @@ impl Vmm {
             Ok(mut job) => {
                 job.asker = Some(asker);
                 // There is a machine.
-                let _ = self.slot.begin_save();
+                let _ = self.slot.begin_migrate();
                 self.jobs.send = Some(job);
             }
             Err(error) => asker.reply(Err(self.send_failed(number, error))),
@@ -80,7 +80,16 @@ impl Vmm {
         let (configured, machine) = self.slot.parts_mut().ok_or_else(|| refused("there is no machine"))?;
         let memory = machine.memory().source().map_err(|error| SendError::Refused(error.into()))?;
         let places = machine.memory().places();
-        let setup = setup(configured, machine, &places, (spec, paused))?;
+        let shared = match spec.local {
+            true => Some(machine.memory().share().map_err(|error| SendError::Refused(error.into()))?),
+            false => None,
+        };
+        let mut setup = setup(configured, machine, &places, (spec, paused))?;
+        if let Some(shared) = &shared {
+            (setup.hello.features, setup.hello.required) = (Features::LOCAL_MEMORY, Features::LOCAL_MEMORY);
+            setup.descriptors =
+                migration::ranges(&shared.pieces).map_err(|error| SendError::Refused(error.into()))?;
+        }
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
         let post = EventPost::new(machine.number(), self.post.clone());
@@ -89,6 +98,7 @@ impl Vmm {
             tls_dir: spec.tls_dir.clone(),
             setup,
             memory,
+            files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
             told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
@@ -204,7 +214,7 @@ impl Vmm {
             }
             Err(error) => {
                 let guest = if paused || stands { Guest::Rests } else { Guest::Runs };
-                let _ = self.slot.end_save(guest);
+                let _ = self.slot.end_migrate(guest);
                 let reply = self.send_failed(number, error);
                 self.post_info();
                 cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
