@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use vmm_snapshot::{Record, RecordSet};
 use super::landing::{Ground, Said, Target, read};
 use super::link::{Listener, Socket};
 use super::outgoing::PERIOD;
+use super::tls::{Server, TlsError};
 use super::{Clock, Host, LINGER, THREAD, descriptors, fit};
 use crate::exit::chain;
 use crate::machine;
@@ -62,6 +64,9 @@ pub enum ReceiveStep {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReceiveError {
+    /// The certificates of this end cannot be used.
+    #[error("the migration's tls_dir")]
+    Tls(#[source] TlsError),
     /// It cannot be waited for there.
     #[error("cannot listen for the source")]
     Listen(#[source] std::io::Error),
@@ -125,14 +130,20 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// Waits for a VM, and after that for sources that ask what became of it.
     pub(crate) fn run(self) {
+        let tls = match self.spec.tls_dir.as_deref().map(Server::load).transpose() {
+            Ok(tls) => tls,
+            Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Tls(error)))),
+        };
         let listener = match Listener::bind(&self.spec.address) {
             Ok(listener) => Arc::new(listener),
             Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Listen(error)))),
         };
-        let ground = Arc::new(Ground::default());
+        let (ground, gone) = (Arc::new(Ground::default()), Arc::new(AtomicBool::new(false)));
         let (to, heard) = self.heard;
         let accepting = Accepting {
             listener: Arc::clone(&listener),
+            tls,
+            gone: Arc::clone(&gone),
             ground: Arc::clone(&ground),
             to,
             threads: Arc::clone(&self.threads),
@@ -154,6 +165,7 @@ impl Incoming {
             told: false,
         };
         driver.run(&heard);
+        gone.store(true, Ordering::SeqCst);
         listener.close();
         driver.ground.close();
         if let Some(live) = driver.live {
@@ -166,6 +178,9 @@ impl Incoming {
 /// Takes connections, and starts a thread for each.
 struct Accepting {
     listener: Arc<Listener>,
+    tls: Option<Server>,
+    /// Nobody waits for a VM any more: handshakes are given up.
+    gone: Arc<AtomicBool>,
     ground: Arc<Ground>,
     to: Sender<Heard>,
     threads: Arc<dyn ThreadHook>,
@@ -176,16 +191,19 @@ impl Accepting {
         let alive = Arc::new(());
         let mut number = 0;
         while let Ok(socket) = self.listener.accept() {
-            if Arc::strong_count(&alive) > MOST_CONNECTIONS || socket.set_timeouts(None, Some(WRITE)).is_err()
-            {
+            if Arc::strong_count(&alive) > MOST_CONNECTIONS {
                 log::warn!("migration: too many connections, one more is closed");
                 continue;
             }
             number += 1;
-            let (to, socket, token) = (self.to.clone(), Arc::new(socket), Arc::clone(&alive));
-            let ground = Arc::clone(&self.ground);
+            let (to, token) = (self.to.clone(), Arc::clone(&alive));
+            let (ground, gone, tls) = (Arc::clone(&self.ground), Arc::clone(&self.gone), self.tls.clone());
             let work = move || {
-                read(number, &socket, &ground, &to);
+                let secured = socket.secured(tls.as_ref(), &mut || !gone.load(Ordering::SeqCst));
+                match secured.and_then(|socket| socket.set_timeouts(None, Some(WRITE)).map(|()| socket)) {
+                    Ok(socket) => read(number, &Arc::new(socket), &ground, &to),
+                    Err(error) => log::warn!("migration: a connection is refused: {}", chain(&error)),
+                }
                 drop(token);
             };
             if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-in", work) {

@@ -72,7 +72,9 @@ type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
 impl Vmm {
     /// Begins to give the VM away; `asker` is told of the end.
     pub(super) fn send_for(&mut self, request: &SendMigrationData, asker: Replier<()>) {
-        let spec = match SendSpec::check(request) {
+        let checked = SendSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
@@ -122,6 +124,7 @@ impl Vmm {
         let outgoing = Outgoing {
             address: spec.address.clone(),
             max_bandwidth: spec.max_bandwidth,
+            tls_dir: spec.tls_dir.clone(),
             setup,
             memory,
             files: shared.map_or_else(Vec::new, |shared| shared.files),
