@@ -89,18 +89,18 @@ impl Vmm {
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();
-        let post = EventPost::new(machine, self.post.clone());
+        let post = EventPost::new(machine, self.means.post.clone());
         let incoming = Incoming {
             spec,
-            most_vcpus: self.hypervisor.max_vcpus(),
+            most_vcpus: self.means.hypervisor.max_vcpus(),
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             heard: (to.clone(), heard),
             gone: Arc::clone(&gone),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker, cancels, start, to, held };
-        match thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
+        match thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
@@ -239,7 +239,7 @@ impl Vmm {
         let cancelled = error.is_cancelled();
         let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
         self.events.tell(job.machine, &Event::JobFinished { job: job.number, outcome });
-        let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Receive(Box::new(error)));
         log::warn!("{}", chain(&error));
         self.post_info();
         let code = if cancelled { Code::Cancelled } else { Code::MigrationFailed };

@@ -90,7 +90,7 @@ impl Vmm {
         }
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
-        let post = EventPost::new(machine.number(), self.post.clone());
+        let post = EventPost::new(machine.number(), self.means.post.clone());
         let outgoing = Outgoing {
             address: spec.address.clone(),
             setup,
@@ -99,11 +99,11 @@ impl Vmm {
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
             told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             inputs: (inputs.clone(), queue),
             gone: Arc::clone(&gone),
         };
-        thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
+        thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
             .map_err(SendError::Thread)?;
         let (asker, cancels, start) = (None, Vec::new(), Instant::now());
         Ok(Job {
@@ -229,7 +229,7 @@ impl Vmm {
         let cancelled = error.is_cancelled();
         let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
         self.note(&Event::JobFinished { job, outcome });
-        let error = boot::explain(&self.sandbox, VmmError::Send(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Send(Box::new(error)));
         log::warn!("{}", chain(&error));
         ApiError::from_error(if cancelled { Code::Cancelled } else { Code::MigrationFailed }, &error)
     }
