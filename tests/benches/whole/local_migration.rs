@@ -40,7 +40,8 @@ impl Bench {
         source.read_byte()?;
         let (_destination, mut to) = self.serving("destination.sock", &[])?;
         let socket = self.folder.join("migration.sock");
-        let receive = format!(r#"{{"receiver_url":"unix:{0}","serial":{{"mode":"Null"}}}}"#, socket.display());
+        let receive =
+            format!(r#"{{"receiver_url":"unix:{0}","serial":{{"mode":"Null"}}}}"#, socket.display());
         let receiving = std::thread::spawn(move || {
             let answer = to.request(Method::Put, "vm.receive-migration", receive.as_bytes(), &[]);
             answer.map(|answer| answer.status).map_err(|error| error.to_string())
