@@ -58,6 +58,10 @@ fn a_guest_goes_on_in_another_process() {
     goes_on(&serial, &other);
     // It is a VM as any other: it reboots, and boots again.
     second.api().puts(&["vm.reboot", "vm.shutdown", "vm.boot"]);
+    let manifest: Value = serde_json::from_slice(&fs::read(saved.join("manifest.json")).unwrap()).unwrap();
+    let from =
+        json!({ "source_url": url(&saved), "id": manifest["id"], "created_ms": manifest["created_ms"] });
+    assert_eq!(second.api().get("vm.info").json()["restored_from"], from);
     wait_until(LIMIT, || other.text().contains("00000000\n").then_some(()), || "a boot".to_owned());
 }
 
@@ -450,6 +454,7 @@ fn shared_memory_is_filled_while_the_guest_runs() {
     let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 256 << 20, "shared": true }));
     let (saved, again) = (scratch.path("saved"), scratch.path("again"));
     vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    serial.wait_longer_than(serial.text().len() + 20);
     drop(vmm);
     let clone = Vmm::with_api(&scratch, ["-v"]);
     let other = SerialFile::new(scratch.path("other"));
@@ -471,7 +476,8 @@ fn shared_memory_is_filled_while_the_guest_runs() {
     let third = Vmm::with_api(&scratch, [""; 0]);
     let last = SerialFile::new(scratch.path("last"));
     third.api().done("vm.restore", &from(&again, &last));
-    goes_on(&other, &last);
+    last.wait_longer_than(40);
+    assert!(counts(&other).contains(&counts(&last)[0]), "and so does what is saved of it");
 }
 
 #[test]
@@ -480,6 +486,7 @@ fn shared_memory_that_is_damaged_is_told_by_name() {
     let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": true }));
     let saved = scratch.path("saved");
     vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    serial.wait_longer_than(serial.text().len() + 20);
     drop(vmm);
     let memory = saved.join("memory-0.bin");
     fs::set_permissions(&memory, Permissions::from_mode(0o600)).unwrap();

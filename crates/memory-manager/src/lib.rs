@@ -7,12 +7,14 @@
 //! - [`fill`]: RAM that is filled from a snapshot while its guest runs;
 //! - [`freeze`]: RAM as it is at one moment, for such a writer while the guest runs on;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
+//! - [`handover`]: RAM that another process takes over by its descriptors;
 //! - [`userfault`]: page faults of guest memory, handled here;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
 pub mod fill;
 pub mod freeze;
+pub mod handover;
 pub mod layout;
 pub mod map;
 mod pagemap;

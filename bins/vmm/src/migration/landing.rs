@@ -1,6 +1,8 @@
 //! The thread that reads a connection of a destination; memory lands from here.
 
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,9 +15,14 @@ use vmm_migration_protocol::{
 
 use super::link::{End, Frames, Socket};
 
-/// Where memory is to land. Empty while the destination takes none.
+/// Where memory is to land.
 #[derive(Debug, Default)]
-pub(super) struct Ground(Mutex<Option<Arc<Target>>>);
+pub(super) struct Ground {
+    /// Empty while the destination takes none.
+    target: Mutex<Option<Arc<Target>>>,
+    /// The connection on which descriptors of memory are to come; 0 for none.
+    handed: AtomicU64,
+}
 
 /// The memory of a session.
 #[derive(Debug)]
@@ -28,15 +35,29 @@ pub(super) struct Target {
 
 impl Ground {
     pub(super) fn open(&self, target: Target) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(target));
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(target));
     }
 
     pub(super) fn close(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Descriptors of memory are to come on this connection, whose number is not 0.
+    pub(super) fn expect_files(&self, connection: u64) {
+        self.handed.store(connection, Ordering::SeqCst);
+    }
+
+    /// No descriptors are to come any more.
+    pub(super) fn refuse_files(&self) {
+        self.handed.store(0, Ordering::SeqCst);
+    }
+
+    fn takes_files(&self, connection: u64) -> bool {
+        self.handed.load(Ordering::SeqCst) == connection
     }
 
     fn target(&self, connection: u64) -> Option<Arc<Target>> {
-        let target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
         target.as_ref().filter(|target| target.connection == connection).map(Arc::clone)
     }
 }
@@ -47,6 +68,8 @@ pub(super) enum Said {
     /// The first frame of all.
     First(Arc<Socket>, Frame),
     Frame(Frame),
+    /// The frame about descriptors of memory, and what came beside it or before.
+    Files(Frame, Vec<OwnedFd>),
     Garbage(String),
     Lost(String),
     Landed {
@@ -74,7 +97,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
         }
     }
     // Before there is memory, and with it.
-    let end = match control(&mut frames, &tell) {
+    let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
         Ok(Some(item)) => match ground.target(number) {
             Some(target) => land(&mut frames, item, (ground, number, target), &tell),
             None => Err(End::Garbage("memory out of place".to_owned())),
@@ -94,11 +117,21 @@ fn may_be_first(command: Command) -> bool {
 }
 
 /// Up to the first frame about memory. `None`: nobody listens.
-fn control(frames: &mut Frames, tell: &dyn Fn(Said) -> bool) -> Result<Option<Item>, End> {
+fn control(
+    frames: &mut Frames,
+    takes_files: &dyn Fn() -> bool,
+    tell: &dyn Fn(Said) -> bool,
+) -> Result<Option<Item>, End> {
     loop {
+        // Looked at before each wait: a source attaches them to a frame that follows an answer.
+        frames.want_files(takes_files());
         match frames.next()? {
             Item::Frame(frame) if !frame.command().is_data() => {
-                if !tell(Said::Frame(frame)) {
+                let said = match frame.command() {
+                    Command::Descriptors => Said::Files(frame, frames.take_files()),
+                    _ => Said::Frame(frame),
+                };
+                if !tell(said) {
                     return Ok(None);
                 }
             }

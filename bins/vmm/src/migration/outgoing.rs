@@ -1,6 +1,7 @@
 //! The thread that gives a VM away: it drives the protocol's [`Source`].
 
 use std::fmt;
+use std::fs::File;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,6 +94,8 @@ pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
+    /// The files of memory that is handed over.
+    pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
     pub(crate) told: Told,
@@ -133,6 +136,7 @@ impl Outgoing {
         let writer = Writer {
             socket: Arc::clone(&socket),
             memory: self.memory,
+            files: self.files,
             queue: queued,
             answers: answers.clone(),
             shared: Arc::clone(&shared),

@@ -1,6 +1,7 @@
 //! The thread that writes a source's connection: frames, and memory between them.
 
-use std::io::{ErrorKind, Write};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use vmm_memory_manager::dirty::Changed;
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Bulk, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
+    Bulk, Command, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
     contents_checksum,
 };
 use vmm_snapshot::directory::{MemorySource, Place};
@@ -64,6 +65,8 @@ pub(super) struct Shared {
 pub(super) struct Writer {
     pub(super) socket: Arc<Socket>,
     pub(super) memory: GuestMemorySource,
+    /// The files of memory that is handed over, for the frame about them.
+    pub(super) files: Vec<File>,
     pub(super) queue: Receiver<Out>,
     pub(super) answers: Sender<SourceInput>,
     pub(super) shared: Arc<Shared>,
@@ -76,6 +79,7 @@ impl Writer {
     pub(super) fn run(mut self) {
         while let Ok(out) = self.queue.recv() {
             match out {
+                Out::Frame(frame) if frame.command() == Command::Descriptors => self.hand_over(&frame),
                 Out::Frame(frame) => self.write(&[&frame.encode()]),
                 Out::Pass(pass) => {
                     let answer = match self.pass(&pass) {
@@ -195,29 +199,45 @@ impl Writer {
         self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Writes a frame with the files of memory beside its first byte.
+    fn hand_over(&mut self, frame: &Frame) {
+        let (bytes, files) = (frame.encode(), std::mem::take(&mut self.files));
+        let mut sent = 0;
+        self.try_write(|socket| socket.write_with(&bytes, &files).inspect(|count| sent = *count));
+        self.write(&[bytes.get(sent..).unwrap_or_default()]);
+    }
+
     /// Writes parts of one frame. A link that does not take them is broken: what it has of the frame is of no use.
     fn write(&mut self, parts: &[&[u8]]) {
-        let mut since = Instant::now();
         for part in parts {
             let mut rest = *part;
             while !rest.is_empty() && !self.broken {
-                match (&mut &*self.socket).write(rest) {
-                    Ok(0) => self.give_up(),
-                    Ok(count) => {
-                        rest = rest.get(count..).unwrap_or_default();
-                        since = Instant::now();
+                self.try_write(|mut socket| {
+                    let count = socket.write(rest)?;
+                    rest = rest.get(count..).unwrap_or_default();
+                    Ok(count)
+                });
+            }
+        }
+    }
+
+    /// Writes once, as soon as the link takes something.
+    fn try_write(&mut self, mut write: impl FnMut(&Socket) -> io::Result<usize>) {
+        let since = Instant::now();
+        while !self.broken {
+            match write(&self.socket) {
+                Ok(0) => self.give_up(),
+                Ok(_) => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    let unwanted = self.shared.interrupted.load(Ordering::SeqCst)
+                        || self.shared.over.load(Ordering::SeqCst);
+                    if unwanted || since.elapsed() >= STALLED {
+                        self.give_up();
                     }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                        let unwanted = self.shared.interrupted.load(Ordering::SeqCst)
-                            || self.shared.over.load(Ordering::SeqCst);
-                        if unwanted || since.elapsed() >= STALLED {
-                            self.give_up();
-                        }
-                    }
-                    // The peer may have said why before it closed: reading goes on to the end.
-                    Err(_) => self.broken = true,
                 }
+                // The peer may have said why before it closed: reading goes on to the end.
+                Err(_) => self.broken = true,
             }
         }
     }
@@ -255,7 +275,7 @@ fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
     runs
 }
 
-fn unreadable(error: &std::io::Error) -> Fault {
+fn unreadable(error: &io::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
 }
 

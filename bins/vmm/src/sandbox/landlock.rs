@@ -67,7 +67,8 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     if path == Path::new(STANDARD_OUTPUT) && !is_named(path).map_err(failed)? {
         return Ok(());
     }
-    if rule.usage == Usage::Faults && !path.exists() {
+    if matches!(rule.usage, Usage::ReadLater | Usage::Faults) && !path.exists() {
+        // Who wants it says so.
         return Ok(());
     }
     if rule.usage == Usage::Output && !path.exists() {
@@ -90,7 +91,9 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
             | Usage::Granted(_),
         ) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
-        (true, Usage::Read | Usage::Disk { .. } | Usage::Output | Usage::Faults) => AccessFs::ReadDir.into(),
+        (true, Usage::Read | Usage::ReadLater | Usage::Disk { .. } | Usage::Output | Usage::Faults) => {
+            AccessFs::ReadDir.into()
+        }
     };
     ruleset.add_rule(PathBeneath::new(named, rights))?;
     Ok(())
@@ -105,7 +108,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
     let read = BitFlags::from(AccessFs::ReadFile);
     let write = AccessFs::WriteFile | AccessFs::Truncate;
     match usage {
-        Usage::Read => read,
+        Usage::Read | Usage::ReadLater => read,
         Usage::Itself | Usage::Snapshot => read | AccessFs::ReadDir,
         Usage::Disk { writable: false } => read | AccessFs::IoctlDev,
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,
