@@ -6,6 +6,8 @@
 //! | `sender` | `migration-out` | writes frames and memory, so that the driver never waits for the link |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in` | reads a connection; memory lands from here |
+//! | `fit` | | whether a VM can be this host's |
+//! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `link` | | sockets, and frames out of them |
 //! | `descriptors` | | memory that is handed over instead of being sent |
 //!
@@ -13,11 +15,14 @@
 
 mod aside;
 mod descriptors;
+mod fit;
 pub(crate) mod incoming;
 mod landing;
 mod link;
 pub(crate) mod outgoing;
+mod pace;
 mod sender;
+mod slowing;
 
 use std::time::{Duration, Instant};
 
@@ -25,8 +30,10 @@ use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
 pub(crate) use descriptors::ranges;
+pub(crate) use fit::{Host, needs};
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
+pub(crate) use slowing::Slowing;
 
 /// The threads of a migration.
 pub(crate) const THREAD: ThreadKind = ThreadKind("migration");
