@@ -303,6 +303,11 @@ impl Driver {
                 let what = match what {
                     What::All => None,
                     What::Taken => Some(self.aside.take()),
+                    What::Absent => {
+                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
+                        self.answer(SourceInput::Failed(fault));
+                        return None;
+                    }
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
                 self.write(Out::Pass(Pass { number: pass, what, last }));
