@@ -118,7 +118,7 @@ impl Vmm {
             return Err(SaveError::Ended(*event));
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
-        let (tracks, hook) = (&mut self.jobs.saving.tracks, self.sandbox.threads());
+        let (tracks, hook) = (&mut self.jobs.saving.tracks, self.means.sandbox.threads());
         let (memory, since, still) = match pace {
             Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
                 Some(moment) => {
