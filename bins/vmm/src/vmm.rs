@@ -4,6 +4,7 @@ mod boot;
 mod guest;
 mod handlers;
 mod inputs;
+mod moving;
 mod receiving;
 mod restore;
 mod saving;
@@ -13,6 +14,7 @@ mod teardown;
 mod told;
 mod tracks;
 mod tree;
+mod waiting;
 pub(crate) mod writer;
 
 use std::collections::BTreeSet;
@@ -107,6 +109,7 @@ struct Jobs {
     saving: Saving,
     send: Option<sending::Job>,
     receive: receiving::Receiving,
+    moving: moving::Moving,
 }
 
 /// How the VMM behaves, for its whole life.

@@ -227,6 +227,8 @@ fn every_request_leads_where_the_table_says() {
 
 fn fails_here(action: Action) -> bool {
     matches!(action, Action::SendMigration | Action::ReceiveMigration)
+        // It is not in doubt where the VM is.
+        || matches!(action, Action::MigrationKeep | Action::MigrationYield)
 }
 
 #[test]

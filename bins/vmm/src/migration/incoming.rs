@@ -14,14 +14,16 @@ use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
     DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits,
-    Message, Missing, MissingKind, Offer, Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
+    Message, Missing, MissingKind, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome,
+    Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
 use super::landing::{Ground, Said, Target, read};
 use super::link::{Listener, Socket};
+use super::outgoing::PERIOD;
 use super::tls::{Server, TlsError};
-use super::{Clock, LINGER, THREAD, descriptors};
+use super::{Clock, Host, LINGER, THREAD, descriptors, fit};
 use crate::exit::chain;
 use crate::machine;
 
@@ -52,6 +54,8 @@ pub enum ReceiveStep {
     Discard,
     /// Give the locks back; answer likewise.
     ReleaseLocks,
+    /// So far it is: what this end does, how much memory there is, what the source says.
+    Progress(DestinationState, u64, Progress),
     /// It is over.
     Over(Result<DestinationOutcome, ReceiveError>),
 }
@@ -115,7 +119,7 @@ impl From<(u64, Said)> for Heard {
 /// All that the thread needs.
 pub(crate) struct Incoming {
     pub(crate) spec: ReceiveSpec,
-    pub(crate) most_vcpus: u32,
+    pub(crate) host: Host,
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
@@ -151,7 +155,7 @@ impl Incoming {
         let mut driver = Driver {
             clock: Clock::start(),
             spec: self.spec,
-            most_vcpus: self.most_vcpus,
+            host: self.host,
             desk: self.desk,
             ground,
             outcomes: Outcomes::new(),
@@ -232,7 +236,7 @@ struct Vm {
 struct Driver {
     clock: Clock,
     spec: ReceiveSpec,
-    most_vcpus: u32,
+    host: Host,
     desk: Box<dyn Fn(ReceiveStep) + Send>,
     ground: Arc<Ground>,
     outcomes: Outcomes,
@@ -246,6 +250,7 @@ struct Driver {
 
 impl Driver {
     fn run(&mut self, heard: &Receiver<Heard>, gone: &AtomicBool) {
+        let mut last = Instant::now();
         while !gone.load(Ordering::SeqCst) && !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
@@ -258,7 +263,19 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+            if last.elapsed() >= PERIOD {
+                last = Instant::now();
+                self.tell();
+            }
         }
+    }
+
+    fn tell(&self) {
+        let Some(machine) = self.live.as_ref().map(|live| &live.machine).filter(|_| !self.told) else {
+            return;
+        };
+        let memory = machine.hello().map_or(0, |hello| hello.memory.bytes());
+        (self.desk)(ReceiveStep::Progress(machine.state(), memory, machine.progress()));
     }
 
     /// Whether nobody needs the thread any more.
@@ -310,6 +327,8 @@ impl Driver {
         if frame.command() == Command::Query {
             return self.asked(number, socket, frame);
         }
+        // One that only asked is done with.
+        self.live.take_if(|live| !self.told && live.machine.state() == DestinationState::Ended);
         if self.live.is_some() || self.told {
             let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
             if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
@@ -320,8 +339,8 @@ impl Driver {
         let offer = Offer {
             versions: Versions::OURS,
             features: match self.spec.address {
-                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY,
-                MigrationAddress::Tcp(_) => Features::NONE,
+                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY.and(Features::COMPRESSION),
+                MigrationAddress::Tcp(_) => Features::COMPRESSION,
             },
             connections: 1,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -393,12 +412,14 @@ impl Driver {
                     live.until = Some(Instant::now() + if live.lost { Duration::ZERO } else { LINGER });
                 }
             }
-            DestinationAction::Report(DestinationOutcome::Checked) => {}
+            // The next may be the VM.
+            DestinationAction::Report(DestinationOutcome::Checked) => self.vm = Vm::default(),
             DestinationAction::Report(outcome) => self.over(Ok(outcome)),
         }
     }
 
     fn over(&mut self, result: Result<DestinationOutcome, ReceiveError>) {
+        self.tell();
         if !std::mem::replace(&mut self.told, true) {
             (self.desk)(ReceiveStep::Over(result));
         }
@@ -453,29 +474,8 @@ impl Driver {
 
     /// Whether a VM of this configuration can run here.
     fn check(&self, config: &[u8]) -> Result<Checked, Fault> {
-        let checked = self.spec.configure(config).map_err(|faults| {
-            let texts: Vec<_> =
-                faults.iter().map(|fault| format!("{}: {}", fault.path, fault.message)).collect();
-            Fault::new(Reason::Incompatible, &format!("the configuration is refused: {}", texts.join("; ")))
-        })?;
         let hello = self.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
-        let mut missing = Vec::new();
-        if checked.spec.cpus.max > self.most_vcpus {
-            let name = format!("{} vCPUs, {} are possible", checked.spec.cpus.max, self.most_vcpus);
-            missing.push(Missing::new(MissingKind::Cpu, &name));
-        }
-        let zones: u64 = checked.spec.memory.total().get();
-        if zones != hello.memory.bytes() {
-            let name = format!("{} bytes, the configuration has {zones}", hello.memory.bytes());
-            missing.push(Missing::new(MissingKind::Memory, &name));
-        }
-        for disk in &checked.spec.disks {
-            if let Err(error) = std::fs::metadata(&disk.image.path) {
-                let name = format!("{}: {error}", disk.image.path.display());
-                missing.push(Missing::new(MissingKind::Resource, &name));
-            }
-        }
-        if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
+        fit::check(&self.spec, &self.host, hello, config)
     }
 
     fn hello(&self) -> Option<&Hello> {
@@ -506,6 +506,7 @@ impl Driver {
             memory: Arc::clone(memory.memory()),
             layout: hello.memory.clone(),
             connection: live.connection,
+            packed: live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LZ4)),
         };
         self.ground.open(target);
         self.vm.memory = Some(memory);

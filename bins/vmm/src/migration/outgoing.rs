@@ -9,23 +9,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use vmm_api::events::Event;
 use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    Command, Failure, Fault, Features, FrameError, Item, Message, Output, Reason, SessionId, Source,
+    SourceAction, SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep,
+    SourceUndo, What,
 };
 
 use super::link::{End, Frames, Socket, Way};
+use super::pace::Pace;
 use super::sender::{Out, PATIENCE, Pass, Shared, Writer};
 use super::{Aside, Clock, LINGER, THREAD, TlsError};
-use crate::events::Events;
 use crate::exit::chain;
 
-/// The least time between two events of progress.
-const PERIOD: Duration = Duration::from_millis(100);
+/// The least time between two tellings of progress.
+pub(super) const PERIOD: Duration = Duration::from_millis(100);
 
 /// How long an answer to Query may take.
 const ASK: Duration = Duration::from_secs(5);
@@ -37,6 +37,10 @@ pub enum SendStep {
     Run(SourceStep),
     /// Undo it, and answer likewise.
     Undo(SourceUndo),
+    /// So far it is.
+    Progress(Box<SourceProgress>),
+    /// The destination has taken the VM; the end follows.
+    Given,
     /// Nobody knows where the VM is.
     InDoubt(Failure),
     /// It is over, and what is left of it is the thread. `Ok`: the VM is elsewhere.
@@ -98,24 +102,18 @@ pub(crate) type Desk = Box<dyn Fn(SendStep) + Send>;
 pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Bytes per second; 0 is no limit.
+    pub(crate) max_bandwidth: u64,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
     pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
-    pub(crate) told: Told,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) inputs: (Sender<SourceInput>, Receiver<SourceInput>),
     /// The VM is gone, and nobody answers any more.
     pub(crate) gone: Arc<AtomicBool>,
-}
-
-/// Whom to tell of progress.
-pub(crate) struct Told {
-    pub(crate) job: u64,
-    pub(crate) machine: u64,
-    pub(crate) events: Events,
 }
 
 impl Outgoing {
@@ -135,7 +133,7 @@ impl Outgoing {
             Ok(machine) => machine,
             Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
         };
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { pace: Pace::new(self.max_bandwidth), ..Shared::default() });
         let (queue, queued) = channel();
         let (answers, inputs) = self.inputs;
         let (reads, read) = channel();
@@ -147,6 +145,7 @@ impl Outgoing {
             answers: answers.clone(),
             shared: Arc::clone(&shared),
             read,
+            packer: None,
             broken: false,
         };
         let (frames, heard) = (Frames::of(&socket), answers.clone());
@@ -173,7 +172,7 @@ impl Outgoing {
             answers,
             threads: self.threads,
         };
-        driver.run(&inputs, &self.told, &self.gone);
+        driver.run(&inputs, &self.gone);
     }
 }
 
@@ -230,7 +229,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, told: &Told, gone: &AtomicBool) {
+    fn run(mut self, inputs: &Receiver<SourceInput>, gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -247,10 +246,11 @@ impl Driver {
                 self.take(input);
                 if last.elapsed() >= PERIOD {
                     last = Instant::now();
-                    self.tell(told);
+                    self.tell();
                 }
             }
         }
+        self.tell();
         match over {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
@@ -275,10 +275,8 @@ impl Driver {
         self.machine.handle(self.clock.now(), input);
     }
 
-    fn tell(&self, told: &Told) {
-        let sent = self.machine.progress().sent;
-        let event = Event::JobProgress { job: told.job, done: sent.bytes, total: None };
-        told.events.tell(told.machine, &event);
+    fn tell(&self) {
+        (self.desk)(SendStep::Progress(Box::new(self.machine.progress())));
     }
 
     /// Reads on until the other end has closed.
@@ -302,6 +300,7 @@ impl Driver {
                     What::Taken => Some(self.aside.take()),
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
+                self.shared.packs.store(self.machine.features().contains(Features::LZ4), Ordering::SeqCst);
                 self.write(Out::Pass(Pass { number: pass, what, last }));
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),
@@ -321,7 +320,11 @@ impl Driver {
 
     fn report(&self, outcome: SourceOutcome) -> Option<Result<(), SendError>> {
         match outcome {
-            SourceOutcome::Sent | SourceOutcome::Accepted => Some(Ok(())),
+            SourceOutcome::Sent => {
+                (self.desk)(SendStep::Given);
+                Some(Ok(()))
+            }
+            SourceOutcome::Accepted => Some(Ok(())),
             SourceOutcome::Failed { failure, stuck } => Some(Err(SendError::Failed { failure, stuck })),
             SourceOutcome::InDoubt(failure) => {
                 (self.desk)(SendStep::InDoubt(failure));

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use vmm_memory_manager::dirty::Changed;
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Bulk, Command, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
-    contents_checksum,
+    Bulk, Command, Fault, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE, Packer, Reason,
+    SourceInput, Zero, contents_checksum,
 };
 use vmm_snapshot::directory::{MemorySource, Place};
 
 use super::link::Socket;
+use super::pace::Pace;
 use crate::exit::chain;
 
 /// Bytes of memory that are read at a time. Small, so that frames come between and a checksum is of what is sent.
@@ -58,6 +59,10 @@ pub(super) struct Shared {
     pub(super) over: AtomicBool,
     /// Bytes of the pass on the link.
     pub(super) sent: AtomicU64,
+    /// Memory goes compressed, as far as that makes it smaller.
+    pub(super) packs: AtomicBool,
+    /// How fast they may follow each other.
+    pub(super) pace: Pace,
 }
 
 /// The thread.
@@ -72,6 +77,8 @@ pub(super) struct Writer {
     pub(super) shared: Arc<Shared>,
     /// Disconnected when the connection has been read to its end.
     pub(super) read: Receiver<()>,
+    /// While memory goes compressed.
+    pub(super) packer: Option<Packer>,
     pub(super) broken: bool,
 }
 
@@ -100,6 +107,7 @@ impl Writer {
     /// Sends memory, then Mark; gives the bytes on the link.
     fn pass(&mut self, pass: &Pass) -> Result<u64, Fault> {
         self.shared.sent.store(0, Ordering::Relaxed);
+        self.packer = self.shared.packs.load(Ordering::SeqCst).then(Packer::new);
         let places = self.memory.places();
         let mut described = 0_u64;
         match &pass.what {
@@ -154,15 +162,34 @@ impl Writer {
                 if run.zero {
                     self.message(Message::Zero(Zero { range, pass: pass.number }))?;
                 } else {
-                    let checksum = contents_checksum([run.bytes]);
-                    let bulk = Bulk::memory(range, pass.number, checksum).map_err(|error| failed(&error))?;
-                    self.counted(&[&bulk.header(), run.bytes]);
+                    let mut packer = self.packer.take();
+                    let (bulk, contents) = bulk((range, pass.number), run.bytes, packer.as_mut())
+                        .map_err(|error| failed(&error))?;
+                    self.wait_for(contents.len() as u64)?;
+                    self.counted(&[&bulk.header(), contents]);
+                    self.packer = packer;
                 }
                 self.between()?;
             }
             at = end;
         }
         Ok(described)
+    }
+
+    /// Waits until the limit of bandwidth lets so many bytes go; frames do not wait.
+    fn wait_for(&mut self, bytes: u64) -> Result<(), Fault> {
+        let until = self.shared.pace.take(bytes);
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Ok(());
+            }
+            match self.queue.recv_timeout(rest.min(PATIENCE)) {
+                Ok(Out::Frame(frame)) => self.write(&[&frame.encode()]),
+                Ok(Out::Pass(_) | Out::Close) | Err(_) => {}
+            }
+            self.check()?;
+        }
     }
 
     /// Frames that are to go between those of memory, and whether it goes on.
@@ -246,6 +273,18 @@ impl Writer {
     fn give_up(&mut self) {
         self.broken = true;
         self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// The beginning of a frame with these bytes of memory, and its contents: smaller, if a packer makes them so.
+fn bulk<'a>(
+    (range, pass): (MemoryRange, u32),
+    bytes: &'a [u8],
+    packer: Option<&'a mut Packer>,
+) -> Result<(Bulk, &'a [u8]), FrameError> {
+    match packer.and_then(|packer| packer.pack(bytes)) {
+        Some(packed) => Ok((Bulk::packed(range, pass, contents_checksum([packed]), packed.len())?, packed)),
+        None => Ok((Bulk::memory(range, pass, contents_checksum([bytes]))?, bytes)),
     }
 }
 

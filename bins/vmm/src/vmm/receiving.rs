@@ -11,6 +11,7 @@ use vmm_api::command::Replier;
 use vmm_api::config::ReceiveMigrationData;
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
+use vmm_api::progress::{MigrationRole, MigrationStatus};
 use vmm_api::spec::ReceiveSpec;
 use vmm_device_model::thread;
 use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
@@ -22,7 +23,7 @@ use crate::exit::chain;
 use crate::machine::stages::Stages;
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::incoming::{Heard, Incoming};
-use crate::migration::{self, Arrival, ReceiveError, ReceiveStep, THREAD};
+use crate::migration::{self, Arrival, Host, ReceiveError, ReceiveStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "receive";
@@ -89,12 +90,15 @@ impl Vmm {
         self.jobs.saving.jobs += 1;
         let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
+        self.jobs.moving.begin(MigrationRole::Destination, number, false);
+        let cpuid = self.hypervisor.supported_cpuid();
+        let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
         let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();
         let post = EventPost::new(machine, self.post.clone());
         let incoming = Incoming {
             spec,
-            most_vcpus: self.hypervisor.max_vcpus(),
+            host: Host { most_vcpus: self.hypervisor.max_vcpus(), cpuid },
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
             threads: Arc::clone(self.sandbox.threads()),
             heard: (to.clone(), heard),
@@ -135,6 +139,10 @@ impl Vmm {
                 self.answer_receiver(result);
             }
             ReceiveStep::Discard => self.discard(),
+            ReceiveStep::Progress(state, memory, progress) => {
+                self.jobs.moving.memory(memory);
+                self.jobs.moving.goes_on(format!("{state:?}"), progress);
+            }
             ReceiveStep::Over(result) => self.received(result),
         }
     }
@@ -221,9 +229,11 @@ impl Vmm {
         match error {
             Some(error) => self.not_received(job, error),
             None => {
-                let duration = told::micros(job.start.elapsed());
+                let done = self.jobs.moving.done();
+                self.jobs.moving.end(MigrationStatus::Completed, None);
                 self.note(&Event::JobFinished { job: job.number, outcome: JobOutcome::Done });
-                log::info!("the VM is received, in {duration} us");
+                self.note(&done);
+                log::info!("the VM is received, in {} us", told::micros(job.start.elapsed()));
                 self.post_info();
                 job.cancels.into_iter().for_each(|cancel| {
                     cancel.reply(Err(super::saving::too_late(self.slot.phase())));
@@ -239,14 +249,16 @@ impl Vmm {
         // One that does not run is there all the same.
         let _ = self.slot.end_receive();
         let cancelled = error.is_cancelled();
-        let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
-        self.events.tell(job.machine, &Event::JobFinished { job: job.number, outcome });
+        self.events.tell(job.machine, &told::job_end(job.number, cancelled));
+        let reason = error.to_string().as_str().into();
+        self.events.tell(job.machine, &Event::MigrationFailed { reason });
         let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
         log::warn!("{}", chain(&error));
         self.post_info();
-        let code = if cancelled { Code::Cancelled } else { Code::MigrationFailed };
+        let reply = ApiError::from_error(told::code(cancelled), &error);
+        self.jobs.moving.end(told::status(cancelled), Some(&reply));
         job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
-        job.asker.reply(Err(ApiError::from_error(code, &error)));
+        job.asker.reply(Err(reply));
     }
 
     /// Cancels it. Gives the client back where there is none.

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Checked;
 use super::snapshot::Overrides;
+use super::{Checked, MachineSpec, foreign};
 use crate::config::wire::Walk;
 use crate::config::{
-    Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
+    Compression, Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
 };
 
 /// The most connections that may be asked for.
@@ -60,6 +60,18 @@ pub struct SendSpec {
     pub connections: u16,
     /// Folder of the certificates. `None`: no TLS. Of TCP only.
     pub tls_dir: Option<PathBuf>,
+    /// Only ask whether the destination would take it.
+    pub check: bool,
+    /// Who asks is not told of the end.
+    pub detach: bool,
+    /// The VMM goes on, without a VM.
+    pub preserve: bool,
+    /// Most bytes per second; 0 is no limit.
+    pub max_bandwidth: u64,
+    /// Whether memory is compressed.
+    pub compression: Compression,
+    /// vCPUs may be slowed down.
+    pub auto_converge: bool,
 }
 
 impl SendSpec {
@@ -74,6 +86,13 @@ impl SendSpec {
         if !(1..=MAX_CONNECTIONS).contains(&config.connections) {
             let message = format!("expected 1 to {MAX_CONNECTIONS}, found {}", config.connections);
             faults.push(Fault::new("connections", FaultKind::Invalid, message));
+        }
+        if config.check && config.detach {
+            faults.push(Fault::new(
+                "detach",
+                FaultKind::Invalid,
+                "contradicts check, whose answer is all of it",
+            ));
         }
         let address = MigrationAddress::parse("destination_url", &config.destination_url)
             .map_err(|fault| faults.push(fault));
@@ -91,6 +110,12 @@ impl SendSpec {
                 timeout: Duration::from_secs(config.timeout_s),
                 strategy: config.timeout_strategy,
                 connections,
+                check: config.check,
+                detach: config.detach,
+                preserve: config.preserve_source,
+                max_bandwidth: config.max_bandwidth,
+                compression: config.compression,
+                auto_converge: config.auto_converge,
             }),
             _ => Err(faults),
         }
@@ -104,6 +129,8 @@ pub struct ReceiveSpec {
     pub address: MigrationAddress,
     /// Folder of the certificates. `None`: no TLS. Of TCP only.
     pub tls_dir: Option<PathBuf>,
+    /// What the source may name; `None`: the default of the address.
+    paths: Option<Vec<PathBuf>>,
     overrides: Overrides,
 }
 
@@ -125,9 +152,39 @@ impl ReceiveSpec {
             debug_console: config.debug_console.clone(),
         };
         match address {
-            Ok(address) if faults.is_empty() => Ok(Self { address, tls_dir, overrides }),
+            Ok(address) if faults.is_empty() => {
+                Ok(Self { address, tls_dir, paths: config.paths.clone(), overrides })
+            }
             _ => Err(faults),
         }
+    }
+
+    /// What the source of a VM of `spec` names without being allowed to: places in the document, and paths.
+    ///
+    /// Whoever connects to a UNIX socket is of this end's user, and so could open those files itself: if no paths are
+    /// given, it may name any. Elsewhere it may name none.
+    #[must_use]
+    pub fn foreign(&self, spec: &MachineSpec) -> Vec<(String, PathBuf)> {
+        let allowed = match (&self.paths, &self.address) {
+            (Some(paths), _) => paths.as_slice(),
+            (None, MigrationAddress::Tcp(_)) => &[],
+            (None, MigrationAddress::Unix(_)) => return Vec::new(),
+        };
+        let mut found = foreign::paths(spec);
+        let index = |id: &String| spec.disks.iter().position(|disk| disk.identity.id.as_str() == id.as_str());
+        let disks = self.overrides.disks.iter().filter_map(|disk| index(&disk.id));
+        let mut own: Vec<String> = disks.map(|index| format!("disks[{index}].path")).collect();
+        for (name, to) in [
+            ("serial", &self.overrides.serial),
+            ("console", &self.overrides.console),
+            ("debug_console", &self.overrides.debug_console),
+        ] {
+            if to.is_some() {
+                own.extend([format!("{name}.file"), format!("{name}.socket")]);
+            }
+        }
+        found.retain(|(place, path)| !own.contains(place) && !foreign::is_allowed(path, allowed));
+        found
     }
 
     /// The configuration of the VM here: `document` is what the source sent.
@@ -191,6 +248,8 @@ mod tests {
         let mut faults = faults.unwrap_err();
         faults.sort();
         assert_eq!(faults, ["connections", "destination_url", "memory_mode"]);
+        let faults = send(r#"{"destination_url": "unix:/m", "check": true, "detach": true}"#);
+        assert_eq!(faults.unwrap_err(), ["detach"]);
     }
 
     #[test]
