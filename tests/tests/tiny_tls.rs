@@ -1,11 +1,12 @@
-//! Migrations of tiny guests over mutual TLS, and what stands against them. They run on any KVM.
+//! Migrations of tiny guests over mutual TLS, and what stands against them; compressed ones. They run on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::fs;
 use std::io::Read;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
@@ -36,6 +37,7 @@ fn receive(vmm: &Vmm, serial: &SerialFile, tls_dir: Option<&Path>) -> (Pending, 
     let port = free_port();
     let body = json!({
         "receiver_url": format!("tcp:127.0.0.1:{port}"), "serial": { "mode": "File", "file": serial.path() },
+        "paths": ["/"],
     });
     let body = with_tls(body, tls_dir).to_string();
     let mut pending = Pending::send(vmm.socket(), "vm.receive-migration", body.as_bytes());
@@ -183,6 +185,47 @@ fn a_receiver_without_its_files_says_which_and_tls_is_for_tcp() {
     assert_eq!(vmm.api().phase(), Phase::Empty);
     let body = json!({ "receiver_url": format!("unix:{}", scratch.path("m").display()), "tls_dir": tls });
     refused(&vmm.api().put_json("vm.receive-migration", &body), 422, "TLS is for tcp:host:port");
+}
+
+/// Passes a connection on to `port`, and gives its own port; its end is how many bytes went there.
+fn counted(port: u16) -> (u16, JoinHandle<u64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    let work = move || {
+        let (source, _) = listener.accept().unwrap();
+        let destination = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let (mut back, mut from) = (source.try_clone().unwrap(), destination.try_clone().unwrap());
+        thread::spawn(move || drop(std::io::copy(&mut from, &mut back)));
+        let count = std::io::copy(&mut &source, &mut &destination).unwrap();
+        let _ = destination.shutdown(Shutdown::Write);
+        count
+    };
+    (own, thread::spawn(work))
+}
+
+/// Moves a guest over TLS, and gives the bytes on the link.
+fn bytes_of_a_migration(compression: &str) -> u64 {
+    let scratch = Scratch::new();
+    let tls = Authority::new("ours").folder(scratch.path("tls"), &["127.0.0.1"]);
+    let (mut first, serial) = counting_guest(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let (between, count) = counted(port);
+    let mut body = to("127.0.0.1", between, Some(&tls));
+    body["compression"] = json!(compression);
+    first.api().done("vm.send-migration", &body);
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    count.join().unwrap()
+}
+
+#[test]
+fn compressed_memory_takes_less_of_the_link() {
+    let _turn = turn();
+    let (plain, packed) = (bytes_of_a_migration("None"), bytes_of_a_migration("Lz4"));
+    assert!(packed < plain / 2, "{packed} bytes instead of {plain}");
 }
 
 /// One who says nothing holds up neither a receiver nor, once cancelled, a source.

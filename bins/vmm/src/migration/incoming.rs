@@ -355,8 +355,8 @@ impl Driver {
         let offer = Offer {
             versions: Versions::OURS,
             features: match self.spec.address {
-                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY,
-                MigrationAddress::Tcp(_) => Features::NONE,
+                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY.and(Features::COMPRESSION),
+                MigrationAddress::Tcp(_) => Features::COMPRESSION,
             },
             connections: 1,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -534,6 +534,7 @@ impl Driver {
             memory: Arc::clone(memory.memory()),
             layout: hello.memory.clone(),
             connection: live.connection,
+            packed: live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LZ4)),
         };
         self.ground.open(target);
         self.vm.memory = Some(memory);

@@ -32,8 +32,9 @@ mod tls;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vmm_api::config::{self, FaultKind};
+use vmm_api::config::{self, Compression, FaultKind};
 use vmm_device_model::thread::ThreadKind;
+use vmm_migration_protocol::Features;
 
 pub(crate) use aside::Aside;
 pub(crate) use descriptors::ranges;
@@ -51,6 +52,15 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// How long a closed connection is read on.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// Refuses compression in a build that has none.
+pub(crate) fn check_compression(wanted: Compression) -> Result<(), Vec<config::Fault>> {
+    if wanted == Compression::None || Features::COMPRESSION.contains(Features::LZ4) {
+        return Ok(());
+    }
+    let message = "this build does not compress (cargo feature compression)";
+    Err(vec![config::Fault::new("compression", FaultKind::NotBuilt, message)])
+}
 
 /// Refuses certificates in a build that can do nothing with them.
 pub(crate) fn check_tls(tls_dir: Option<&Path>) -> Result<(), Vec<config::Fault>> {
@@ -85,6 +95,16 @@ impl Clock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn compression_is_refused_by_name_where_there_is_none() {
+        assert!(check_compression(Compression::None).is_ok());
+        let found = check_compression(Compression::Lz4);
+        assert_eq!(found.is_ok(), cfg!(feature = "compression"));
+        if let Err(faults) = found {
+            assert_eq!((faults[0].path.as_str(), faults[0].kind), ("compression", FaultKind::NotBuilt));
+        }
+    }
 
     #[test]
     fn certificates_are_refused_by_name_where_there_is_no_tls() {

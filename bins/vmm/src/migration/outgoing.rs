@@ -14,8 +14,9 @@ use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    Command, Failure, Fault, Features, FrameError, Item, Message, Output, Reason, SessionId, Source,
+    SourceAction, SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep,
+    SourceUndo, What,
 };
 
 use super::link::{End, Frames, Socket, Way};
@@ -145,6 +146,7 @@ impl Outgoing {
             answers: answers.clone(),
             shared: Arc::clone(&shared),
             read,
+            packer: None,
             broken: false,
         };
         let (frames, heard) = (Frames::of(&socket), answers.clone());
@@ -310,6 +312,7 @@ impl Driver {
                     }
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
+                self.shared.packs.store(self.machine.features().contains(Features::LZ4), Ordering::SeqCst);
                 self.write(Out::Pass(Pass { number: pass, what, last }));
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),

@@ -210,6 +210,16 @@ choice! {
     }
 }
 
+choice! {
+    /// Whether guest memory is compressed on its way.
+    pub enum Compression {
+        /// It goes as it is.
+        None = "None" | "none",
+        /// In LZ4 blocks, where that makes it smaller and the destination can read them.
+        Lz4 = "Lz4" | "lz4",
+    }
+}
+
 object! {
     /// Body of `vm.receive-migration`.
     pub struct ReceiveMigrationData {
@@ -264,6 +274,8 @@ object! {
         [current] max_bandwidth: u64 = 0,
         /// Slow vCPUs down, in steps, while the guest changes memory faster than the link carries it.
         [current] auto_converge: bool = false,
+        /// Compress memory: for links that are slower than that.
+        [current] compression: Compression = Compression::None,
     }
 }
 

@@ -7,7 +7,7 @@ use super::snapshot::Overrides;
 use super::{Checked, MachineSpec, foreign};
 use crate::config::wire::Walk;
 use crate::config::{
-    Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
+    Compression, Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
 };
 
 /// The most connections that may be asked for.
@@ -58,6 +58,8 @@ pub struct SendSpec {
     pub strategy: TimeoutStrategy,
     /// Connections to ask for, 1 to 128.
     pub connections: u16,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
     /// Only ask whether the destination would take it.
     pub check: bool,
     /// Who asks is not told of the end.
@@ -66,10 +68,10 @@ pub struct SendSpec {
     pub preserve: bool,
     /// Most bytes per second; 0 is no limit.
     pub max_bandwidth: u64,
+    /// Whether memory is compressed.
+    pub compression: Compression,
     /// vCPUs may be slowed down.
     pub auto_converge: bool,
-    /// Folder of the certificates. `None`: no TLS. Of TCP only.
-    pub tls_dir: Option<PathBuf>,
 }
 
 impl SendSpec {
@@ -112,6 +114,7 @@ impl SendSpec {
                 detach: config.detach,
                 preserve: config.preserve_source,
                 max_bandwidth: config.max_bandwidth,
+                compression: config.compression,
                 auto_converge: config.auto_converge,
             }),
             _ => Err(faults),
@@ -124,10 +127,10 @@ impl SendSpec {
 pub struct ReceiveSpec {
     /// Where to listen.
     pub address: MigrationAddress,
-    /// What the source may name; `None`: the default of the address.
-    paths: Option<Vec<PathBuf>>,
     /// Folder of the certificates. `None`: no TLS. Of TCP only.
     pub tls_dir: Option<PathBuf>,
+    /// What the source may name; `None`: the default of the address.
+    paths: Option<Vec<PathBuf>>,
     overrides: Overrides,
 }
 
