@@ -71,8 +71,11 @@ impl MemoryMap {
     /// write to it.
     ///
     /// # Errors
-    /// A zone is private, or there are more than [`MAX_FILES`].
+    /// A zone is private, there are more than [`MAX_FILES`], or memory [is being filled](Self::is_filling).
     pub fn share(&self) -> Result<SharedMemory, HandoverError> {
+        if self.is_filling() {
+            return Err(HandoverError::Filling);
+        }
         let zones = self.zones();
         if zones.len() > MAX_FILES {
             return Err(HandoverError::TooMany { zones: zones.len() });
@@ -231,6 +234,9 @@ pub enum HandoverError {
         /// Ids of the zones.
         zones: Vec<String>,
     },
+    /// A part of it is in a snapshot still.
+    #[error("guest memory is still being filled from the snapshot that it was restored from")]
+    Filling,
     /// More zones than descriptors can travel.
     #[error("{zones} memory zones, at most {MAX_FILES} can be handed over")]
     TooMany {
