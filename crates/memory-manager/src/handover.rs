@@ -71,7 +71,7 @@ impl MemoryMap {
     /// write to it.
     ///
     /// # Errors
-    /// A zone is private, there are more than [`MAX_FILES`], or memory [is being filled](Self::is_filling).
+    /// A zone is private, or there are more than [`MAX_FILES`]; or it is still [being filled](Self::is_filling).
     pub fn share(&self) -> Result<SharedMemory, HandoverError> {
         if self.is_filling() {
             return Err(HandoverError::Filling);
@@ -228,15 +228,15 @@ fn own_file(path: &Path, handed: &Metadata) -> io::Result<Option<File>> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandoverError {
+    /// Not all of it is there.
+    #[error("guest memory is still being read from the snapshot that it was restored from")]
+    Filling,
     /// Memory of one process alone.
     #[error("memory zone {} is private: only shared memory can be handed over (shared=on)", zones.join(", "))]
     Private {
         /// Ids of the zones.
         zones: Vec<String>,
     },
-    /// A part of it is in a snapshot still.
-    #[error("guest memory is still being filled from the snapshot that it was restored from")]
-    Filling,
     /// More zones than descriptors can travel.
     #[error("{zones} memory zones, at most {MAX_FILES} can be handed over")]
     TooMany {
