@@ -1,6 +1,7 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
 mod boot;
+mod freezing;
 mod guest;
 mod handlers;
 mod inputs;

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -100,6 +99,8 @@ pub(crate) enum Heard {
     Answer(DestinationInput),
     /// An operator wants it to end.
     Cancel,
+    /// It is not wanted any more, and nobody answers.
+    Gone,
 }
 
 /// What came on which connection.
@@ -119,8 +120,6 @@ pub(crate) struct Incoming {
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
-    /// It is not wanted any more.
-    pub(crate) gone: Arc<AtomicBool>,
 }
 
 impl Incoming {
@@ -154,7 +153,7 @@ impl Incoming {
             queries: BTreeMap::new(),
             told: false,
         };
-        driver.run(&heard, &self.gone);
+        driver.run(&heard);
         listener.close();
         driver.ground.close();
         if let Some(live) = driver.live {
@@ -207,6 +206,14 @@ struct Live {
     until: Option<Instant>,
 }
 
+impl Live {
+    /// Whether all is undone, and nobody has anything to say any more.
+    fn is_over(&self) -> bool {
+        let ended = self.machine.state() == DestinationState::Ended;
+        ended && self.until.is_some_and(|until| until <= Instant::now())
+    }
+}
+
 /// What is there of the VM.
 #[derive(Default)]
 struct Vm {
@@ -234,9 +241,9 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(&mut self, heard: &Receiver<Heard>, gone: &AtomicBool) {
+    fn run(&mut self, heard: &Receiver<Heard>) {
         let mut last = Instant::now();
-        while !gone.load(Ordering::SeqCst) && !self.is_done() {
+        while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
@@ -246,7 +253,7 @@ impl Driver {
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
                 Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
-                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
             }
             if last.elapsed() >= PERIOD {
                 last = Instant::now();
@@ -265,8 +272,7 @@ impl Driver {
 
     /// Whether nobody needs the thread any more.
     fn is_done(&mut self) -> bool {
-        if let Some(live) = self.live.take_if(|live| live.until.is_some_and(|until| until <= Instant::now()))
-        {
+        if let Some(live) = self.live.take_if(|live| live.is_over()) {
             live.socket.shutdown(Shutdown::Both);
         }
         let now = self.clock.now();

@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_api::spec::MigrationAddress;
@@ -147,10 +148,13 @@ impl Outgoing {
         };
         let started = thread::spawn(&self.threads, THREAD, "migration-in", reading)
             .and_then(|_| thread::spawn(&self.threads, THREAD, "migration-out", move || writer.run()));
-        if let Err(error) = started {
-            socket.shutdown(Shutdown::Both);
-            return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
-        }
+        let writing = match started {
+            Ok(writing) => writing,
+            Err(error) => {
+                socket.shutdown(Shutdown::Both);
+                return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
+            }
+        };
         let driver = Driver {
             address: self.address,
             session,
@@ -164,7 +168,7 @@ impl Outgoing {
             answers,
             threads: self.threads,
         };
-        driver.run(&inputs, &self.gone);
+        driver.run(&inputs, writing, &self.gone);
     }
 }
 
@@ -199,7 +203,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, gone: &AtomicBool) {
+    fn run(mut self, inputs: &Receiver<SourceInput>, writing: JoinHandle<()>, gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -225,6 +229,9 @@ impl Driver {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
                 self.linger(inputs);
+                self.shared.over.store(true, Ordering::SeqCst);
+                // The last word is on the link, or the link takes nothing.
+                let _ = writing.join();
                 (self.desk)(SendStep::Over(Ok(())));
             }
             Some(error) => {

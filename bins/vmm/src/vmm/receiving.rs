@@ -2,7 +2,6 @@
 //! VMM's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -61,15 +60,15 @@ pub(super) struct Held {
 /// Dropped, it is at its end.
 #[derive(Debug)]
 struct Thread {
-    gone: Arc<AtomicBool>,
+    to: Sender<Heard>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        self.gone.store(true, Ordering::SeqCst);
+        let _ = self.to.send(Heard::Gone);
         if let Some(handle) = self.handle.take() {
-            // It looks ten times a second, and waits for nobody.
+            // It waits for nobody.
             let _ = handle.join();
         }
     }
@@ -91,7 +90,6 @@ impl Vmm {
         self.jobs.moving.begin(MigrationRole::Destination, number, false);
         let cpuid = self.means.hypervisor.supported_cpuid();
         let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
-        let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();
         let post = EventPost::new(machine, self.means.post.clone());
         let incoming = Incoming {
@@ -100,7 +98,6 @@ impl Vmm {
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
             threads: Arc::clone(self.means.sandbox.threads()),
             heard: (to.clone(), heard),
-            gone: Arc::clone(&gone),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker, cancels, start, to, held };
@@ -108,7 +105,7 @@ impl Vmm {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
-                self.jobs.receive.thread = Some(Thread { gone, handle: Some(handle) });
+                self.jobs.receive.thread = Some(Thread { to: job.to.clone(), handle: Some(handle) });
                 self.jobs.receive.job = Some(job);
             }
             Err(error) => self.not_received(job, ReceiveError::Thread(error)),
