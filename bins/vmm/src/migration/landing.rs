@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
 use vmm_migration_protocol::{
     Barrier, Bulk, Command, Fault, Frame, Intake, Item, MemoryLayout, MemoryRange, Message, PAGE, Reason,
-    Zero, contents_checksum,
+    Zero, contents_checksum, unpack,
 };
 
 use super::link::{End, Frames, Socket};
@@ -31,6 +31,8 @@ pub(super) struct Target {
     pub(super) layout: MemoryLayout,
     /// The connection that it comes on.
     pub(super) connection: u64,
+    /// It may come compressed.
+    pub(super) packed: bool,
 }
 
 impl Ground {
@@ -90,6 +92,11 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
             if !tell(Said::First(Arc::clone(socket), frame)) {
                 return;
             }
+        }
+        // Somebody looked whether this end is there, or did not come to speak.
+        Err(End::Lost(text)) => {
+            log::debug!("migration: a connection without a word: {text}");
+            return socket.shutdown(Shutdown::Both);
         }
         other => {
             log::warn!("migration: a connection that does not begin as one: {other:?}");
@@ -151,7 +158,7 @@ fn land(
     // It does not keep memory that is given up.
     drop(target);
     let (mut intake, mut barrier) = (Intake::new(&layout), Barrier::new(1));
-    let (mut buffer, mut item) = (Vec::new(), first);
+    let (mut buffer, mut unpacked, mut item) = (Vec::new(), Vec::new(), first);
     let garbage = |error: &dyn std::error::Error| End::Garbage(error.to_string());
     loop {
         let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));
@@ -173,13 +180,13 @@ fn land(
             },
             Item::Bulk(bulk) => {
                 let target = place()?;
-                if bulk.command() != Command::Memory {
+                if bulk.command() == Command::Packed && !target.packed {
                     return Err(End::Garbage("compression was not agreed on".to_owned()));
                 }
                 intake.bulk(&bulk).map_err(|error| garbage(&error))?;
                 buffer.resize(bulk.length(), 0);
                 frames.contents(&mut buffer)?;
-                put(&target.memory, &bulk, &buffer)
+                put(&target.memory, &bulk, &buffer, &mut unpacked)?
             }
         };
         if let Some(said) = said
@@ -191,12 +198,22 @@ fn land(
     }
 }
 
-fn put(memory: &GuestRam, bulk: &Bulk, contents: &[u8]) -> Option<Said> {
+/// Puts contents where they belong. Those that were compressed go through `room`.
+fn put(memory: &GuestRam, bulk: &Bulk, contents: &[u8], room: &mut Vec<u8>) -> Result<Option<Said>, End> {
     let range = bulk.range();
     if bulk.check(contents_checksum([contents])).is_err() {
-        return Some(Said::Damaged(range));
+        return Ok(Some(Said::Damaged(range)));
     }
-    memory.write_slice(contents, GuestAddress(range.gpa())).err().map(|error| Said::Failed(cannot(&error)))
+    let contents = if bulk.command() == Command::Packed {
+        // A range of one frame is short.
+        room.resize(usize::try_from(range.length()).unwrap_or_default(), 0);
+        unpack(contents, room).map_err(|error| End::Garbage(error.to_string()))?;
+        room
+    } else {
+        contents
+    };
+    let written = memory.write_slice(contents, GuestAddress(range.gpa()));
+    Ok(written.err().map(|error| Said::Failed(cannot(&error))))
 }
 
 /// Makes a range zero; pages that are so are not made.
@@ -217,4 +234,77 @@ fn clear(memory: &GuestRam, zero: Zero, buffer: &mut Vec<u8>) -> Result<(), Faul
 
 fn cannot(error: &dyn std::error::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
+}
+
+#[cfg(test)]
+#[cfg(feature = "compression")]
+mod tests {
+    use std::cell::RefCell;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use vmm_migration_protocol::{Packer, Region};
+
+    use super::*;
+
+    /// What a connection says that sends these frames, its end, and the guest's first page then.
+    fn said(bytes: &[u8], packed: bool) -> (Vec<Said>, String, Vec<u8>) {
+        let length = 4 * PAGE;
+        let memory =
+            Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), usize::try_from(length).unwrap())]).unwrap());
+        let layout = MemoryLayout::new(vec![Region { gpa: 0, length, zone: "mem0".into() }]).unwrap();
+        let ground = Ground::default();
+        ground.open(Target { memory: Arc::clone(&memory), layout, connection: 1, packed });
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(bytes).unwrap();
+        drop(ours);
+        let mut frames = Frames::of(&Arc::new(Socket::Unix(theirs)));
+        let said = RefCell::new(Vec::new());
+        let tell = |what: Said| {
+            said.borrow_mut().push(what);
+            true
+        };
+        let (first, target) = (frames.next().unwrap(), ground.target(1).unwrap());
+        let end = land(&mut frames, first, (&ground, 1, target), &tell).unwrap_err();
+        let mut page = vec![0; usize::try_from(PAGE).unwrap()];
+        memory.read_slice(&mut page, GuestAddress(0)).unwrap();
+        (said.into_inner(), format!("{end:?}"), page)
+    }
+
+    fn frame(contents: &[u8], checksum: u32, length: u64) -> Vec<u8> {
+        let range = MemoryRange::new(0, length).unwrap();
+        let bulk = Bulk::packed(range, 0, checksum, contents.len()).unwrap();
+        [&bulk.header()[..], contents].concat()
+    }
+
+    #[test]
+    fn compressed_memory_lands_where_that_was_agreed_on_and_as_much_as_was_announced() {
+        let page = vec![7; usize::try_from(PAGE).unwrap()];
+        let packed = Packer::new().pack(&page).unwrap().to_vec();
+        let checksum = contents_checksum([&packed[..]]);
+        let whole = frame(&packed, checksum, PAGE);
+        let nothing = vec![0; page.len()];
+
+        let (told, end, landed) = said(&whole, true);
+        assert!(told.is_empty() && end.contains("closed the connection"), "{told:?} {end}");
+        assert!(landed == page);
+
+        let (told, end, landed) = said(&whole, false);
+        assert!(told.is_empty() && end.contains("not agreed on"), "{told:?} {end}");
+        assert!(landed == nothing);
+
+        let (_, end, landed) = said(&frame(&packed, checksum, 2 * PAGE), true);
+        assert!(end.contains("become 4096 bytes, the range has 8192"), "{end}");
+        assert!(landed == nothing);
+
+        let garbage = vec![0xff; 99];
+        let (_, end, landed) = said(&frame(&garbage, contents_checksum([&garbage[..]]), PAGE), true);
+        assert!(end.starts_with("Garbage"), "{end}");
+        assert!(landed == nothing);
+
+        // Damaged on the way: it is asked for again.
+        let (told, _, landed) = said(&frame(&packed, checksum ^ 1, PAGE), true);
+        assert!(matches!(told[..], [Said::Damaged(range)] if range.length() == PAGE), "{told:?}");
+        assert!(landed == nothing);
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::net::Shutdown;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -13,14 +14,16 @@ use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    Command, Failure, Fault, Features, FrameError, Item, Message, Output, Reason, SessionId, Source,
+    SourceAction, SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep,
+    SourceUndo, What,
 };
 
-use super::link::{End, Frames, Socket};
+use super::link::{End, Frames, Socket, Way};
 use super::pace::Pace;
 use super::sender::{Out, PATIENCE, Pass, Shared, Writer};
-use super::{Aside, Clock, LINGER, THREAD};
+use super::{Aside, Clock, LINGER, THREAD, TlsError};
+use crate::exit::chain;
 
 /// The least time between two tellings of progress.
 pub(super) const PERIOD: Duration = Duration::from_millis(100);
@@ -49,6 +52,9 @@ pub enum SendStep {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
+    /// The certificates of this end cannot be used.
+    #[error("the migration's tls_dir")]
+    Tls(#[source] TlsError),
     /// The other end is not to be reached.
     #[error("cannot connect to the receiver")]
     Connect(#[source] std::io::Error),
@@ -98,6 +104,7 @@ pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
     /// Bytes per second; 0 is no limit.
     pub(crate) max_bandwidth: u64,
+    pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
@@ -113,13 +120,13 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// Drives the migration to its end.
     pub(crate) fn run(self) {
-        let socket = Socket::connect(&self.address).and_then(|socket| {
-            socket.set_timeouts(None, Some(PATIENCE))?;
-            Ok(Arc::new(socket))
-        });
-        let socket = match socket {
+        let way = match Way::new(self.address, self.tls_dir.as_deref()) {
+            Ok(way) => way,
+            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Tls(error)))),
+        };
+        let socket = match connect(&way, &self.inputs.1, &self.gone) {
             Ok(socket) => socket,
-            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Connect(error)))),
+            Err(error) => return (self.desk)(SendStep::Over(Err(error))),
         };
         let clock = Clock::start();
         let session = self.setup.hello.session;
@@ -139,6 +146,7 @@ impl Outgoing {
             answers: answers.clone(),
             shared: Arc::clone(&shared),
             read,
+            packer: None,
             broken: false,
         };
         let (frames, heard) = (Frames::of(&socket), answers.clone());
@@ -156,7 +164,7 @@ impl Outgoing {
             }
         };
         let driver = Driver {
-            address: self.address,
+            way,
             session,
             clock,
             machine,
@@ -169,6 +177,28 @@ impl Outgoing {
             threads: self.threads,
         };
         driver.run(&inputs, writing, &self.gone);
+    }
+}
+
+/// The connection, unless the operator cancels or the VM goes.
+fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
+    let mut cancelled = None;
+    let mut wanted = || {
+        if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
+            cancelled = Some(text);
+        }
+        cancelled.is_none() && !gone.load(Ordering::SeqCst)
+    };
+    let connected = way.connect(&mut wanted).and_then(|socket| {
+        socket.set_timeouts(None, Some(PATIENCE))?;
+        Ok(Arc::new(socket))
+    });
+    match cancelled {
+        Some(text) => {
+            let failure = Failure::new(vmm_migration_protocol::End::Here, Reason::Cancelled, &text);
+            Err(SendError::Failed { failure, stuck: Vec::new() })
+        }
+        None => connected.map_err(SendError::Connect),
     }
 }
 
@@ -189,7 +219,7 @@ fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
 }
 
 struct Driver {
-    address: MigrationAddress,
+    way: Way,
     session: SessionId,
     clock: Clock,
     machine: Source,
@@ -275,8 +305,14 @@ impl Driver {
                 let what = match what {
                     What::All => None,
                     What::Taken => Some(self.aside.take()),
+                    What::Absent => {
+                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
+                        self.answer(SourceInput::Failed(fault));
+                        return None;
+                    }
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
+                self.shared.packs.store(self.machine.features().contains(Features::LZ4), Ordering::SeqCst);
                 self.write(Out::Pass(Pass { number: pass, what, last }));
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),
@@ -322,9 +358,9 @@ impl Driver {
     /// Asks what became of the session, on another connection.
     fn ask(&self) {
         debug_assert_eq!(self.machine.state(), SourceState::Asking);
-        let (address, session, answers) = (self.address.clone(), self.session, self.answers.clone());
+        let (way, session, answers) = (self.way.clone(), self.session, self.answers.clone());
         let work = move || {
-            let answer = match outcome_of(&address, session) {
+            let answer = match outcome_of(&way, session) {
                 Ok(frame) => SourceInput::Frame(frame),
                 Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
             };
@@ -337,12 +373,9 @@ impl Driver {
 }
 
 /// The Outcome that the other end gives.
-fn outcome_of(
-    address: &MigrationAddress,
-    session: SessionId,
-) -> Result<vmm_migration_protocol::Frame, String> {
-    let failed = |error: std::io::Error| error.to_string();
-    let socket = Arc::new(Socket::connect(address).map_err(failed)?);
+fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::Frame, String> {
+    let failed = |error: std::io::Error| chain(&error).to_string();
+    let socket = Arc::new(way.connect(&mut || true).map_err(failed)?);
     socket.set_timeouts(Some(ASK), Some(ASK)).map_err(failed)?;
     let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
     socket.send(&query).map_err(failed)?;

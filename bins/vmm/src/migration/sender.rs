@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use vmm_memory_manager::dirty::Changed;
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Bulk, Command, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
-    contents_checksum,
+    Bulk, Command, Fault, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE, Packer, Reason,
+    SourceInput, Zero, contents_checksum,
 };
 use vmm_snapshot::directory::{MemorySource, Place};
 
@@ -59,6 +59,8 @@ pub(super) struct Shared {
     pub(super) over: AtomicBool,
     /// Bytes of the pass on the link.
     pub(super) sent: AtomicU64,
+    /// Memory goes compressed, as far as that makes it smaller.
+    pub(super) packs: AtomicBool,
     /// How fast they may follow each other.
     pub(super) pace: Pace,
 }
@@ -75,6 +77,8 @@ pub(super) struct Writer {
     pub(super) shared: Arc<Shared>,
     /// Disconnected when the connection has been read to its end.
     pub(super) read: Receiver<()>,
+    /// While memory goes compressed.
+    pub(super) packer: Option<Packer>,
     pub(super) broken: bool,
 }
 
@@ -103,6 +107,7 @@ impl Writer {
     /// Sends memory, then Mark; gives the bytes on the link.
     fn pass(&mut self, pass: &Pass) -> Result<u64, Fault> {
         self.shared.sent.store(0, Ordering::Relaxed);
+        self.packer = self.shared.packs.load(Ordering::SeqCst).then(Packer::new);
         let places = self.memory.places();
         let mut described = 0_u64;
         match &pass.what {
@@ -157,10 +162,12 @@ impl Writer {
                 if run.zero {
                     self.message(Message::Zero(Zero { range, pass: pass.number }))?;
                 } else {
-                    let checksum = contents_checksum([run.bytes]);
-                    let bulk = Bulk::memory(range, pass.number, checksum).map_err(|error| failed(&error))?;
-                    self.wait_for(length)?;
-                    self.counted(&[&bulk.header(), run.bytes]);
+                    let mut packer = self.packer.take();
+                    let (bulk, contents) = bulk((range, pass.number), run.bytes, packer.as_mut())
+                        .map_err(|error| failed(&error))?;
+                    self.wait_for(contents.len() as u64)?;
+                    self.counted(&[&bulk.header(), contents]);
+                    self.packer = packer;
                 }
                 self.between()?;
             }
@@ -266,6 +273,18 @@ impl Writer {
     fn give_up(&mut self) {
         self.broken = true;
         self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// The beginning of a frame with these bytes of memory, and its contents: smaller, if a packer makes them so.
+fn bulk<'a>(
+    (range, pass): (MemoryRange, u32),
+    bytes: &'a [u8],
+    packer: Option<&'a mut Packer>,
+) -> Result<(Bulk, &'a [u8]), FrameError> {
+    match packer.and_then(|packer| packer.pack(bytes)) {
+        Some(packed) => Ok((Bulk::packed(range, pass, contents_checksum([packed]), packed.len())?, packed)),
+        None => Ok((Bulk::memory(range, pass, contents_checksum([bytes]))?, bytes)),
     }
 }
 

@@ -22,7 +22,7 @@ use crate::exit::chain;
 use crate::machine::stages::Stages;
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::incoming::{Heard, Incoming};
-use crate::migration::{Arrival, Host, ReceiveError, ReceiveStep, THREAD};
+use crate::migration::{self, Arrival, Host, ReceiveError, ReceiveStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "receive";
@@ -77,7 +77,9 @@ impl Drop for Thread {
 impl Vmm {
     /// Waits for a VM; `asker` is told when it is here.
     pub(super) fn receive_for(&mut self, request: &ReceiveMigrationData, asker: Replier<()>) {
-        let spec = match ReceiveSpec::check(request) {
+        let checked = ReceiveSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use vmm_api::command::Replier;
-use vmm_api::config::{SendMigrationData, TimeoutStrategy as Wanted};
+use vmm_api::config::{Compression, SendMigrationData, TimeoutStrategy as Wanted};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::progress::{MigrationRole, MigrationStatus};
@@ -72,7 +72,10 @@ type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
 impl Vmm {
     /// Begins to give the VM away; `asker` is told of the end.
     pub(super) fn send_for(&mut self, request: &SendMigrationData, asker: Replier<()>) {
-        let spec = match SendSpec::check(request) {
+        let checked = SendSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec))
+            .and_then(|spec| migration::check_compression(spec.compression).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
@@ -122,6 +125,7 @@ impl Vmm {
         let outgoing = Outgoing {
             address: spec.address.clone(),
             max_bandwidth: spec.max_bandwidth,
+            tls_dir: spec.tls_dir.clone(),
             setup,
             memory,
             files: shared.map_or_else(Vec::new, |shared| shared.files),
@@ -367,7 +371,10 @@ fn setup(
         versions: Versions::OURS,
         session: SessionId(session),
         purpose: if spec.check { Purpose::Check } else { Purpose::Migrate },
-        features: Features::NONE,
+        features: match spec.compression {
+            Compression::None => Features::NONE,
+            Compression::Lz4 => Features::LZ4,
+        },
         required: Features::NONE,
         connections: spec.connections,
         memory: memory.map_err(|error| SendError::Refused(error.into()))?,

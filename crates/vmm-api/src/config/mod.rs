@@ -34,10 +34,10 @@ pub use machine::{
     PciSegmentConfig, PlatformConfig, TpmConfig,
 };
 pub use requests::{
-    GuestClock, LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode, ReceiveMigrationData,
-    RestoreConfig, RestoredConsoleConfig, RestoredDiskConfig, RestoredNetConfig, RestoredNicConfig,
-    RestoredVsockConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData, VmMemoryZoneUpdateData,
-    VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
+    Compression, GuestClock, LogLevel, LogLevelConfig, MemoryRestoreMode, MigrationMode,
+    ReceiveMigrationData, RestoreConfig, RestoredConsoleConfig, RestoredDiskConfig, RestoredNetConfig,
+    RestoredNicConfig, RestoredVsockConfig, SendMigrationData, TimeoutStrategy, VmCoredumpData,
+    VmMemoryZoneUpdateData, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
 };
 pub use vm::VmConfig;
 pub(crate) use vm::older_fields;

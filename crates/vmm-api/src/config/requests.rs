@@ -210,13 +210,23 @@ choice! {
     }
 }
 
+choice! {
+    /// Whether guest memory is compressed on its way.
+    pub enum Compression {
+        /// It goes as it is.
+        None = "None" | "none",
+        /// In LZ4 blocks, where that makes it smaller and the destination can read them.
+        Lz4 = "Lz4" | "lz4",
+    }
+}
+
 object! {
     /// Body of `vm.receive-migration`.
     pub struct ReceiveMigrationData {
         /// Where to listen: `unix:/path` or `tcp:host:port`.
         [current, required] receiver_url: String = String::new(),
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, server-cert.pem, server-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
@@ -250,8 +260,8 @@ object! {
         [current] timeout_strategy: TimeoutStrategy = TimeoutStrategy::Cancel,
         /// Number of TCP connections, 1 to 128.
         [current] connections: u64 = 1,
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, client-cert.pem, client-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Only ask whether the destination would take the VM. Nothing of it moves.
@@ -264,6 +274,8 @@ object! {
         [current] max_bandwidth: u64 = 0,
         /// Slow vCPUs down, in steps, while the guest changes memory faster than the link carries it.
         [current] auto_converge: bool = false,
+        /// Compress memory: for links that are slower than that.
+        [current] compression: Compression = Compression::None,
     }
 }
 
