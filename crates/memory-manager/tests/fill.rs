@@ -115,7 +115,7 @@ fn what_is_touched_is_there_first_and_all_is_there_in_the_end() {
     assert!(allocated(&map) < SIZE / 2, "the rest is not there yet");
     let busy = map.source().unwrap_err();
     assert!(busy.to_string().contains("still being read"), "{busy}");
-    map.freezer(true).unwrap_err();
+    map.freezer().unwrap_err();
     map.settle().unwrap();
 
     go.send(()).unwrap();
