@@ -116,7 +116,7 @@ fn what_is_touched_is_there_first_and_all_is_there_in_the_end() {
     assert!(allocated(&map) < SIZE / 2, "the rest is not there yet");
     let busy = map.source().unwrap_err();
     assert!(busy.to_string().contains("still being read"), "{busy}");
-    map.freezer(true).unwrap_err();
+    map.freezer().unwrap_err();
     assert!(matches!(map.share(), Err(HandoverError::Filling)), "what is not there cannot be handed over");
     map.settle().unwrap();
 
