@@ -7,7 +7,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
+use crate::exit::ExitCode;
 use crate::{console, lost_memory};
 
 /// What ends the VMM in an orderly way.
@@ -117,17 +120,23 @@ pub fn restore_terminal_in_crashes() {
     }
 }
 
+/// Some thread is in its handler of SIGBUS.
+static LOST: AtomicBool = AtomicBool::new(false);
+
 extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *const libc::c_void) {
     console::restore_terminal_in_handler();
     // SAFETY: the kernel gives a valid one with SA_SIGINFO.
     let info = unsafe { &*info };
     let code = info.si_code;
     if signal == libc::SIGBUS && code > 0 {
+        // Another thread met it first, and ends the process in one way or the other.
+        while LOST.swap(true, Ordering::SeqCst) {
+            thread::yield_now();
+        }
         // SAFETY: a SIGBUS of the kernel's has an address.
         let address = unsafe { info.si_addr() };
         if let Some(status) = lost_memory::in_handler(address as usize) {
-            // SAFETY: ends the process; nothing of it is used any more.
-            unsafe { libc::_exit(status as i32) };
+            end_at_once(status);
         }
     }
     let former = CRASHES.iter().position(|crash| *crash == signal).and_then(|at| FORMER.get(at)?.get());
@@ -144,6 +153,13 @@ extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *con
             unsafe { libc::raise(signal) };
         }
     }
+}
+
+/// Ends the process, whatever its other threads wait for. The terminal is given back.
+pub(crate) fn end_at_once(status: ExitCode) -> ! {
+    console::restore_terminal_in_handler();
+    // SAFETY: ends the process; nothing of it is used any more.
+    unsafe { libc::_exit(status as i32) }
 }
 
 /// All threads allocate from one heap. The C library would give each a heap of its own, which costs the start of

@@ -517,6 +517,9 @@ pub enum MachineError {
     /// Guest memory cannot be had with what was in it.
     #[error("cannot restore guest memory")]
     SavedMemory(#[from] vmm_memory_manager::restore::RestoreError),
+    /// Guest memory cannot be had with all that was in it.
+    #[error("cannot restore guest memory")]
+    NotFilled(#[source] vmm_memory_manager::fill::FillError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),

@@ -104,6 +104,8 @@ pub(crate) enum Heard {
     Answer(DestinationInput),
     /// An operator wants it to end.
     Cancel,
+    /// It is not wanted any more, and nobody answers.
+    Gone,
 }
 
 /// What came on which connection.
@@ -123,8 +125,6 @@ pub(crate) struct Incoming {
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
-    /// It is not wanted any more.
-    pub(crate) gone: Arc<AtomicBool>,
 }
 
 impl Incoming {
@@ -138,12 +138,12 @@ impl Incoming {
             Ok(listener) => Arc::new(listener),
             Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Listen(error)))),
         };
-        let ground = Arc::new(Ground::default());
+        let (ground, gone) = (Arc::new(Ground::default()), Arc::new(AtomicBool::new(false)));
         let (to, heard) = self.heard;
         let accepting = Accepting {
             listener: Arc::clone(&listener),
             tls,
-            gone: Arc::clone(&self.gone),
+            gone: Arc::clone(&gone),
             ground: Arc::clone(&ground),
             to,
             threads: Arc::clone(&self.threads),
@@ -164,7 +164,8 @@ impl Incoming {
             queries: BTreeMap::new(),
             told: false,
         };
-        driver.run(&heard, &self.gone);
+        driver.run(&heard);
+        gone.store(true, Ordering::SeqCst);
         listener.close();
         driver.ground.close();
         if let Some(live) = driver.live {
@@ -178,6 +179,7 @@ impl Incoming {
 struct Accepting {
     listener: Arc<Listener>,
     tls: Option<Server>,
+    /// Nobody waits for a VM any more: handshakes are given up.
     gone: Arc<AtomicBool>,
     ground: Arc<Ground>,
     to: Sender<Heard>,
@@ -222,6 +224,14 @@ struct Live {
     until: Option<Instant>,
 }
 
+impl Live {
+    /// Whether all is undone, and nobody has anything to say any more.
+    fn is_over(&self) -> bool {
+        let ended = self.machine.state() == DestinationState::Ended;
+        ended && self.until.is_some_and(|until| until <= Instant::now())
+    }
+}
+
 /// What is there of the VM.
 #[derive(Default)]
 struct Vm {
@@ -249,9 +259,9 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(&mut self, heard: &Receiver<Heard>, gone: &AtomicBool) {
+    fn run(&mut self, heard: &Receiver<Heard>) {
         let mut last = Instant::now();
-        while !gone.load(Ordering::SeqCst) && !self.is_done() {
+        while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
@@ -261,7 +271,7 @@ impl Driver {
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
                 Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
-                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
             }
             if last.elapsed() >= PERIOD {
                 last = Instant::now();
@@ -280,8 +290,7 @@ impl Driver {
 
     /// Whether nobody needs the thread any more.
     fn is_done(&mut self) -> bool {
-        if let Some(live) = self.live.take_if(|live| live.until.is_some_and(|until| until <= Instant::now()))
-        {
+        if let Some(live) = self.live.take_if(|live| live.is_over()) {
             live.socket.shutdown(Shutdown::Both);
         }
         let now = self.clock.now();

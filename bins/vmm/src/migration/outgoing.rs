@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_api::spec::MigrationAddress;
@@ -101,9 +102,9 @@ pub(crate) type Desk = Box<dyn Fn(SendStep) + Send>;
 /// All that the thread needs.
 pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
-    pub(crate) tls_dir: Option<PathBuf>,
     /// Bytes per second; 0 is no limit.
     pub(crate) max_bandwidth: u64,
+    pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
@@ -155,10 +156,13 @@ impl Outgoing {
         };
         let started = thread::spawn(&self.threads, THREAD, "migration-in", reading)
             .and_then(|_| thread::spawn(&self.threads, THREAD, "migration-out", move || writer.run()));
-        if let Err(error) = started {
-            socket.shutdown(Shutdown::Both);
-            return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
-        }
+        let writing = match started {
+            Ok(writing) => writing,
+            Err(error) => {
+                socket.shutdown(Shutdown::Both);
+                return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
+            }
+        };
         let driver = Driver {
             way,
             session,
@@ -172,7 +176,7 @@ impl Outgoing {
             answers,
             threads: self.threads,
         };
-        driver.run(&inputs, &self.gone);
+        driver.run(&inputs, writing, &self.gone);
     }
 }
 
@@ -229,7 +233,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, gone: &AtomicBool) {
+    fn run(mut self, inputs: &Receiver<SourceInput>, writing: JoinHandle<()>, gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -255,6 +259,9 @@ impl Driver {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
                 self.linger(inputs);
+                self.shared.over.store(true, Ordering::SeqCst);
+                // The last word is on the link, or the link takes nothing.
+                let _ = writing.join();
                 (self.desk)(SendStep::Over(Ok(())));
             }
             Some(error) => {
@@ -298,6 +305,11 @@ impl Driver {
                 let what = match what {
                     What::All => None,
                     What::Taken => Some(self.aside.take()),
+                    What::Absent => {
+                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
+                        self.answer(SourceInput::Failed(fault));
+                        return None;
+                    }
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
                 self.shared.packs.store(self.machine.features().contains(Features::LZ4), Ordering::SeqCst);

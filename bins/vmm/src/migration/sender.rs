@@ -99,7 +99,7 @@ impl Writer {
                     }
                     let _ = self.answers.send(answer);
                 }
-                Out::Close => self.socket.shutdown(Shutdown::Write),
+                Out::Close => return self.socket.shutdown(Shutdown::Write),
             }
         }
     }

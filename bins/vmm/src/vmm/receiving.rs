@@ -2,7 +2,6 @@
 //! VMM's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -61,15 +60,15 @@ pub(super) struct Held {
 /// Dropped, it is at its end.
 #[derive(Debug)]
 struct Thread {
-    gone: Arc<AtomicBool>,
+    to: Sender<Heard>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        self.gone.store(true, Ordering::SeqCst);
+        let _ = self.to.send(Heard::Gone);
         if let Some(handle) = self.handle.take() {
-            // It looks ten times a second, and waits for nobody.
+            // It waits for nobody.
             let _ = handle.join();
         }
     }
@@ -91,26 +90,24 @@ impl Vmm {
         let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         self.jobs.moving.begin(MigrationRole::Destination, number, false);
-        let cpuid = self.hypervisor.supported_cpuid();
+        let cpuid = self.means.hypervisor.supported_cpuid();
         let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
-        let gone = Arc::new(AtomicBool::new(false));
         let (to, heard) = channel();
-        let post = EventPost::new(machine, self.post.clone());
+        let post = EventPost::new(machine, self.means.post.clone());
         let incoming = Incoming {
             spec,
-            host: Host { most_vcpus: self.hypervisor.max_vcpus(), cpuid },
+            host: Host { most_vcpus: self.means.hypervisor.max_vcpus(), cpuid },
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             heard: (to.clone(), heard),
-            gone: Arc::clone(&gone),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker, cancels, start, to, held };
-        match thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
+        match thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
-                self.jobs.receive.thread = Some(Thread { gone, handle: Some(handle) });
+                self.jobs.receive.thread = Some(Thread { to: job.to.clone(), handle: Some(handle) });
                 self.jobs.receive.job = Some(job);
             }
             Err(error) => self.not_received(job, ReceiveError::Thread(error)),
@@ -252,7 +249,7 @@ impl Vmm {
         self.events.tell(job.machine, &told::job_end(job.number, cancelled));
         let reason = error.to_string().as_str().into();
         self.events.tell(job.machine, &Event::MigrationFailed { reason });
-        let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Receive(Box::new(error)));
         log::warn!("{}", chain(&error));
         self.post_info();
         let reply = ApiError::from_error(told::code(cancelled), &error);
