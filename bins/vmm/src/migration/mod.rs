@@ -8,6 +8,7 @@
 //! | `landing` | `migration-in` | reads a connection; memory lands from here |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
+//! | `making` | `migration-make` | steps of a destination that may take long |
 //! | `link` | | sockets, and frames out of them |
 //! | `descriptors` | | memory that is handed over instead of being sent |
 //! | `tls` | | sockets that are encrypted, with the cargo feature of that name |
@@ -20,6 +21,7 @@ mod fit;
 pub(crate) mod incoming;
 mod landing;
 mod link;
+mod making;
 pub(crate) mod outgoing;
 mod pace;
 mod sender;
