@@ -629,17 +629,15 @@ mod tests {
         let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
         let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
         let (to, heard) = std::sync::mpsc::channel();
-        let gone = Arc::new(AtomicBool::new(false));
         let live = Live { machine, connection: 1, socket, lost: false, until: None };
         let mut driver = driver(&to, live);
         let (done, busy) = std::sync::mpsc::channel();
-        let ended = Arc::clone(&gone);
         let thread = std::thread::spawn(move || {
             driver.make(move || {
                 let _ = busy.recv_timeout(LIMIT);
                 Made::Checked(Err(Fault::new(Reason::Failed, "at last")))
             });
-            driver.run(&heard, &ended);
+            driver.run(&heard);
         });
         let mut decoder = Decoder::new();
         let mut next = || {
@@ -656,7 +654,7 @@ mod tests {
         }
         done.send(()).unwrap();
         while next() != Command::Nack {}
-        gone.store(true, Ordering::SeqCst);
+        to.send(Heard::Gone).unwrap();
         thread.join().unwrap();
     }
 }
