@@ -13,7 +13,9 @@ mod memory;
 mod message;
 mod negotiate;
 mod pacer;
+mod packing;
 mod policy;
+mod postcopy;
 mod source;
 
 pub use command::{Command, Sender};
@@ -30,15 +32,20 @@ pub use frame::{
 };
 pub use machine::{Cell, Limits, Outcomes, Output, REMEMBERED};
 pub use memory::{
-    Barrier, DescriptorRange, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout, MemoryRange, PAGE,
-    Region, Zero,
+    Absent, Barrier, DescriptorRange, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout, MemoryRange,
+    PAGE, Region, Zero,
 };
 pub use message::{Join, MAGIC, Message, MessageError, Progress, SessionOutcome};
 pub use negotiate::{
     Accept, Features, Hello, MAX_CONNECTIONS, MAX_REQUESTED_CONNECTIONS, Offer, Purpose, SessionId, Versions,
 };
 pub use pacer::Pacer;
+pub use packing::{Packer, UnpackError, unpack};
 pub use policy::{Decision, Goals, Pass, Policy, Stop, TimeoutStrategy};
+pub use postcopy::{
+    Filler, FillerAction, FillerInput, FillerKind, FillerOutcome, FillerState, FillerStep, Supplier,
+    SupplierAction, SupplierInput, SupplierKind, SupplierOutcome, SupplierState, SupplierStep,
+};
 pub use source::{
     Source, SourceAction, SourceInput, SourceKind, SourceOutcome, SourceProgress, SourceSetup, SourceState,
     SourceStep, SourceUndo, What,

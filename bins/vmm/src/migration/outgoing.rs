@@ -3,27 +3,29 @@
 use std::fmt;
 use std::fs::File;
 use std::net::Shutdown;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vmm_api::events::Event;
 use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
     Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
 };
 
-use super::link::{End, Frames, Socket};
+use super::link::{End, Frames, Socket, Way};
+use super::pace::Pace;
 use super::sender::{Out, PATIENCE, Pass, Shared, Writer};
-use super::{Aside, Clock, LINGER, THREAD};
-use crate::events::Events;
+use super::{Aside, Clock, LINGER, THREAD, TlsError};
+use crate::exit::chain;
 
-/// The least time between two events of progress.
-const PERIOD: Duration = Duration::from_millis(100);
+/// The least time between two tellings of progress.
+pub(super) const PERIOD: Duration = Duration::from_millis(100);
 
 /// How long an answer to Query may take.
 const ASK: Duration = Duration::from_secs(5);
@@ -35,6 +37,10 @@ pub enum SendStep {
     Run(SourceStep),
     /// Undo it, and answer likewise.
     Undo(SourceUndo),
+    /// So far it is.
+    Progress(Box<SourceProgress>),
+    /// The destination has taken the VM; the end follows.
+    Given,
     /// Nobody knows where the VM is.
     InDoubt(Failure),
     /// It is over, and what is left of it is the thread. `Ok`: the VM is elsewhere.
@@ -45,6 +51,9 @@ pub enum SendStep {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
+    /// The certificates of this end cannot be used.
+    #[error("the migration's tls_dir")]
+    Tls(#[source] TlsError),
     /// The other end is not to be reached.
     #[error("cannot connect to the receiver")]
     Connect(#[source] std::io::Error),
@@ -92,36 +101,31 @@ pub(crate) type Desk = Box<dyn Fn(SendStep) + Send>;
 /// All that the thread needs.
 pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
+    /// Bytes per second; 0 is no limit.
+    pub(crate) max_bandwidth: u64,
+    pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
     pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
-    pub(crate) told: Told,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) inputs: (Sender<SourceInput>, Receiver<SourceInput>),
     /// The VM is gone, and nobody answers any more.
     pub(crate) gone: Arc<AtomicBool>,
 }
 
-/// Whom to tell of progress.
-pub(crate) struct Told {
-    pub(crate) job: u64,
-    pub(crate) machine: u64,
-    pub(crate) events: Events,
-}
-
 impl Outgoing {
     /// Drives the migration to its end.
     pub(crate) fn run(self) {
-        let socket = Socket::connect(&self.address).and_then(|socket| {
-            socket.set_timeouts(None, Some(PATIENCE))?;
-            Ok(Arc::new(socket))
-        });
-        let socket = match socket {
+        let way = match Way::new(self.address, self.tls_dir.as_deref()) {
+            Ok(way) => way,
+            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Tls(error)))),
+        };
+        let socket = match connect(&way, &self.inputs.1, &self.gone) {
             Ok(socket) => socket,
-            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Connect(error)))),
+            Err(error) => return (self.desk)(SendStep::Over(Err(error))),
         };
         let clock = Clock::start();
         let session = self.setup.hello.session;
@@ -129,7 +133,7 @@ impl Outgoing {
             Ok(machine) => machine,
             Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
         };
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { pace: Pace::new(self.max_bandwidth), ..Shared::default() });
         let (queue, queued) = channel();
         let (answers, inputs) = self.inputs;
         let (reads, read) = channel();
@@ -150,12 +154,15 @@ impl Outgoing {
         };
         let started = thread::spawn(&self.threads, THREAD, "migration-in", reading)
             .and_then(|_| thread::spawn(&self.threads, THREAD, "migration-out", move || writer.run()));
-        if let Err(error) = started {
-            socket.shutdown(Shutdown::Both);
-            return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
-        }
+        let writing = match started {
+            Ok(writing) => writing,
+            Err(error) => {
+                socket.shutdown(Shutdown::Both);
+                return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
+            }
+        };
         let driver = Driver {
-            address: self.address,
+            way,
             session,
             clock,
             machine,
@@ -167,7 +174,29 @@ impl Outgoing {
             answers,
             threads: self.threads,
         };
-        driver.run(&inputs, &self.told, &self.gone);
+        driver.run(&inputs, writing, &self.gone);
+    }
+}
+
+/// The connection, unless the operator cancels or the VM goes.
+fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
+    let mut cancelled = None;
+    let mut wanted = || {
+        if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
+            cancelled = Some(text);
+        }
+        cancelled.is_none() && !gone.load(Ordering::SeqCst)
+    };
+    let connected = way.connect(&mut wanted).and_then(|socket| {
+        socket.set_timeouts(None, Some(PATIENCE))?;
+        Ok(Arc::new(socket))
+    });
+    match cancelled {
+        Some(text) => {
+            let failure = Failure::new(vmm_migration_protocol::End::Here, Reason::Cancelled, &text);
+            Err(SendError::Failed { failure, stuck: Vec::new() })
+        }
+        None => connected.map_err(SendError::Connect),
     }
 }
 
@@ -188,7 +217,7 @@ fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
 }
 
 struct Driver {
-    address: MigrationAddress,
+    way: Way,
     session: SessionId,
     clock: Clock,
     machine: Source,
@@ -202,7 +231,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, told: &Told, gone: &AtomicBool) {
+    fn run(mut self, inputs: &Receiver<SourceInput>, writing: JoinHandle<()>, gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -219,14 +248,18 @@ impl Driver {
                 self.take(input);
                 if last.elapsed() >= PERIOD {
                     last = Instant::now();
-                    self.tell(told);
+                    self.tell();
                 }
             }
         }
+        self.tell();
         match over {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
                 self.linger(inputs);
+                self.shared.over.store(true, Ordering::SeqCst);
+                // The last word is on the link, or the link takes nothing.
+                let _ = writing.join();
                 (self.desk)(SendStep::Over(Ok(())));
             }
             Some(error) => {
@@ -247,10 +280,8 @@ impl Driver {
         self.machine.handle(self.clock.now(), input);
     }
 
-    fn tell(&self, told: &Told) {
-        let sent = self.machine.progress().sent;
-        let event = Event::JobProgress { job: told.job, done: sent.bytes, total: None };
-        told.events.tell(told.machine, &event);
+    fn tell(&self) {
+        (self.desk)(SendStep::Progress(Box::new(self.machine.progress())));
     }
 
     /// Reads on until the other end has closed.
@@ -272,6 +303,11 @@ impl Driver {
                 let what = match what {
                     What::All => None,
                     What::Taken => Some(self.aside.take()),
+                    What::Absent => {
+                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
+                        self.answer(SourceInput::Failed(fault));
+                        return None;
+                    }
                 };
                 self.shared.sent.store(0, Ordering::Relaxed);
                 self.write(Out::Pass(Pass { number: pass, what, last }));
@@ -293,7 +329,11 @@ impl Driver {
 
     fn report(&self, outcome: SourceOutcome) -> Option<Result<(), SendError>> {
         match outcome {
-            SourceOutcome::Sent | SourceOutcome::Accepted => Some(Ok(())),
+            SourceOutcome::Sent => {
+                (self.desk)(SendStep::Given);
+                Some(Ok(()))
+            }
+            SourceOutcome::Accepted => Some(Ok(())),
             SourceOutcome::Failed { failure, stuck } => Some(Err(SendError::Failed { failure, stuck })),
             SourceOutcome::InDoubt(failure) => {
                 (self.desk)(SendStep::InDoubt(failure));
@@ -315,9 +355,9 @@ impl Driver {
     /// Asks what became of the session, on another connection.
     fn ask(&self) {
         debug_assert_eq!(self.machine.state(), SourceState::Asking);
-        let (address, session, answers) = (self.address.clone(), self.session, self.answers.clone());
+        let (way, session, answers) = (self.way.clone(), self.session, self.answers.clone());
         let work = move || {
-            let answer = match outcome_of(&address, session) {
+            let answer = match outcome_of(&way, session) {
                 Ok(frame) => SourceInput::Frame(frame),
                 Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
             };
@@ -330,12 +370,9 @@ impl Driver {
 }
 
 /// The Outcome that the other end gives.
-fn outcome_of(
-    address: &MigrationAddress,
-    session: SessionId,
-) -> Result<vmm_migration_protocol::Frame, String> {
-    let failed = |error: std::io::Error| error.to_string();
-    let socket = Arc::new(Socket::connect(address).map_err(failed)?);
+fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::Frame, String> {
+    let failed = |error: std::io::Error| chain(&error).to_string();
+    let socket = Arc::new(way.connect(&mut || true).map_err(failed)?);
     socket.set_timeouts(Some(ASK), Some(ASK)).map_err(failed)?;
     let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
     socket.send(&query).map_err(failed)?;

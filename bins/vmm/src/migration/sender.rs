@@ -18,6 +18,7 @@ use vmm_migration_protocol::{
 use vmm_snapshot::directory::{MemorySource, Place};
 
 use super::link::Socket;
+use super::pace::Pace;
 use crate::exit::chain;
 
 /// Bytes of memory that are read at a time. Small, so that frames come between and a checksum is of what is sent.
@@ -58,6 +59,8 @@ pub(super) struct Shared {
     pub(super) over: AtomicBool,
     /// Bytes of the pass on the link.
     pub(super) sent: AtomicU64,
+    /// How fast they may follow each other.
+    pub(super) pace: Pace,
 }
 
 /// The thread.
@@ -92,7 +95,7 @@ impl Writer {
                     }
                     let _ = self.answers.send(answer);
                 }
-                Out::Close => self.socket.shutdown(Shutdown::Write),
+                Out::Close => return self.socket.shutdown(Shutdown::Write),
             }
         }
     }
@@ -156,6 +159,7 @@ impl Writer {
                 } else {
                     let checksum = contents_checksum([run.bytes]);
                     let bulk = Bulk::memory(range, pass.number, checksum).map_err(|error| failed(&error))?;
+                    self.wait_for(length)?;
                     self.counted(&[&bulk.header(), run.bytes]);
                 }
                 self.between()?;
@@ -163,6 +167,22 @@ impl Writer {
             at = end;
         }
         Ok(described)
+    }
+
+    /// Waits until the limit of bandwidth lets so many bytes go; frames do not wait.
+    fn wait_for(&mut self, bytes: u64) -> Result<(), Fault> {
+        let until = self.shared.pace.take(bytes);
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Ok(());
+            }
+            match self.queue.recv_timeout(rest.min(PATIENCE)) {
+                Ok(Out::Frame(frame)) => self.write(&[&frame.encode()]),
+                Ok(Out::Pass(_) | Out::Close) | Err(_) => {}
+            }
+            self.check()?;
+        }
     }
 
     /// Frames that are to go between those of memory, and whether it goes on.

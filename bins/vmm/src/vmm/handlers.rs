@@ -13,10 +13,12 @@ use vmm_api::config::{
 use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::openapi::document;
+use vmm_api::progress::MigrationProgressReply;
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
 use super::boot::Asker;
+use super::waiting::Verdict;
 use super::{Vmm, VmmError};
 use crate::exit::ExitCode;
 use crate::{logger, metrics, preflight};
@@ -111,6 +113,24 @@ impl Handle<vm::ReceiveMigration> for Vmm {
     }
 }
 
+impl Handle<vm::MigrationProgress> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<MigrationProgressReply>) {
+        replier.reply(Ok(self.jobs.moving.reply()));
+    }
+}
+
+impl Handle<vm::MigrationKeep> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.decide_send(Verdict::Here, replier);
+    }
+}
+
+impl Handle<vm::MigrationYield> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.decide_send(Verdict::Elsewhere, replier);
+    }
+}
+
 impl Handle<vm::Restore> for Vmm {
     fn handle(&mut self, request: RestoreConfig, replier: Replier<()>) {
         self.restore_for(&request, Asker::Client(replier));
@@ -153,7 +173,7 @@ impl Handle<vm::Info> for Vmm {
 /// Files are looked at on a thread of its own: a kernel is loaded for trial.
 impl Handle<vm::Validate> for Vmm {
     fn handle(&mut self, request: vm::ValidateRequest, replier: Replier<ValidateReply>) {
-        let most_vcpus = self.hypervisor.max_vcpus();
+        let most_vcpus = self.means.hypervisor.max_vcpus();
         let work = move || replier.reply(Ok(preflight::report(request, most_vcpus)));
         // A replier that is dropped answers with an error.
         if let Err(error) = std::thread::Builder::new().name("validate".to_owned()).spawn(work) {

@@ -215,12 +215,15 @@ object! {
     pub struct ReceiveMigrationData {
         /// Where to listen: `unix:/path` or `tcp:host:port`.
         [current, required] receiver_url: String = String::new(),
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, server-cert.pem, server-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
         [later] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        /// Files and folders that the source's configuration may name. At a UNIX socket it may name any if none is given, elsewhere
+        /// none.
+        [current] paths: Option<Vec<PathBuf>> = None,
         /// Images of disks, by their ids; where none is given, the path is the source's.
         [current; key = ""] disks: Option<Vec<RestoredDiskConfig>> = None,
         /// Where the serial port goes.
@@ -247,10 +250,20 @@ object! {
         [current] timeout_strategy: TimeoutStrategy = TimeoutStrategy::Cancel,
         /// Number of TCP connections, 1 to 128.
         [current] connections: u64 = 1,
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, client-cert.pem, client-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
+        /// Only ask whether the destination would take the VM. Nothing of it moves.
+        [current] check: bool = false,
+        /// Answer at once: how it ends, `vm.migration-progress` and the events tell.
+        [current] detach: bool = false,
+        /// Stay, without a VM, when the VM is elsewhere.
+        [current] preserve_source: bool = false,
+        /// Most bytes per second on the link; 0 is no limit.
+        [current] max_bandwidth: u64 = 0,
+        /// Slow vCPUs down, in steps, while the guest changes memory faster than the link carries it.
+        [current] auto_converge: bool = false,
     }
 }
 

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Checked;
 use super::snapshot::Overrides;
+use super::{Checked, MachineSpec, foreign};
 use crate::config::wire::Walk;
 use crate::config::{
     Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
@@ -58,6 +58,18 @@ pub struct SendSpec {
     pub strategy: TimeoutStrategy,
     /// Connections to ask for, 1 to 128.
     pub connections: u16,
+    /// Only ask whether the destination would take it.
+    pub check: bool,
+    /// Who asks is not told of the end.
+    pub detach: bool,
+    /// The VMM goes on, without a VM.
+    pub preserve: bool,
+    /// Most bytes per second; 0 is no limit.
+    pub max_bandwidth: u64,
+    /// vCPUs may be slowed down.
+    pub auto_converge: bool,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
 }
 
 impl SendSpec {
@@ -73,20 +85,34 @@ impl SendSpec {
             let message = format!("expected 1 to {MAX_CONNECTIONS}, found {}", config.connections);
             faults.push(Fault::new("connections", FaultKind::Invalid, message));
         }
+        if config.check && config.detach {
+            faults.push(Fault::new(
+                "detach",
+                FaultKind::Invalid,
+                "contradicts check, whose answer is all of it",
+            ));
+        }
         let address = MigrationAddress::parse("destination_url", &config.destination_url)
             .map_err(|fault| faults.push(fault));
         if config.local && matches!(address, Ok(MigrationAddress::Tcp(_))) {
             let message = "memory passes by descriptors through UNIX sockets only".to_owned();
             faults.push(Fault::new("local", FaultKind::Invalid, message));
         }
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         match address {
             Ok(address) if faults.is_empty() => Ok(Self {
                 address,
+                tls_dir,
                 local: config.local,
                 downtime: Duration::from_millis(config.downtime_ms),
                 timeout: Duration::from_secs(config.timeout_s),
                 strategy: config.timeout_strategy,
                 connections,
+                check: config.check,
+                detach: config.detach,
+                preserve: config.preserve_source,
+                max_bandwidth: config.max_bandwidth,
+                auto_converge: config.auto_converge,
             }),
             _ => Err(faults),
         }
@@ -98,6 +124,10 @@ impl SendSpec {
 pub struct ReceiveSpec {
     /// Where to listen.
     pub address: MigrationAddress,
+    /// What the source may name; `None`: the default of the address.
+    paths: Option<Vec<PathBuf>>,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
     overrides: Overrides,
 }
 
@@ -111,6 +141,7 @@ impl ReceiveSpec {
         refuse_postcopy(config.memory_mode, &mut faults);
         let address =
             MigrationAddress::parse("receiver_url", &config.receiver_url).map_err(|fault| faults.push(fault));
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         let overrides = Overrides {
             disks: config.disks.clone().unwrap_or_default(),
             serial: config.serial.clone(),
@@ -118,9 +149,39 @@ impl ReceiveSpec {
             debug_console: config.debug_console.clone(),
         };
         match address {
-            Ok(address) if faults.is_empty() => Ok(Self { address, overrides }),
+            Ok(address) if faults.is_empty() => {
+                Ok(Self { address, tls_dir, paths: config.paths.clone(), overrides })
+            }
             _ => Err(faults),
         }
+    }
+
+    /// What the source of a VM of `spec` names without being allowed to: places in the document, and paths.
+    ///
+    /// Whoever connects to a UNIX socket is of this end's user, and so could open those files itself: if no paths are
+    /// given, it may name any. Elsewhere it may name none.
+    #[must_use]
+    pub fn foreign(&self, spec: &MachineSpec) -> Vec<(String, PathBuf)> {
+        let allowed = match (&self.paths, &self.address) {
+            (Some(paths), _) => paths.as_slice(),
+            (None, MigrationAddress::Tcp(_)) => &[],
+            (None, MigrationAddress::Unix(_)) => return Vec::new(),
+        };
+        let mut found = foreign::paths(spec);
+        let index = |id: &String| spec.disks.iter().position(|disk| disk.identity.id.as_str() == id.as_str());
+        let disks = self.overrides.disks.iter().filter_map(|disk| index(&disk.id));
+        let mut own: Vec<String> = disks.map(|index| format!("disks[{index}].path")).collect();
+        for (name, to) in [
+            ("serial", &self.overrides.serial),
+            ("console", &self.overrides.console),
+            ("debug_console", &self.overrides.debug_console),
+        ] {
+            if to.is_some() {
+                own.extend([format!("{name}.file"), format!("{name}.socket")]);
+            }
+        }
+        found.retain(|(place, path)| !own.contains(place) && !foreign::is_allowed(path, allowed));
+        found
     }
 
     /// The configuration of the VM here: `document` is what the source sent.
@@ -130,6 +191,19 @@ impl ReceiveSpec {
     pub fn configure(&self, document: &[u8]) -> Result<Checked, Vec<Fault>> {
         self.overrides.configure(document)
     }
+}
+
+/// TLS is for TCP.
+fn check_tls(
+    folder: Option<&Path>,
+    address: Option<&MigrationAddress>,
+    faults: &mut Vec<Fault>,
+) -> Option<PathBuf> {
+    if let (Some(_), Some(MigrationAddress::Unix(_))) = (folder, address) {
+        let message = "TLS is for tcp:host:port; a UNIX socket is this host's";
+        faults.push(Fault::new("tls_dir", FaultKind::Invalid, message));
+    }
+    folder.map(Path::to_owned)
 }
 
 fn refuse_postcopy(mode: MigrationMode, faults: &mut Vec<Fault>) {
@@ -170,12 +244,26 @@ mod tests {
         );
         let mut faults = faults.unwrap_err();
         faults.sort();
-        assert_eq!(faults, ["connections", "destination_url", "memory_mode", "tls_dir"]);
+        assert_eq!(faults, ["connections", "destination_url", "memory_mode"]);
+        let faults = send(r#"{"destination_url": "unix:/m", "check": true, "detach": true}"#);
+        assert_eq!(faults.unwrap_err(), ["detach"]);
     }
 
     #[test]
     fn memory_passes_by_descriptors_through_unix_sockets_only() {
         assert!(send(r#"{"destination_url": "unix:/m", "local": true}"#).unwrap().local);
         assert_eq!(send(r#"{"destination_url": "tcp:a:1", "local": true}"#).unwrap_err(), ["local"]);
+    }
+
+    #[test]
+    fn tls_is_for_tcp() {
+        let spec = send(r#"{"destination_url": "tcp:h:1", "tls_dir": "/t"}"#).unwrap();
+        assert_eq!(spec.tls_dir.as_deref(), Some(Path::new("/t")));
+        assert_eq!(send(r#"{"destination_url": "tcp:h:1"}"#).unwrap().tls_dir, None);
+        let faults = send(r#"{"destination_url": "unix:/m", "tls_dir": "/t"}"#).unwrap_err();
+        assert_eq!(faults, ["tls_dir"]);
+        let config = r#"{"receiver_url": "unix:/m", "tls_dir": "/t"}"#;
+        let faults = ReceiveSpec::check(&serde_json::from_str(config).unwrap()).unwrap_err();
+        assert_eq!((faults.len(), faults[0].path.as_str()), (1, "tls_dir"));
     }
 }
