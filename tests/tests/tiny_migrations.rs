@@ -1,6 +1,9 @@
 //! Migrations of tiny guests between two real processes. They run on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+#[path = "tiny_migrations/connections.rs"]
+mod connections;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

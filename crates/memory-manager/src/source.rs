@@ -105,6 +105,16 @@ impl MemoryMap {
 }
 
 impl GuestMemorySource {
+    /// Bytes of a region, if there is one of that number.
+    pub fn size(&self, region: usize) -> Option<u64> {
+        self.regions.get(region).map(|region| region.place.size)
+    }
+
+    /// Guest physical address of a region's first byte.
+    pub fn gpa(&self, region: usize) -> Option<u64> {
+        self.regions.get(region).map(|region| region.place.gpa)
+    }
+
     fn region(&self, region: usize) -> io::Result<&Region> {
         self.regions.get(region).ok_or_else(|| io::ErrorKind::NotFound.into())
     }

@@ -5,26 +5,23 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmm_api::spec::{Checked, ReceiveSpec};
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, Destination, DestinationAction, DestinationInput, DestinationOutcome, DestinationStep,
-    DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits, Message, Missing, MissingKind, Offer,
-    Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
+    DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits, MAX_CONNECTIONS, Message, Missing,
+    MissingKind, Offer, Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
-use super::landing::{Ground, Said, Target, read};
+use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::{Clock, LINGER, THREAD};
 use crate::exit::chain;
 use crate::machine;
-
-/// How long a frame may take to be written. They are small, and a socket has room for them.
-const WRITE: Duration = Duration::from_secs(1);
 
 /// Connections at one time.
 const MOST_CONNECTIONS: usize = 32;
@@ -152,9 +149,7 @@ impl Incoming {
         driver.run(&heard, &self.gone);
         listener.close();
         driver.ground.close();
-        if let Some(live) = driver.live {
-            live.socket.shutdown(Shutdown::Both);
-        }
+        driver.live.iter().for_each(Live::shutdown);
         driver.queries.values().for_each(|(socket, _)| socket.shutdown(Shutdown::Both));
     }
 }
@@ -196,8 +191,18 @@ struct Live {
     machine: Destination,
     connection: u64,
     socket: Arc<Socket>,
+    /// The further connections, by number.
+    joined: BTreeMap<u64, (u16, Arc<Socket>)>,
     /// Read on until then, at most.
     until: Option<Instant>,
+}
+
+impl Live {
+    /// Connection 0 goes first, so that what is said there comes before the others are seen to be gone.
+    fn shutdown(&self) {
+        self.socket.shutdown(Shutdown::Both);
+        self.joined.values().for_each(|(_, socket)| socket.shutdown(Shutdown::Both));
+    }
 }
 
 /// What is there of the VM.
@@ -245,7 +250,7 @@ impl Driver {
     fn is_done(&mut self) -> bool {
         if let Some(live) = self.live.take_if(|live| live.until.is_some_and(|until| until <= Instant::now()))
         {
-            live.socket.shutdown(Shutdown::Both);
+            live.shutdown();
         }
         let now = self.clock.now();
         let known = |session| self.outcomes.answer(now, session) != SessionOutcome::Unknown;
@@ -254,6 +259,29 @@ impl Driver {
 
     fn said(&mut self, number: u64, said: Said) {
         let ours = self.live.as_ref().is_some_and(|live| live.connection == number);
+        let joined = self.live.as_ref().and_then(|live| live.joined.get(&number)).map(|(index, _)| *index);
+        match (said, joined) {
+            (said, Some(index)) => self.said_beside(index, said),
+            (said, None) => self.said_first(number, ours, said),
+        }
+    }
+
+    /// On connection `index` of the session, which is not the first.
+    fn said_beside(&mut self, index: u16, said: Said) {
+        let about = |text: &str| format!("connection {index}: {text}");
+        self.handle(match said {
+            Said::Lost(text) => DestinationInput::Lost(about(&text)),
+            Said::Garbage(text) => DestinationInput::Garbage(about(&text)),
+            Said::Frame(frame) | Said::First(_, frame) => {
+                DestinationInput::Garbage(about(&format!("{} frame, where memory goes", frame.command())))
+            }
+            Said::Landed { pass, last } => DestinationInput::Landed { pass, last },
+            Said::Damaged(range) => DestinationInput::Damaged(range),
+            Said::Failed(fault) => DestinationInput::Failed(fault),
+        });
+    }
+
+    fn said_first(&mut self, number: u64, ours: bool, said: Said) {
         match said {
             Said::First(socket, frame) => self.first(number, socket, frame),
             Said::Lost(text) if ours => {
@@ -283,8 +311,10 @@ impl Driver {
     }
 
     fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
-        if frame.command() == Command::Query {
-            return self.asked(number, socket, frame);
+        match frame.command() {
+            Command::Query => return self.asked(number, socket, frame),
+            Command::Join => return self.join(number, socket, frame),
+            _ => {}
         }
         if self.live.is_some() || self.told {
             let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
@@ -296,12 +326,37 @@ impl Driver {
         let offer = Offer {
             versions: Versions::OURS,
             features: Features::NONE,
-            connections: 1,
+            connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
-        self.live = Some(Live { machine, connection: number, socket, until: None });
+        self.live = Some(Live { machine, connection: number, socket, joined: BTreeMap::new(), until: None });
         self.handle(DestinationInput::Frame(frame));
+    }
+
+    /// A further connection, if it is one of the session's: whoever knows its id was told by its source.
+    fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+        let index = match Message::decode(frame) {
+            Ok(Message::Join(join)) => self.expected(&join).filter(|index| self.ground.admit(number, *index)),
+            _ => None,
+        };
+        let (Some(index), Some(live)) = (index, &mut self.live) else {
+            log::warn!("migration: a connection that belongs to no session is closed");
+            return socket.shutdown(Shutdown::Both);
+        };
+        if let Ok(ack) = Message::Ack(Command::Join).encode() {
+            // If that fails, it is lost, and read so.
+            let _ = socket.send(&ack);
+        }
+        live.joined.insert(number, (index, socket));
+    }
+
+    /// The index of a connection that may come.
+    fn expected(&self, join: &Join) -> Option<u16> {
+        let machine = &self.live.as_ref()?.machine;
+        let connections = machine.accept()?.connections;
+        let ours = machine.hello()?.session == join.session && machine.state().takes_memory();
+        (ours && join.role == 0 && (1..connections).contains(&join.index)).then_some(join.index)
     }
 
     /// A source asks what became of its session.
@@ -469,12 +524,8 @@ impl Driver {
             let missing = Missing::new(MissingKind::Memory, "memory where the guest has it");
             return Err(Fault::incompatible(vec![missing]));
         }
-        let target = Target {
-            memory: Arc::clone(memory.memory()),
-            layout: hello.memory.clone(),
-            connection: live.connection,
-        };
-        self.ground.open(target);
+        let connections = live.machine.accept().map_or(1, |accept| accept.connections);
+        self.ground.open(Arc::clone(memory.memory()), hello.memory.clone(), live.connection, connections);
         self.vm.memory = Some(memory);
         Ok(())
     }

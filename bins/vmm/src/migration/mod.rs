@@ -3,15 +3,19 @@
 //! | module | thread | what |
 //! |---|---|---|
 //! | `outgoing` | `migration` | drives the source |
-//! | `sender` | `migration-out` | writes frames and memory, so that the driver never waits for the link |
+//! | `sender` | `migration-out`, one per connection | writes frames and memory, so that the driver never waits for the link |
+//! | `course` | | what a pass sends, which these threads share |
+//! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
-//! | `landing` | `migration-in` | reads a connection; memory lands from here |
+//! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `link` | | sockets, and frames out of them |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
+mod course;
 pub(crate) mod incoming;
+mod joining;
 mod landing;
 mod link;
 pub(crate) mod outgoing;
