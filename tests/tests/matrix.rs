@@ -2,6 +2,9 @@
 //! over the scripted hypervisor is `bins/vmm/tests/phases.rs`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+use std::cell::RefCell;
+use std::os::unix::net::UnixListener;
+
 use serde_json::json;
 use vmm_state::{ACTIONS, Action, ActionRow, Cell, Phase, Reason};
 use vmm_tests::harness::{
@@ -22,8 +25,6 @@ fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
         Cell::Run(step) if [Action::SendMigration, Action::ReceiveMigration].contains(&row.action) => {
             (500, step.failed)
         }
-        // Only a VM that is waited for can be cancelled in that phase.
-        Cell::Run(step) if row.action == Action::Cancel && phase == Phase::Booting => (409, step.failed),
         Cell::Run(step) if has_body(row) => (200, step.done),
         Cell::Run(step) => (204, step.done),
         Cell::Nothing => (204, phase),
@@ -38,7 +39,8 @@ fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
             | Reason::AlreadyRunning
             | Reason::AlreadyPaused
             | Reason::NotPaused
-            | Reason::NoJob,
+            | Reason::NoJob
+            | Reason::Migrating,
         ) => (409, phase),
     }
 }
@@ -54,7 +56,9 @@ struct Rig {
     vmm: Vmm,
     serial: SerialFile,
     requests: Requests,
-    _scratch: Scratch,
+    /// The other end of a migration, which says nothing.
+    peer: RefCell<Option<UnixListener>>,
+    scratch: Scratch,
 }
 
 impl Rig {
@@ -65,7 +69,7 @@ impl Rig {
         let serial = SerialFile::new(scratch.path("serial"));
         let mut requests = Requests::new(&scratch.guest(Guest::Nmi), scratch.disk("disk", 4096), "Null");
         requests.vm["serial"] = json!({ "mode": "File", "file": serial.path() });
-        Self { vmm, serial, requests, _scratch: scratch }
+        Self { vmm, serial, requests, peer: RefCell::default(), scratch }
     }
 
     fn api(&self) -> Api {
@@ -83,10 +87,13 @@ impl Rig {
 
     /// Makes a new VM and brings it to `phase`.
     fn bring_to(&self, phase: Phase) {
+        if [Phase::Migrating, Phase::Receiving].contains(&self.api().phase()) {
+            self.api().puts(&["vm.cancel"]);
+        }
         let way: &[&str] = match phase {
-            Phase::Empty => &[],
+            Phase::Empty | Phase::Receiving => &[],
             Phase::Created | Phase::Booting => &["vm.create"],
-            Phase::Running => &["vm.create", "vm.boot"],
+            Phase::Running | Phase::Migrating => &["vm.create", "vm.boot"],
             Phase::Paused | Phase::Saving => &["vm.create", "vm.boot", "vm.pause"],
             Phase::Shutdown => &["vm.create", "vm.boot", "vm.shutdown"],
         };
@@ -96,6 +103,15 @@ impl Rig {
             if *name == "vm.boot" {
                 self.serial.wait_for("ready");
             }
+        }
+        if [Phase::Migrating, Phase::Receiving].contains(&phase) {
+            let path = self.scratch.path("peer");
+            let _ = std::fs::remove_file(&path);
+            *self.peer.borrow_mut() = (phase == Phase::Migrating).then(|| UnixListener::bind(&path).unwrap());
+            let (name, body) = Requests::migration(phase, &path);
+            // Its answer comes when it ends.
+            drop(Pending::send(self.vmm.socket(), name, &body));
+            self.api().wait_for(phase);
         }
     }
 
@@ -150,6 +166,16 @@ fn every_command_to_a_vm_that_is_paused() {
 #[test]
 fn every_command_to_a_vm_that_was_shut_down() {
     every_command_in(Phase::Shutdown);
+}
+
+#[test]
+fn every_command_to_a_vm_that_is_given_away() {
+    every_command_in(Phase::Migrating);
+}
+
+#[test]
+fn every_command_while_a_vm_is_waited_for() {
+    every_command_in(Phase::Receiving);
 }
 
 /// A boot or a snapshot that lasts: all memory is touched. It grows until what is asked meanwhile is asked in time.

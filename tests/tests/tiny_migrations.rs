@@ -7,46 +7,20 @@ mod connections;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::harness::migrating::{pending, receive, receive_at, to};
+use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
 /// One test at a time: each ends many VMs, and KVM takes long where many end at once.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn url(path: &Path) -> String {
-    format!("unix:{}", path.display())
-}
-
-fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
-    Pending::send(vmm.socket(), name, body.to_string().as_bytes())
-}
-
-/// Begins to wait for a VM, whose serial port is to go to `serial`, and gives the address.
-fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathBuf) {
-    // A receiver answers at its address for a while after its end.
-    static RECEIVERS: AtomicU32 = AtomicU32::new(0);
-    let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
-    let body = json!({
-        "receiver_url": url(&path), "serial": { "mode": "File", "file": serial.path() },
-    });
-    let pending = pending(vmm, "vm.receive-migration", &body);
-    // The path is there before anybody listens. One who comes and goes is no source.
-    wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
-    (pending, path)
-}
-
-fn to(path: &Path) -> Value {
-    json!({ "destination_url": url(path) })
 }
 
 fn refused(answer: &Answer, status: u16, words: &str) {
@@ -421,8 +395,7 @@ fn a_guest_goes_over_tcp() {
     // A port that was free a moment ago.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("tcp:127.0.0.1:{port}");
-    let body = json!({ "receiver_url": address, "serial": { "mode": "File", "file": other.path() } });
-    let mut received = pending(&second, "vm.receive-migration", &body);
+    let mut received = receive_at(&second, &address, &other);
     let body = json!({ "destination_url": address, "connections": 4 });
     let refused = |answer: &Answer| answer.body.contains("refused");
     let answer = wait_until(

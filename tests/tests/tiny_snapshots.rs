@@ -58,6 +58,10 @@ fn a_guest_goes_on_in_another_process() {
     goes_on(&serial, &other);
     // It is a VM as any other: it reboots, and boots again.
     second.api().puts(&["vm.reboot", "vm.shutdown", "vm.boot"]);
+    let manifest: Value = serde_json::from_slice(&fs::read(saved.join("manifest.json")).unwrap()).unwrap();
+    let from =
+        json!({ "source_url": url(&saved), "id": manifest["id"], "created_ms": manifest["created_ms"] });
+    assert_eq!(second.api().get("vm.info").json()["restored_from"], from);
     wait_until(LIMIT, || other.text().contains("00000000\n").then_some(()), || "a boot".to_owned());
 }
 

@@ -25,12 +25,13 @@ use vmm_api::commands::{self, COUNT};
 use vmm_api::config::{ConsoleMode, VmConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, PanicEvent};
-use vmm_api::info::{VmInfo, VmState};
+use vmm_api::info::{RestoredFrom, VmInfo, VmState};
 use vmm_api::spec::{Checked, MachineSpec};
 use vmm_cpu_manager::set::VcpuEventKind;
 use vmm_epoll::{Control, Mailbox};
 use vmm_hypervisor::Hypervisor;
 use vmm_platform_devices::events::SystemEvent;
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_state::{GuestEvent, Reactions, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
@@ -65,6 +66,10 @@ pub struct Configured {
     boots: u64,
     /// What the guest did to its machine last.
     last_event: Option<GuestEvent>,
+    /// Its generation ID, once it has one: it stays the same guest, whatever machine it runs on.
+    generation: Option<GenerationId>,
+    /// The snapshot that it was made of.
+    restored_from: Option<RestoredFrom>,
 }
 
 /// What the log says of a guest's misbehaviour already: a guest cannot fill it.
@@ -366,6 +371,7 @@ impl Vmm {
             phase: self.slot.phase().to_string(),
             boots: configured.boots,
             last_guest_event: configured.last_event.map(|event| event.to_string()),
+            restored_from: configured.restored_from.clone(),
         })
     }
 }
@@ -382,8 +388,16 @@ fn warn(spec: &MachineSpec) {
 
 impl Configured {
     fn new(Checked { config, spec }: Checked) -> Self {
-        let (told, boots, last_event) = (Told::default(), 0, None);
-        Self { wire: Arc::new(config), spec: Arc::new(spec), consoles: None, told, boots, last_event }
+        Self {
+            wire: Arc::new(config),
+            spec: Arc::new(spec),
+            consoles: None,
+            told: Told::default(),
+            boots: 0,
+            last_event: None,
+            generation: None,
+            restored_from: None,
+        }
     }
 
     /// Takes an edited configuration; there is no machine.

@@ -67,7 +67,19 @@ fn build_with(
     let (mailbox, inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
     let mut stages = Stages::default();
-    Ok((Machine::build(fake, spec, &Ports::default(), &post, threads, &mut stages)?, inbox))
+    let plan = plan(fake, spec, &post, threads);
+    Ok((Machine::build(&plan, &mut stages)?, inbox))
+}
+
+/// A machine whose consoles end nowhere.
+fn plan<'a>(
+    fake: &'a Fake,
+    spec: &'a MachineSpec,
+    post: &'a EventPost,
+    threads: &'a Arc<dyn ThreadHook>,
+) -> Plan<'a> {
+    static PORTS: Ports = Ports { serial: None, console: None, debug: None };
+    Plan { hypervisor: fake, spec, ports: &PORTS, post, threads, locks: Locks::Now, generation: None }
 }
 
 /// Waits for what `look` finds.
@@ -203,16 +215,9 @@ fn restore_as(
     let memory =
         Box::new(|saved: SavedMemory| Ok(MemoryMap::create(saved.vm, &saved.zones, saved.phys_bits)?));
     let (mailbox, _inbox) = mailbox().unwrap();
-    let plan = Plan {
-        hypervisor: fake,
-        spec,
-        ports: &Ports::default(),
-        post: &EventPost::new(2, mailbox),
-        threads: &(Arc::new(Unconfined) as _),
-        locks: Locks::Now,
-    };
     let saved = Saved { records, memory, clock: ClockChoice::StoodStill, another };
-    Machine::restore(&plan, saved, &mut Stages::default())
+    let (post, threads) = (EventPost::new(2, mailbox), Arc::new(Unconfined) as _);
+    Machine::restore(&plan(fake, spec, &post, &threads), saved, &mut Stages::default())
 }
 
 fn save(fake: &Fake, spec: &MachineSpec) -> RecordSet {
@@ -314,6 +319,7 @@ fn any_call_of_a_restore_that_fails_leaves_nothing_behind() {
 fn generation(fake: &Fake, machine: &mut Machine) -> ([u8; 16], bool) {
     let mut id = [0; 16];
     machine.memory().memory().read_slice(&mut id, GuestAddress(0xf_e000)).unwrap();
+    assert_eq!(id, machine.generation());
     let before = fake.answers().len();
     fake.script(0, [Exit::MmioRead { address: 0xf900_0000, size: 1 }]);
     machine.resume().unwrap();
@@ -343,6 +349,41 @@ fn a_copy_of_a_guest_is_told_and_a_moved_one_is_not() {
         assert_eq!(id != [0; 16], another);
         assert!(!another || ids.insert(id), "{id:?} was there before");
     }
+}
+
+#[test]
+fn a_guest_that_boots_again_is_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path());
+    let fake = Fake::new();
+    let (post, threads) = (EventPost::new(1, mailbox().unwrap().0), Arc::new(Unconfined) as _);
+    let again = Plan { generation: Some([7; 16]), ..plan(&fake, &spec, &post, &threads) };
+    let mut machine = Machine::build(&again, &mut Stages::default()).unwrap();
+    machine.start();
+    machine.pause().unwrap();
+    assert_eq!(generation(&fake, &mut machine), ([7; 16], false));
+}
+
+/// AML of what a driver of the ID goes by: the device's `_CID`, the address in `ADDR`, and the event that is passed on.
+#[test]
+fn the_tables_say_where_the_generation_id_is_and_who_tells_of_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = build(&Fake::new(), &spec(folder.path())).unwrap();
+    let mut tables = vec![0; 0x5_e000];
+    machine.memory().memory().read_slice(&mut tables, GuestAddress(0xa_0000)).unwrap();
+    let behind = |what: &[u8]| {
+        let at = tables.windows(what.len()).position(|window| window == what);
+        &tables[at.unwrap_or_else(|| panic!("{what:x?} is not there")) + what.len()..]
+    };
+    behind(b"\x08_CID\x0dVM_Gen_Counter\0");
+    // A package of two: the lower half as a double word, the upper as ZeroOp.
+    let [0x12, _, 2, 0x0c, low @ .., 0] = &behind(b"\x08ADDR")[..9] else { panic!("another form") };
+    let address = GuestAddress(u32::from_le_bytes(low.try_into().unwrap()).into());
+    let mut id = [0; 16];
+    machine.memory().memory().read_slice(&mut id, address).unwrap();
+    assert_eq!(id, machine.generation());
+    // If (Local0 & 16) { Notify (\_SB.VGEN, 0x80) }
+    behind(b"\x7b\x60\x0a\x10\0\x86\\._SB_VGEN\x0a\x80");
 }
 
 /// The records with one of them changed.

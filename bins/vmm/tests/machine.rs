@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::json;
 use vmm::console::{Console, Consoles};
 use vmm::machine::stages::Stages;
-use vmm::machine::{EventPost, Machine, MachineEvent, MachineMessage, Ports};
+use vmm::machine::{EventPost, Locks, Machine, MachineEvent, MachineMessage, Plan, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::spec::parse_and_check;
 use vmm_device_model::metrics::{Sample, Value};
@@ -35,9 +35,16 @@ fn run(scratch: &Scratch, guest: Guest) -> Running {
     let ports = Ports { serial: consoles.serial.as_ref().map(Console::end), ..Ports::default() };
     let (mailbox, inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
-    let mut machine =
-        Machine::build(&Kvm::open().unwrap(), &spec, &ports, &post, &threads, &mut Stages::default())
-            .unwrap();
+    let plan = Plan {
+        hypervisor: &Kvm::open().unwrap(),
+        spec: &spec,
+        ports: &ports,
+        post: &post,
+        threads: &threads,
+        locks: Locks::Now,
+        generation: None,
+    };
+    let mut machine = Machine::build(&plan, &mut Stages::default()).unwrap();
     machine.start();
     Running { machine, serial, inbox, _consoles: consoles }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vmm::console::Consoles;
 use vmm::machine::stages::Stages;
-use vmm::machine::{EventPost, Machine, Ports};
+use vmm::machine::{EventPost, Locks, Machine, Plan, Ports};
 use vmm_api::config::UnknownFields;
 use vmm_api::http::Counts;
 use vmm_api::spec::parse_and_check;
@@ -37,8 +37,16 @@ fn the_documented_table_is_this_one() {
         Ports { serial: end(&consoles.serial), console: end(&consoles.console), debug: end(&consoles.debug) };
     let (mailbox, _inbox) = mailbox().unwrap();
     let post = EventPost::new(1, mailbox);
-    let machine =
-        Machine::build(&Fake::new(), &spec, &ports, &post, &threads, &mut Stages::default()).unwrap();
+    let plan = Plan {
+        hypervisor: &Fake::new(),
+        spec: &spec,
+        ports: &ports,
+        post: &post,
+        threads: &threads,
+        locks: Locks::Now,
+        generation: None,
+    };
+    let machine = Machine::build(&plan, &mut Stages::default()).unwrap();
 
     let page = vmm::metrics::page(Some(&machine), Some(&Counts::default()));
     let text = page.text().unwrap();

@@ -72,15 +72,13 @@ impl Place {
             post: &self.post,
             threads: &threads,
             locks: Locks::Now,
+            generation: None,
         };
         work(&plan)
     }
 
     fn start(&self) -> Machine {
-        let mut machine = self.with_plan(|plan| {
-            let Plan { hypervisor, spec, ports, post, threads, .. } = *plan;
-            Machine::build(hypervisor, spec, ports, post, threads, &mut Stages::default()).unwrap()
-        });
+        let mut machine = self.with_plan(|plan| Machine::build(plan, &mut Stages::default()).unwrap());
         machine.start();
         machine
     }

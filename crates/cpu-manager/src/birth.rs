@@ -88,7 +88,8 @@ impl Birth {
                 Ok(Some((vcpu, kick))) => {
                     let _ = ready.send(Ok(kick));
                     drop(ready);
-                    Runner { index, vcpu, cpuid, targets, orders: inbox, msrs, exits: counted }.main();
+                    let owed = Vec::new();
+                    Runner { index, vcpu, cpuid, targets, orders: inbox, msrs, exits: counted, owed }.main();
                 }
                 // Nobody wants it any more.
                 Ok(None) => {}

@@ -18,7 +18,7 @@ use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
 
 use crate::exits::ExitCounter;
 use crate::set::{ExitTargets, VcpuEvent, VcpuEventKind};
-use crate::state::{StateError, Tsc, VcpuV1};
+use crate::state::{self, MsrV1, StateError, Tsc, VcpuV1};
 
 /// What the owner of the VM asks a vCPU's thread.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub(crate) struct Runner {
     pub(crate) orders: Receiver<Order>,
     pub(crate) msrs: Arc<[u32]>,
     pub(crate) exits: Arc<ExitCounter>,
+    /// MSRs of a restored state that wait until it runs.
+    pub(crate) owed: Vec<MsrV1>,
 }
 
 enum Next {
@@ -82,10 +84,11 @@ impl Runner {
                 Next::Park
             }
             Order::Save(reply) => {
-                let _ = reply.send((self.index, VcpuV1::capture(&*self.vcpu, &self.cpuid, &self.msrs)));
+                let _ = reply.send((self.index, self.capture()));
                 current
             }
-            Order::Restore(state, tsc, reply) => {
+            Order::Restore(mut state, tsc, reply) => {
+                self.owed = state.take_owed();
                 let _ = reply.send((self.index, self.restore(&state, tsc)));
                 current
             }
@@ -95,6 +98,12 @@ impl Runner {
             }
             Order::Stop => Next::Stop,
         }
+    }
+
+    fn capture(&self) -> Result<VcpuV1, StateError> {
+        let mut state = VcpuV1::capture(&*self.vcpu, &self.cpuid, &self.msrs)?;
+        state.put_owed(&self.owed);
+        Ok(state)
     }
 
     fn restore(&mut self, state: &VcpuV1, tsc: Tsc) -> Result<Option<u64>, StateError> {
@@ -123,6 +132,10 @@ impl Runner {
     }
 
     fn run(&mut self) -> Next {
+        if let Err(error) = state::settle(&mut *self.vcpu, &std::mem::take(&mut self.owed)) {
+            // The guest's wall clock stays as it was, which is what it would be but for a clock that was set since.
+            log::error!("vCPU {}: {error}", self.index);
+        }
         loop {
             let exit = self.vcpu.run();
             self.exits.count(&exit);

@@ -24,6 +24,9 @@
 //! 8. `KVM_SET_MP_STATE`, for an INIT among the events would change it;
 //! 9. `KVM_KVMCLOCK_CTRL`: the guest's watchdogs are told that it was stopped.
 //!
+//! Some MSRs make KVM write to guest memory at once. They wait until the vCPU runs: before that the memory may be another
+//! process's still, which hands it over.
+//!
 //! # Time
 //!
 //! The TSC of a vCPU is the host's, scaled, plus an offset. vCPUs whose offsets are equal have one TSC, and a restore keeps the
@@ -39,6 +42,10 @@ use vmm_hypervisor::state::{
     VcpuEvents, Xcr,
 };
 use vmm_hypervisor::{HypervisorError, Vcpu};
+
+/// A value other than 0 makes KVM write to guest memory: the wall clock (MSR_KVM_WALL_CLOCK, the old and the new one), Hyper-V's
+/// hypercall page and its virtual processor assist page.
+const WRITES_MEMORY: [u32; 4] = [0x11, 0x4b56_4d00, 0x4000_0001, 0x4000_0073];
 
 /// Its deadline is armed by the write, so that it comes after the TSC and the local APIC.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -163,6 +170,23 @@ impl VcpuV1 {
         }
     }
 
+    /// Takes the MSRs out that write to guest memory, for [`settle`] when the vCPU runs.
+    pub(crate) fn take_owed(&mut self) -> Vec<MsrV1> {
+        let (owed, msrs) =
+            self.msrs.iter().partition(|msr| msr.value != 0 && WRITES_MEMORY.contains(&msr.index));
+        self.msrs = msrs;
+        owed
+    }
+
+    /// Puts MSRs that the vCPU has not got yet among those that it has.
+    pub(crate) fn put_owed(&mut self, owed: &[MsrV1]) {
+        for msr in &mut self.msrs {
+            if let Some(owed) = owed.iter().find(|owed| owed.index == msr.index) {
+                *msr = *owed;
+            }
+        }
+    }
+
     /// What CPUID told the guest.
     pub fn given_cpuid(&self) -> Vec<CpuidEntry> {
         self.cpuid.iter().map(Into::into).collect()
@@ -203,6 +227,14 @@ impl VcpuV1 {
         let _ = vcpu.notify_paused();
         Ok(offset)
     }
+}
+
+/// Gives a vCPU the MSRs that write to guest memory.
+///
+/// # Errors
+/// The host refuses one.
+pub(crate) fn settle(vcpu: &mut dyn Vcpu, owed: &[MsrV1]) -> Result<(), StateError> {
+    write_msrs(vcpu, &owed.iter().map(Into::into).collect::<Vec<_>>())
 }
 
 /// A state call's answer; `None` where this host does not know the call.

@@ -194,6 +194,29 @@ fn state_moves_to_another_set() {
     assert!(matches!(error, VcpuError::Count { states: 1, vcpus: 2 }));
 }
 
+/// KVM writes the wall clock to guest memory when its MSR is set, and the memory may still be another process's.
+#[test]
+fn what_writes_to_guest_memory_waits_until_the_vcpu_runs() {
+    const CLOCKS: [u32; 2] = [0x11, 0x4b56_4d00];
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 1, &world.targets).unwrap();
+    let mut states = set.save().unwrap();
+    states[0].msrs = CLOCKS.iter().map(|index| MsrV1 { index: *index, value: 0x1000 }).collect();
+    let before = fake.calls().len();
+    set.restore(states, TimeBase::SameVm).unwrap();
+    let restored = fake.calls().split_off(before);
+    assert!(!restored.iter().any(|call| call.starts_with("KVM_SET_MSRS")), "{restored:?}");
+    let found = |set: &VcpuSet| {
+        let msrs = set.save().unwrap().remove(0).msrs;
+        CLOCKS.map(|index| msrs.iter().find(|msr| msr.index == index).map_or(0, |msr| msr.value))
+    };
+    let (saved, runs) = (found(&set), fake.calls().len());
+    set.run();
+    wait_for(|| fake.calls().split_off(runs).iter().any(|call| call.starts_with("KVM_SET_MSRS")));
+    set.pause().unwrap();
+    assert_eq!(found(&set), saved, "saved meanwhile, it is as it was");
+}
+
 fn tsc(state: &mut VcpuV1) -> &mut MsrV1 {
     state.msrs.iter_mut().find(|msr| msr.index == 0x10).unwrap()
 }

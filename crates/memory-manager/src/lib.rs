@@ -5,15 +5,19 @@
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
+//! - [`handover`]: RAM that another process takes over by its descriptors;
+//! - [`userfault`]: page faults of guest memory, handled here;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
 pub mod dirty;
+pub mod handover;
 pub mod layout;
 pub mod map;
 mod pagemap;
 pub mod restore;
 pub mod source;
 mod sys;
+pub mod userfault;
 pub mod zone;
 
 #[cfg(doctest)]

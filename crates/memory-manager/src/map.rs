@@ -51,8 +51,11 @@ impl HostMemory {
             }
         }
         let memory = Arc::new(GuestRam::from_regions(regions)?);
-        let zones = zones.iter().map(|zone| zone.id.clone()).collect();
-        Ok(Self { layout, zones, memory })
+        Ok(Self::of(layout, zones.iter().map(|zone| zone.id.clone()).collect(), memory))
+    }
+
+    pub(crate) fn of(layout: Layout, zones: Vec<String>, memory: Arc<GuestRam>) -> Self {
+        Self { layout, zones, memory }
     }
 
     /// The RAM itself.
@@ -156,6 +159,11 @@ impl MemoryMap {
     /// RAM in bytes.
     pub fn size(&self) -> u64 {
         self.layout.ram_size()
+    }
+
+    /// Ids of the zones.
+    pub(crate) fn zones(&self) -> &[String] {
+        &self.zones
     }
 
     pub(crate) fn slots(&self) -> &[MemorySlot] {

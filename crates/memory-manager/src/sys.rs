@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-/// A memory file named `name`; with `huge_page` (bytes, a power of two) in huge pages of that size.
+/// A memory file named `name`, which can be sealed; with `huge_page` (bytes, a power of two) in huge pages of that size.
 pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
     let huge = match huge_page {
@@ -14,7 +14,7 @@ pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
         None => 0,
     };
     // SAFETY: `name` is a C string that outlives the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | huge) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | huge) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SealFlags};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
@@ -92,6 +92,12 @@ impl<'a> Backing<'a> {
             // A file that is there may be larger, never smaller: reading past its end kills the process.
             if meta.len() < config.size {
                 file.set_len(config.size).map_err(failed("size the file of"))?;
+            }
+            if config.file.is_none() {
+                // Whoever gets it must not fear to lose what it maps.
+                let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+                rustix::fs::fcntl_add_seals(file, seals)
+                    .map_err(|error| failed("seal the file of")(error.into()))?;
             }
         }
         Ok(Self { config, file })

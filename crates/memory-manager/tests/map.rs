@@ -11,7 +11,7 @@ use vmm_hypervisor::{Hypervisor, Vm, VmOptions};
 use vmm_memory_manager::dirty::{DirtyCollector, DirtyError};
 use vmm_memory_manager::map::{MemoryLayoutV1, MemoryMap};
 use vmm_memory_manager::zone::{ZoneConfig, ZoneError, ZoneOptions};
-use vmm_snapshot::{Record, Schema};
+use vmm_snapshot::{Record, Schema, golden};
 
 fn zone(size: u64) -> ZoneConfig {
     let options = ZoneOptions { thp: true, ..ZoneOptions::default() };
@@ -90,6 +90,7 @@ fn the_layout_is_recorded_and_compared() {
     map.check(&saved).unwrap();
     let other = MemoryMap::create(vm(&fake), &[zone(2 << 20)], 40).unwrap();
     other.check(&saved).unwrap_err();
+    golden::check_state(&saved).unwrap();
 }
 
 /// Every integer of the saved layout at its edges: it is not this VM's.

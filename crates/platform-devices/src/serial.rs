@@ -30,6 +30,8 @@ pub const COM1_GSI: u32 = 4;
 /// Bytes of the receive FIFO.
 const FIFO: usize = 64;
 
+const IER: u8 = 1;
+const IIR: u8 = 2;
 const MCR: u8 = 4;
 const MCR_DTR: u8 = 1;
 const MCR_RTS: u8 = 1 << 1;
@@ -77,6 +79,27 @@ impl Serial {
         }
     }
 
+    /// What interrupts the driver: input as long as there is some, then the empty transmitter, which is told once.
+    ///
+    /// `vm-superio` forgets input when this register or one byte is read, and tells two causes at once, which means a third one. A
+    /// driver that looks here again, as Linux does after 256 bytes, would leave the rest unread for ever.
+    fn identify(&mut self) -> u8 {
+        let told = self.uart.read(IIR);
+        let SerialState { interrupt_enable, line_control, .. } = self.uart.state();
+        let input = self.uart.fifo_capacity() < FIFO && interrupt_enable & IER_DATA != 0;
+        let empty = told & IIR_THR_EMPTY != 0;
+        if input && empty && line_control & LCR_DLAB == 0 {
+            // Reading took it; this gives it back.
+            let _ = self.uart.write(IER, interrupt_enable);
+        }
+        IIR_FIFO
+            | match (input, empty) {
+                (true, _) => IIR_DATA,
+                (false, true) => IIR_THR_EMPTY,
+                (false, false) => IIR_NONE,
+            }
+    }
+
     fn uart_of(&self, state: &SerialState) -> Option<Uart<Edge, NoEvents, Out>> {
         let line = Edge(Arc::clone(&self.line));
         let out = Out { sink: Arc::clone(&self.sink), counts: Arc::clone(&self.counts) };
@@ -94,6 +117,7 @@ impl fmt::Debug for Serial {
 impl BusDevice for Serial {
     fn read(&mut self, _: u16, offset: u64, data: &mut [u8]) {
         read_bytes(offset, data, |offset| match u8::try_from(offset) {
+            Ok(IIR) => self.identify(),
             Ok(register @ 0..8) => self.uart.read(register),
             _ => 0xff,
         });
@@ -121,9 +145,9 @@ impl RegisterFile for Serial {
     fn pause(&mut self) {}
 
     fn resume(&mut self) {
-        let state = self.uart.state();
-        let pending = state.interrupt_identification & (IIR_THR_EMPTY | IIR_DATA) != 0;
-        if pending && state.interrupt_enable != 0 {
+        let SerialState { interrupt_enable, interrupt_identification, in_buffer, .. } = self.uart.state();
+        let input = !in_buffer.is_empty() && interrupt_enable & IER_DATA != 0;
+        if input || interrupt_identification & IIR_THR_EMPTY != 0 && interrupt_enable & IER_THR_EMPTY != 0 {
             // An edge from before a restore may be lost; one too many hurts nobody.
             self.line.pulse();
         }
@@ -137,14 +161,24 @@ impl RegisterFile for Serial {
     }
 }
 
-/// Transmitter empty, in the interrupt identification register.
+/// Nothing pending, in the interrupt identification register.
+const IIR_NONE: u8 = 1;
+/// Transmitter empty, there.
 const IIR_THR_EMPTY: u8 = 2;
-/// Data received, in the interrupt identification register.
+/// Data received, there.
 const IIR_DATA: u8 = 4;
+/// There are FIFOs, and they are on; there.
+const IIR_FIFO: u8 = 0xc0;
 /// What can stand in that register: nothing pending, or what is.
-const IIR_VALUES: [u8; 4] = [1, IIR_THR_EMPTY, IIR_DATA, IIR_THR_EMPTY | IIR_DATA];
+const IIR_VALUES: [u8; 4] = [IIR_NONE, IIR_THR_EMPTY, IIR_DATA, IIR_THR_EMPTY | IIR_DATA];
 /// The bits of the interrupt enable register.
 const IER_BITS: u8 = 0x0f;
+/// Interrupt when there is data, in the interrupt enable register.
+const IER_DATA: u8 = 1;
+/// Interrupt when the transmitter is empty, there.
+const IER_THR_EMPTY: u8 = 1 << 1;
+/// The first two registers are the divisor, in the line control register.
+const LCR_DLAB: u8 = 1 << 7;
 /// Transmitter idle, in the line status register: always so here.
 const LSR_IDLE: u8 = 0x60;
 
@@ -375,7 +409,6 @@ mod tests {
     use crate::output::{Discard, OutputRing};
     use crate::testing::{TestNotify, TestSink};
 
-    const IER: u8 = 1;
     const LSR: u64 = 5;
 
     struct Rig {
@@ -439,6 +472,28 @@ mod tests {
         assert_eq!(rig.serial.enqueue(&[8]), 1);
         rig.read(0);
         assert_eq!(rig.room.take(), 0, "nobody waits");
+    }
+
+    /// What Linux's driver does: it takes 256 bytes at most, and then looks whether there is a cause left.
+    #[test]
+    fn input_interrupts_until_all_of_it_was_taken() {
+        let mut rig = rig();
+        rig.write(IER, IER_DATA | IER_THR_EMPTY);
+        assert_eq!(rig.read(2), IIR_FIFO | IIR_THR_EMPTY);
+        rig.write(0, b'x');
+        rig.serial.enqueue(b"abc");
+        for byte in b"abc" {
+            assert_eq!(rig.read(2), IIR_FIFO | IIR_DATA, "the most urgent, and only that");
+            assert_eq!(rig.read(0), *byte);
+        }
+        assert_eq!(rig.read(2), IIR_FIFO | IIR_THR_EMPTY, "still pending, and told once");
+        assert_eq!(rig.read(2), IIR_FIFO | IIR_NONE);
+        rig.serial.enqueue(b"d");
+        rig.write(IER, 0);
+        assert_eq!(rig.read(2), IIR_FIFO | IIR_NONE, "nobody wants to know");
+        let before = rig.line.edges();
+        rig.write(IER, IER_DATA);
+        assert_eq!((rig.line.edges(), rig.read(2)), (before + 1, IIR_FIFO | IIR_DATA));
     }
 
     #[test]

@@ -127,6 +127,19 @@ impl Generation {
         device.memory.view().write_slice(id, GuestAddress(device.address))
     }
 
+    /// The ID that the guest finds; all zero where there is no device.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn current(&self) -> Result<GenerationId, GuestMemoryError> {
+        let mut id = GenerationId::default();
+        if let Some(device) = self.device.get() {
+            let device = lock(&device);
+            device.memory.view().read_slice(&mut id, GuestAddress(device.address))?;
+        }
+        Ok(id)
+    }
+
     /// Writes another ID and tells the guest, whose vCPUs are paused and have their state.
     ///
     /// # Errors
@@ -161,6 +174,7 @@ mod tests {
         let recipe = Box::new(VmGenerationRecipe::new("_vm_generation", ADDRESS, ged.ged()));
         let generation = recipe.generation();
         generation.begin(&[9; 16]).unwrap();
+        assert_eq!(generation.current().unwrap(), [0; 16]);
         let _ged = ged.build(&mut resources).unwrap();
         let mut device = recipe.build(&mut resources).unwrap();
         let events = |resources: &TestResources| {
@@ -170,6 +184,7 @@ mod tests {
         };
         generation.begin(&[1; 16]).unwrap();
         assert_eq!((id_of(&resources), events(&resources)), ([1; 16], 0));
+        assert_eq!(generation.current().unwrap(), [1; 16]);
         generation.renew(&[2; 16]).unwrap();
         assert_eq!((id_of(&resources), events(&resources)), ([2; 16], GedEvent::GenerationId as u8));
         save_reset_restore(&mut *device).unwrap();
@@ -184,6 +199,7 @@ mod tests {
         let generation = recipe.generation();
         let mut device = recipe.build(&mut resources).unwrap();
         generation.renew(&[1; 16]).unwrap_err();
+        generation.current().unwrap_err();
         let moved = vmm_snapshot::Record::of(&VmGenerationV1 { address: 0x2000 });
         let error = device.restore_record(&moved).unwrap_err().to_string();
         assert!(error.ends_with("the ID was at 0x2000, here it is at 0x1000"), "{error}");

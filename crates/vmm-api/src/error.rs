@@ -181,7 +181,8 @@ impl Code {
             | Reason::AlreadyRunning
             | Reason::AlreadyPaused
             | Reason::NotPaused
-            | Reason::NoJob => Self::WrongPhase,
+            | Reason::NoJob
+            | Reason::Migrating => Self::WrongPhase,
         }
     }
 

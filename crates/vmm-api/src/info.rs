@@ -61,12 +61,13 @@ impl VmState {
     #[must_use]
     pub const fn from_phase(phase: Phase) -> Option<Self> {
         match phase {
-            Phase::Empty => None,
+            // A VM on its way here is nobody's to see.
+            Phase::Empty | Phase::Receiving => None,
             // The contract has no word for a boot under way.
             Phase::Created | Phase::Booting => Some(Self::Created),
             Phase::Running => Some(Self::Running),
-            // Nor for a snapshot under way: see `VmSlot::shown`.
-            Phase::Paused | Phase::Saving => Some(Self::Paused),
+            // Nor for a snapshot or a migration under way: see `VmSlot::shown`.
+            Phase::Paused | Phase::Saving | Phase::Migrating => Some(Self::Paused),
             Phase::Shutdown => Some(Self::Shutdown),
         }
     }
@@ -92,6 +93,20 @@ pub struct VmInfo {
     /// What the guest did to its machine last: the name of a guest event of the life cycle's page.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_guest_event: Option<String>,
+    /// What the VM was made of, if it was restored here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restored_from: Option<RestoredFrom>,
+}
+
+/// A snapshot that a VM was restored from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoredFrom {
+    /// Its directory, as in the request.
+    pub source_url: String,
+    /// Its id: 64 hexadecimal digits.
+    pub id: String,
+    /// When it was written: milliseconds since 1970-01-01T00:00:00Z.
+    pub created_ms: u64,
 }
 
 fn shared<S: Serializer>(config: &Arc<VmConfig>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -123,15 +138,24 @@ impl Decode for VmInfo {
             boots: u64,
             #[serde(default)]
             last_guest_event: Option<String>,
+            #[serde(default)]
+            restored_from: Option<RestoredFrom>,
         }
         let raw: Raw = decode_json(&incoming.body)?;
         let draft = read_vm_config(&encode_json(&raw.config)?, incoming.unknown_fields)?;
         if !draft.faults.is_empty() {
             return Err(draft.faults.into());
         }
-        let Raw { config: _, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = raw;
-        let config = Arc::new(draft.config);
-        Ok(Self { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event })
+        Ok(Self {
+            config: Arc::new(draft.config),
+            state: raw.state,
+            memory_actual_size: raw.memory_actual_size,
+            device_tree: raw.device_tree,
+            phase: raw.phase,
+            boots: raw.boots,
+            last_guest_event: raw.last_guest_event,
+            restored_from: raw.restored_from,
+        })
     }
 }
 
@@ -337,6 +361,11 @@ mod tests {
             phase: "Paused".to_owned(),
             boots: 2,
             last_guest_event: Some("reset".to_owned()),
+            restored_from: Some(RestoredFrom {
+                source_url: "file:///a".to_owned(),
+                id: "b".to_owned(),
+                created_ms: 1,
+            }),
         };
         let body = info.encode().unwrap();
         assert_eq!(VmInfo::decode(Incoming { body, ..Incoming::default() }).unwrap(), info);

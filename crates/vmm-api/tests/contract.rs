@@ -66,9 +66,16 @@ const DIFFERENCES: &[(&str, &str)] = &[
     ("VmSnapshotConfig.incremental is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
     ("VmSnapshotConfig.live is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
     ("VmSnapshotConfig.track is beyond", "`live`, `incremental` and `track` of snapshots; `vm.cancel`"),
-    ("VmInfo.boots is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
-    ("VmInfo.last_guest_event is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
-    ("VmInfo.phase is beyond", "`phase`, `boots` and `last_guest_event` in `vm.info`"),
+    ("VmInfo.boots is beyond", "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`"),
+    (
+        "VmInfo.last_guest_event is beyond",
+        "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`",
+    ),
+    ("VmInfo.phase is beyond", "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`"),
+    (
+        "VmInfo.restored_from is beyond",
+        "`phase`, `boots`, `last_guest_event` and `restored_from` in `vm.info`",
+    ),
 ];
 
 /// The contract, and ours.

@@ -55,6 +55,20 @@ fn fuzz_configurations() {
 }
 
 #[test]
+fn fuzz_restored_configurations() {
+    let seeds = fuzzing::seeds("restored_config");
+    seeds.iter().for_each(|seed| fuzzing::documents::restored(seed));
+    let mut random = Random::new(0x5eed_0f5a_7ed0_0001);
+    for turn in 0..rounds(4000) as usize {
+        let mut text = seeds[turn % seeds.len()].clone();
+        for _ in 0..=random.below(4) {
+            mutate(&mut text, &mut random, &[]);
+        }
+        fuzzing::documents::restored(&text);
+    }
+}
+
+#[test]
 fn fuzz_option_strings() {
     fuzzing::seeds("options").iter().for_each(|seed| fuzzing::documents::options(seed));
     let mut random = Random::new(0xfeed_beef_cafe_1235);

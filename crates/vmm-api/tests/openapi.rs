@@ -10,7 +10,7 @@ use vmm_api::commands::device::{Added, PciDeviceInfo};
 use vmm_api::commands::operations;
 use vmm_api::config::{CpusConfig, FaultKind, UnknownFields, VmConfig};
 use vmm_api::error::{ApiError, Code, ErrorForm, FaultReport, Problem};
-use vmm_api::info::{DeviceNode, PingReply, ValidateReply, VmInfo, VmState};
+use vmm_api::info::{DeviceNode, PingReply, RestoredFrom, ValidateReply, VmInfo, VmState};
 use vmm_api::openapi::{document, errors_markdown};
 use vmm_api::spec::parse_and_check;
 use vmm_state::{Action, Admission, Phase, admit};
@@ -76,16 +76,20 @@ fn replies_are_what_their_schemas_say() {
         phase: "Created".into(),
         boots: 0,
         last_guest_event: None,
+        restored_from: None,
     };
     let full = VmInfo {
         device_tree: Some([("a".to_owned(), DeviceNode::default())].into()),
         last_guest_event: Some("reset".into()),
+        restored_from: Some(RestoredFrom { source_url: "file:///a".into(), id: "b".into(), created_ms: 1 }),
         ..bare.clone()
     };
     let write = |info: &VmInfo| serde_json::from_slice::<Value>(&info.encode().unwrap()).unwrap();
     describes("VmInfo", &write(&full), &write(&bare));
     let node = &write(&full)["device_tree"]["a"];
     describes("DeviceNode", node, node);
+    let origin = &write(&full)["restored_from"];
+    describes("RestoredFrom", origin, origin);
     assert_eq!(schema("VmState")["enum"], json!(VmState::ALL));
     let (valid, faults, warnings) = (true, Vec::new(), Vec::new());
     let bare = ValidateReply { valid, faults, warnings, config: None };

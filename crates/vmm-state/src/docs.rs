@@ -1,6 +1,7 @@
 //! The table as a page for people.
 
 use crate::guest::{EventCell, GUEST_EVENTS, Reaction};
+use crate::phase::COUNT;
 use crate::table::{ACTIONS, Cell, Step};
 use crate::{Phase, Reason};
 use std::fmt::Write as _;
@@ -29,10 +30,10 @@ pub fn lifecycle_markdown() -> String {
     page
 }
 
-fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; 7])>) {
+fn grid<'a>(page: &mut String, corner: &str, rows: impl Iterator<Item = (&'a str, [String; COUNT])>) {
     let names = Phase::ALL.map(Phase::name).join(" | ");
     // Writing to a String cannot fail.
-    let _ = writeln!(page, "| {corner} | {names} |\n|---|---|---|---|---|---|---|---|");
+    let _ = writeln!(page, "| {corner} | {names} |\n|---|{}", "---|".repeat(COUNT));
     for (name, cells) in rows {
         let _ = writeln!(page, "| {name} | {} |", cells.join(" | "));
     }
@@ -86,6 +87,7 @@ const fn short(reason: Reason) -> &'static str {
         Reason::AlreadyPaused => "paused",
         Reason::NotPaused => "not paused",
         Reason::NoJob => "no job",
+        Reason::Migrating => "migration",
         Reason::NotBuilt => "not built",
     }
 }

@@ -1,5 +1,6 @@
 //! What guests do to their machine, and what is then done: the event's cell in each phase, and the operator's choice.
 
+use crate::phase::COUNT;
 use crate::{Phase, Step};
 use std::fmt;
 
@@ -73,7 +74,7 @@ pub struct EventRow {
     /// Its name in documents and logs.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [EventCell; 7],
+    pub cells: [EventCell; COUNT],
     /// What an operator may choose; the first is the default.
     pub reactions: &'static [Reaction],
 }
@@ -96,14 +97,16 @@ impl EventRow {
 }
 
 /// Every event has the same cells: an event that was on its way when the VM was paused waits for the resume, and one of
-/// a guest that runs while it is saved for the end of that.
-const CELLS: [EventCell; 7] = [
+/// a guest that runs while it is saved or given away for the end of that.
+const CELLS: [EventCell; COUNT] = [
     EventCell::Ignore, // Empty
     EventCell::Ignore, // Created
     EventCell::Ignore, // Booting
     EventCell::React,  // Running
     EventCell::Defer,  // Paused
     EventCell::Defer,  // Saving
+    EventCell::Defer,  // Migrating
+    EventCell::Ignore, // Receiving
     EventCell::Ignore, // Shutdown
 ];
 

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+/// How many phases there are.
+pub(crate) const COUNT: usize = 9;
+
 /// How far the VM is. Derived from [`VmSlot`](crate::VmSlot), never stored beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
@@ -17,19 +20,25 @@ pub enum Phase {
     Paused,
     /// A snapshot is being written; the guest is paused, or runs on meanwhile. The API is served.
     Saving,
+    /// The VM is being given away to another VMM; its guest runs on here until the hand-over.
+    Migrating,
+    /// A VM of another VMM is waited for, or is on its way here. There is none yet.
+    Receiving,
     /// The guest is off; its configuration is kept and can be booted again.
     Shutdown,
 }
 
 impl Phase {
     /// Every phase, in table order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; COUNT] = [
         Self::Empty,
         Self::Created,
         Self::Booting,
         Self::Running,
         Self::Paused,
         Self::Saving,
+        Self::Migrating,
+        Self::Receiving,
         Self::Shutdown,
     ];
 
@@ -43,25 +52,29 @@ impl Phase {
             Self::Running => "Running",
             Self::Paused => "Paused",
             Self::Saving => "Saving",
+            Self::Migrating => "Migrating",
+            Self::Receiving => "Receiving",
             Self::Shutdown => "Shutdown",
         }
     }
 
     /// The word of the REST contract's `VmState` that `vm.info` shows; `None` without a VM (then `vm.info` is 404). The
-    /// contract has no word for a boot under way, nor for a snapshot: then see [`VmSlot::shown`](crate::VmSlot::shown).
+    /// contract has no word for a boot under way, nor for a snapshot or a migration: then see
+    /// [`VmSlot::shown`](crate::VmSlot::shown).
     #[must_use]
     pub const fn contract_word(self) -> Option<&'static str> {
         match self {
-            Self::Empty => None,
+            Self::Empty | Self::Receiving => None,
             Self::Booting => Some(Self::Created.name()),
-            Self::Saving => Some(Self::Paused.name()),
+            Self::Saving | Self::Migrating => Some(Self::Paused.name()),
             other => Some(other.name()),
         }
     }
 
     /// The item of `items` that is this phase's; they are in table order.
     #[must_use]
-    pub(crate) const fn of<T>(self, [empty, created, booting, running, paused, saving, off]: &[T; 7]) -> &T {
+    pub(crate) const fn of<T>(self, items: &[T; COUNT]) -> &T {
+        let [empty, created, booting, running, paused, saving, migrating, receiving, off] = items;
         match self {
             Self::Empty => empty,
             Self::Created => created,
@@ -69,11 +82,13 @@ impl Phase {
             Self::Running => running,
             Self::Paused => paused,
             Self::Saving => saving,
+            Self::Migrating => migrating,
+            Self::Receiving => receiving,
             Self::Shutdown => off,
         }
     }
 
-    const fn bit(self) -> u8 {
+    const fn bit(self) -> u16 {
         1 << (self as u8)
     }
 }
@@ -86,7 +101,7 @@ impl fmt::Display for Phase {
 
 /// A set of phases, for "allowed in" lists.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-pub struct PhaseSet(u8);
+pub struct PhaseSet(u16);
 
 impl PhaseSet {
     /// The set without members.
@@ -149,6 +164,6 @@ mod tests {
     #[test]
     fn contract_words_are_the_contracts() {
         let words: Vec<_> = Phase::ALL.iter().filter_map(|phase| phase.contract_word()).collect();
-        assert_eq!(words, ["Created", "Created", "Running", "Paused", "Paused", "Shutdown"]);
+        assert_eq!(words, ["Created", "Created", "Running", "Paused", "Paused", "Paused", "Shutdown"]);
     }
 }

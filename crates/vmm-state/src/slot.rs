@@ -24,7 +24,7 @@ pub enum Idle {
     Empty,
 }
 
-/// What the guest does while its VM is saved.
+/// What the guest does while its VM is saved or given away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guest {
     /// It runs on.
@@ -53,6 +53,12 @@ pub enum VmSlot<C, M> {
     Paused(C, M),
     /// A machine that is being saved.
     Saving(C, M, Guest),
+    /// A machine that is being given away.
+    Migrating(C, M, Guest),
+    /// A VM of another VMM is waited for.
+    Awaiting,
+    /// Its configuration is here; its machine is not this VMM's yet.
+    Arriving(C),
     /// Only a configuration, of a machine that has been switched off.
     Shutdown(C),
 }
@@ -67,15 +73,17 @@ impl<C, M> VmSlot<C, M> {
             Self::Running(..) => Phase::Running,
             Self::Paused(..) => Phase::Paused,
             Self::Saving(..) => Phase::Saving,
+            Self::Migrating(..) => Phase::Migrating,
+            Self::Awaiting | Self::Arriving(_) => Phase::Receiving,
             Self::Shutdown(_) => Phase::Shutdown,
         }
     }
 
-    /// The phase that clients of the contract are shown: a VM that is being saved runs, or is paused.
+    /// The phase that clients of the contract are shown: a VM that is being saved or given away runs, or is paused.
     pub const fn shown(&self) -> Phase {
         match self {
-            Self::Saving(_, _, Guest::Runs) => Phase::Running,
-            Self::Saving(_, _, Guest::Rests) => Phase::Paused,
+            Self::Saving(_, _, Guest::Runs) | Self::Migrating(_, _, Guest::Runs) => Phase::Running,
+            Self::Saving(_, _, Guest::Rests) | Self::Migrating(_, _, Guest::Rests) => Phase::Paused,
             other => other.phase(),
         }
     }
@@ -83,12 +91,14 @@ impl<C, M> VmSlot<C, M> {
     /// The configuration, where there is one.
     pub const fn config(&self) -> Option<&C> {
         match self {
-            Self::Empty | Self::Loading => None,
+            Self::Empty | Self::Loading | Self::Awaiting => None,
             Self::Created(config)
             | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
             | Self::Saving(config, _, _)
+            | Self::Migrating(config, _, _)
+            | Self::Arriving(config)
             | Self::Shutdown(config) => Some(config),
         }
     }
@@ -96,12 +106,14 @@ impl<C, M> VmSlot<C, M> {
     /// The configuration, to change it.
     pub const fn config_mut(&mut self) -> Option<&mut C> {
         match self {
-            Self::Empty | Self::Loading => None,
+            Self::Empty | Self::Loading | Self::Awaiting => None,
             Self::Created(config)
             | Self::Booting(config, _)
             | Self::Running(config, _)
             | Self::Paused(config, _)
             | Self::Saving(config, _, _)
+            | Self::Migrating(config, _, _)
+            | Self::Arriving(config)
             | Self::Shutdown(config) => Some(config),
         }
     }
@@ -109,20 +121,22 @@ impl<C, M> VmSlot<C, M> {
     /// The machine, where there is one.
     pub const fn machine(&self) -> Option<&M> {
         match self {
-            Self::Running(_, machine) | Self::Paused(_, machine) | Self::Saving(_, machine, _) => {
-                Some(machine)
-            }
-            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
+            Self::Running(_, machine)
+            | Self::Paused(_, machine)
+            | Self::Saving(_, machine, _)
+            | Self::Migrating(_, machine, _) => Some(machine),
+            _ => None,
         }
     }
 
     /// The machine, to act on it.
     pub const fn machine_mut(&mut self) -> Option<&mut M> {
         match self {
-            Self::Running(_, machine) | Self::Paused(_, machine) | Self::Saving(_, machine, _) => {
-                Some(machine)
-            }
-            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
+            Self::Running(_, machine)
+            | Self::Paused(_, machine)
+            | Self::Saving(_, machine, _)
+            | Self::Migrating(_, machine, _) => Some(machine),
+            _ => None,
         }
     }
 
@@ -131,8 +145,9 @@ impl<C, M> VmSlot<C, M> {
         match self {
             Self::Running(config, machine)
             | Self::Paused(config, machine)
-            | Self::Saving(config, machine, _) => Some((config, machine)),
-            Self::Empty | Self::Created(_) | Self::Loading | Self::Booting(..) | Self::Shutdown(_) => None,
+            | Self::Saving(config, machine, _)
+            | Self::Migrating(config, machine, _) => Some((config, machine)),
+            _ => None,
         }
     }
 
@@ -175,14 +190,30 @@ impl<C, M> VmSlot<C, M> {
         Ok(())
     }
 
-    /// The configuration of the snapshot is known. Still Booting.
+    /// Empty to Receiving.
     ///
     /// # Errors
-    /// No snapshot is being looked at; the configuration comes back.
+    /// There is a VM already.
+    pub fn begin_receive(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Empty => *self = Self::Awaiting,
+            other => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// The configuration of the snapshot, or of the VM that arrives, is known. Still Booting, or Receiving.
+    ///
+    /// # Errors
+    /// Neither is waited for; the configuration comes back.
     pub fn load(&mut self, config: C) -> Result<(), Misplaced<C>> {
         match self {
             Self::Loading => {
                 *self = Self::Booting(config, Idle::Empty);
+                Ok(())
+            }
+            Self::Awaiting => {
+                *self = Self::Arriving(config);
                 Ok(())
             }
             _ => Err(Misplaced { phase: self.phase(), value: config }),
@@ -194,21 +225,9 @@ impl<C, M> VmSlot<C, M> {
     /// # Errors
     /// No boot is under way; the machine comes back.
     pub fn start(&mut self, machine: M) -> Result<(), Misplaced<M>> {
-        self.arrive(machine, Self::Running)
-    }
-
-    /// Booting to Paused: the end of a restore.
-    ///
-    /// # Errors
-    /// No boot is under way; the machine comes back.
-    pub fn restored(&mut self, machine: M) -> Result<(), Misplaced<M>> {
-        self.arrive(machine, Self::Paused)
-    }
-
-    fn arrive(&mut self, machine: M, place: fn(C, M) -> Self) -> Result<(), Misplaced<M>> {
         match mem::take(self) {
             Self::Booting(config, _) => {
-                *self = place(config, machine);
+                *self = Self::Running(config, machine);
                 Ok(())
             }
             other => {
@@ -218,18 +237,48 @@ impl<C, M> VmSlot<C, M> {
         }
     }
 
-    /// Booting to where the boot began.
+    /// Booting or Receiving to Paused: the end of a restore, or a VM has arrived.
     ///
     /// # Errors
-    /// No boot is under way.
+    /// No boot is under way, and no VM on its way here; the machine comes back.
+    pub fn restored(&mut self, machine: M) -> Result<(), Misplaced<M>> {
+        match mem::take(self) {
+            Self::Booting(config, _) | Self::Arriving(config) => {
+                *self = Self::Paused(config, machine);
+                Ok(())
+            }
+            other => {
+                *self = other;
+                Err(Misplaced { phase: self.phase(), value: machine })
+            }
+        }
+    }
+
+    /// Booting to where the boot began. A VM that arrived is gone again, and its end of the migration under way: still
+    /// Receiving, until [`end_receive`](Self::end_receive).
+    ///
+    /// # Errors
+    /// No boot is under way, and no VM waited for.
     pub fn fail_boot(&mut self) -> Result<(), Misplaced<()>> {
         match mem::take(self) {
             Self::Booting(config, Idle::Created) => *self = Self::Created(config),
             Self::Booting(config, Idle::Shutdown) => *self = Self::Shutdown(config),
             Self::Loading | Self::Booting(_, Idle::Empty) => {}
+            Self::Awaiting | Self::Arriving(_) => *self = Self::Awaiting,
             other => return self.put_back(other),
         }
         Ok(())
+    }
+
+    /// Receiving to Empty: no VM came.
+    ///
+    /// # Errors
+    /// None was waited for.
+    pub fn end_receive(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Awaiting | Self::Arriving(_) => Ok(()),
+            other => self.put_back(other),
+        }
     }
 
     /// Running to Paused.
@@ -286,13 +335,40 @@ impl<C, M> VmSlot<C, M> {
         Ok(())
     }
 
-    /// Running, Paused or Saving to Shutdown; the machine comes out, for the caller to end. `None`, and no move, without
+    /// Running or Paused to Migrating.
+    ///
+    /// # Errors
+    /// There is no machine, or a job is under way.
+    pub fn begin_migrate(&mut self) -> Result<(), Misplaced<()>> {
+        match mem::take(self) {
+            Self::Running(config, machine) => *self = Self::Migrating(config, machine, Guest::Runs),
+            Self::Paused(config, machine) => *self = Self::Migrating(config, machine, Guest::Rests),
+            other => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// Migrating to Running or Paused: the VM stays, and that is where its guest is now.
+    ///
+    /// # Errors
+    /// The VM is not being given away.
+    pub fn end_migrate(&mut self, guest: Guest) -> Result<(), Misplaced<()>> {
+        match (mem::take(self), guest) {
+            (Self::Migrating(config, machine, _), Guest::Runs) => *self = Self::Running(config, machine),
+            (Self::Migrating(config, machine, _), Guest::Rests) => *self = Self::Paused(config, machine),
+            (other, _) => return self.put_back(other),
+        }
+        Ok(())
+    }
+
+    /// Running, Paused, Saving or Migrating to Shutdown; the machine comes out, for the caller to end. `None`, and no move, without
     /// one.
     pub fn stop(&mut self) -> Option<M> {
         match mem::take(self) {
             Self::Running(config, machine)
             | Self::Paused(config, machine)
-            | Self::Saving(config, machine, _) => {
+            | Self::Saving(config, machine, _)
+            | Self::Migrating(config, machine, _) => {
                 *self = Self::Shutdown(config);
                 Some(machine)
             }
@@ -306,11 +382,15 @@ impl<C, M> VmSlot<C, M> {
     /// Any phase to Empty; what was there comes out.
     pub fn clear(&mut self) -> (Option<C>, Option<M>) {
         match mem::take(self) {
-            Self::Empty | Self::Loading => (None, None),
-            Self::Created(config) | Self::Booting(config, _) | Self::Shutdown(config) => (Some(config), None),
+            Self::Empty | Self::Loading | Self::Awaiting => (None, None),
+            Self::Created(config)
+            | Self::Booting(config, _)
+            | Self::Arriving(config)
+            | Self::Shutdown(config) => (Some(config), None),
             Self::Running(config, machine)
             | Self::Paused(config, machine)
-            | Self::Saving(config, machine, _) => (Some(config), Some(machine)),
+            | Self::Saving(config, machine, _)
+            | Self::Migrating(config, machine, _) => (Some(config), Some(machine)),
         }
     }
 
@@ -378,6 +458,46 @@ mod tests {
         }
         let mut slot = Slot::Saving("c", 1, Guest::Runs);
         assert_eq!((slot.stop(), slot.phase()), (Some(1), Phase::Shutdown));
+    }
+
+    #[test]
+    fn a_vm_that_is_given_away_goes_or_is_as_before() {
+        for (mut slot, shown, guest) in [
+            (Slot::Running("c", 1), Phase::Running, Guest::Runs),
+            (Slot::Paused("c", 1), Phase::Paused, Guest::Rests),
+        ] {
+            slot.begin_migrate().unwrap();
+            assert_eq!((slot.phase(), slot.shown(), slot.machine()), (Phase::Migrating, shown, Some(&1)));
+            assert!(slot.begin_migrate().is_err() && slot.begin_save().is_err() && slot.pause().is_err());
+            assert_eq!(slot.parts_mut().map(|(c, m)| (*c, *m)), Some(("c", 1)));
+            slot.end_migrate(guest).unwrap();
+            assert_eq!((slot.phase(), slot.machine()), (shown, Some(&1)));
+            assert!(slot.end_migrate(guest).is_err());
+            slot.begin_migrate().unwrap();
+            assert_eq!((slot.stop(), slot.phase()), (Some(1), Phase::Shutdown));
+        }
+    }
+
+    #[test]
+    fn a_vm_arrives_or_there_is_none() {
+        let mut slot = Slot::default();
+        assert!(slot.end_receive().is_err());
+        slot.begin_receive().unwrap();
+        assert_eq!((slot.phase(), slot.config()), (Phase::Receiving, None));
+        assert!(slot.begin_receive().is_err() && slot.begin_restore().is_err() && slot.start(1).is_err());
+        assert!(slot.restored(1).is_err(), "nothing is known of it");
+        slot.load("c").unwrap();
+        assert_eq!((slot.phase(), slot.config(), slot.machine()), (Phase::Receiving, Some(&"c"), None));
+        slot.fail_boot().unwrap();
+        assert_eq!((slot.phase(), slot.config()), (Phase::Receiving, None));
+        slot.end_receive().unwrap();
+        assert_eq!(slot.phase(), Phase::Empty);
+        slot.begin_receive().unwrap();
+        slot.load("c").unwrap();
+        slot.restored(1).unwrap();
+        assert_eq!((slot.phase(), slot.machine()), (Phase::Paused, Some(&1)));
+        let mut slot = Slot::Arriving("c");
+        assert_eq!(slot.clear(), (Some("c"), None));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What clients may ask, in every phase, and the question that answers.
 
+use crate::phase::COUNT;
 use crate::{Phase, PhaseSet};
 use std::fmt;
 
@@ -20,6 +21,8 @@ pub enum Reason {
     NotPaused,
     /// No job is under way.
     NoJob,
+    /// A migration is under way, which this would disturb.
+    Migrating,
     /// It would be possible, but its work is not built yet.
     NotBuilt,
 }
@@ -36,6 +39,7 @@ impl Reason {
             Self::AlreadyPaused => "the VM is paused already",
             Self::NotPaused => "the VM is not paused, and a live snapshot was not asked for",
             Self::NoJob => "there is nothing to cancel",
+            Self::Migrating => "a migration is under way",
             Self::NotBuilt => "this build does not support it yet",
         }
     }
@@ -77,7 +81,7 @@ pub struct ActionRow {
     /// Its name on the wire.
     pub name: &'static str,
     /// One cell per phase, in the order of [`Phase::ALL`].
-    pub cells: [Cell; 7],
+    pub cells: [Cell; COUNT],
 }
 
 /// A refusal, with all a client needs to know.
@@ -111,12 +115,15 @@ pub enum Admission {
 mod cells {
     use super::{Cell, Reason, Step};
     use crate::Phase;
+    use crate::phase::COUNT;
 
     pub(super) const CREATED: Phase = Phase::Created;
     pub(super) const BOOTING: Phase = Phase::Booting;
     pub(super) const RUNNING: Phase = Phase::Running;
     pub(super) const PAUSED: Phase = Phase::Paused;
     pub(super) const SAVING: Phase = Phase::Saving;
+    pub(super) const MIGRATING: Phase = Phase::Migrating;
+    pub(super) const RECEIVING: Phase = Phase::Receiving;
     pub(super) const OFF: Phase = Phase::Shutdown;
     pub(super) const EMPTY: Phase = Phase::Empty;
 
@@ -126,6 +133,7 @@ mod cells {
     pub(super) const IS_RUNNING: Cell = Cell::Refuse(Reason::AlreadyRunning);
     pub(super) const IS_PAUSED: Cell = Cell::Refuse(Reason::AlreadyPaused);
     pub(super) const NO_JOB: Cell = Cell::Refuse(Reason::NoJob);
+    pub(super) const MOVING: Cell = Cell::Refuse(Reason::Migrating);
     pub(super) const LATER: Cell = Cell::Refuse(Reason::NotBuilt);
 
     pub(super) const fn go(done: Phase, failed: Phase) -> Cell {
@@ -139,27 +147,62 @@ mod cells {
     pub(super) const WAIT: Cell = Cell::Wait;
 
     /// In every phase, without changing it.
-    pub(super) const ALWAYS: [Cell; 7] =
-        [stay(EMPTY), stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(SAVING), stay(OFF)];
-    /// With a VM, without changing it.
-    pub(super) const WITH_VM: [Cell; 7] =
-        [NO_VM, stay(CREATED), stay(BOOTING), stay(RUNNING), stay(PAUSED), stay(SAVING), stay(OFF)];
+    pub(super) const ALWAYS: [Cell; COUNT] = [
+        stay(EMPTY),
+        stay(CREATED),
+        stay(BOOTING),
+        stay(RUNNING),
+        stay(PAUSED),
+        stay(SAVING),
+        stay(MIGRATING),
+        stay(RECEIVING),
+        stay(OFF),
+    ];
+    /// Without a VM.
+    pub(super) const fn without_vm(cell: Cell) -> [Cell; COUNT] {
+        [cell, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, MOVING, EXISTS]
+    }
+    /// With a VM, without changing it. One that arrives is nobody's to see yet.
+    pub(super) const WITH_VM: [Cell; COUNT] = [
+        NO_VM,
+        stay(CREATED),
+        stay(BOOTING),
+        stay(RUNNING),
+        stay(PAUSED),
+        stay(SAVING),
+        stay(MIGRATING),
+        NO_VM,
+        stay(OFF),
+    ];
     /// With a machine, which is only looked at.
-    pub(super) const LOOK: [Cell; 7] =
-        [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), stay(SAVING), NOT_BOOTED];
+    pub(super) const LOOK: [Cell; COUNT] = [
+        NO_VM,
+        NOT_BOOTED,
+        WAIT,
+        stay(RUNNING),
+        stay(PAUSED),
+        stay(SAVING),
+        stay(MIGRATING),
+        NO_VM,
+        NOT_BOOTED,
+    ];
     /// With a machine, whose guest notices.
-    pub(super) const BOOTED: [Cell; 7] =
-        [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), WAIT, NOT_BOOTED];
+    pub(super) const BOOTED: [Cell; COUNT] =
+        [NO_VM, NOT_BOOTED, WAIT, stay(RUNNING), stay(PAUSED), WAIT, MOVING, MOVING, NOT_BOOTED];
     /// Devices come and go as edits of the configuration while there is no machine.
-    pub(super) const EDIT: [Cell; 7] = [NO_VM, stay(CREATED), WAIT, LATER, LATER, LATER, stay(OFF)];
+    pub(super) const EDIT: [Cell; COUNT] =
+        [NO_VM, stay(CREATED), WAIT, LATER, LATER, LATER, MOVING, MOVING, stay(OFF)];
     /// Not built yet, for any VM.
-    pub(super) const LATER_WITH_VM: [Cell; 7] = [NO_VM, LATER, LATER, LATER, LATER, LATER, LATER];
+    pub(super) const LATER_WITH_VM: [Cell; COUNT] =
+        [NO_VM, LATER, LATER, LATER, LATER, LATER, LATER, LATER, LATER];
     /// Not built yet, for a VM that has a machine.
-    pub(super) const LATER_BOOTED: [Cell; 7] = [NO_VM, NOT_BOOTED, LATER, LATER, LATER, LATER, NOT_BOOTED];
+    pub(super) const LATER_BOOTED: [Cell; COUNT] =
+        [NO_VM, NOT_BOOTED, LATER, LATER, LATER, LATER, LATER, LATER, NOT_BOOTED];
 }
 use cells::{
-    ALWAYS, BOOTED, BOOTING, CREATED, EDIT, EMPTY, EXISTS, IS_PAUSED, IS_RUNNING, LATER_BOOTED,
-    LATER_WITH_VM, LOOK, NO_JOB, NO_VM, NOT_BOOTED, OFF, PAUSED, RUNNING, WAIT, WITH_VM, go, stay,
+    ALWAYS, BOOTED, CREATED, EDIT, EMPTY, IS_PAUSED, IS_RUNNING, LATER_BOOTED, LATER_WITH_VM, LOOK,
+    MIGRATING, MOVING, NO_JOB, NO_VM, NOT_BOOTED, OFF, PAUSED, RECEIVING, RUNNING, WAIT, WITH_VM, go, stay,
+    without_vm,
 };
 
 /// Declares the actions and their table in one go.
@@ -194,17 +237,20 @@ macro_rules! actions {
         /// A snapshot leads through Saving and ends where it began, whether it succeeds, fails or is cancelled. What would
         /// disturb the guest or end it waits for that, so that a snapshot once begun is not lost by a request that comes
         /// early; who does not want to wait cancels it. The end of the VMM waits for nothing.
+        ///
+        /// A migration may take long, so nothing waits for it: what would disturb it is refused. It leads through Migrating to
+        /// the end of the VM here, or back; at the other end through Receiving to Running or Paused, or to no VM at all.
         pub const ACTIONS: [ActionRow; Action::COUNT] = [$(*Action::$action.row()),+];
     };
 }
 
 #[rustfmt::skip]
 actions! {
-    // Cells:                          Empty               Created               Booting        Running              Paused               Saving         Shutdown
+    // Cells:                        Empty          Created               Booting      Running              Paused               Saving        Migrating               Receiving             Shutdown
     /// `vmm.ping`
     Ping "vmm.ping" ALWAYS;
     /// `vmm.shutdown`: the process ends.
-    VmmShutdown "vmm.shutdown"        [stay(EMPTY),        stay(EMPTY),          stay(EMPTY),   stay(EMPTY),         stay(EMPTY),         stay(EMPTY),   stay(EMPTY)];
+    VmmShutdown "vmm.shutdown"      [stay(EMPTY),   stay(EMPTY),          stay(EMPTY), stay(EMPTY),         stay(EMPTY),         stay(EMPTY),  stay(EMPTY),            stay(EMPTY),          stay(EMPTY)];
     /// `vmm.openapi`
     OpenApi "vmm.openapi" ALWAYS;
     /// `vmm.metrics`
@@ -214,11 +260,11 @@ actions! {
     /// `vmm.log-level`, asking and setting.
     LogLevel "vmm.log-level" ALWAYS;
     /// `vm.create`
-    Create "vm.create"                [go(CREATED, EMPTY), EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS,        EXISTS];
+    Create "vm.create" without_vm(go(CREATED, EMPTY));
     /// `vm.validate`
     Validate "vm.validate" ALWAYS;
     /// `vm.boot`; on a paused VM it resumes, as the contract has it.
-    Boot "vm.boot"                    [NO_VM,              go(RUNNING, CREATED), WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), WAIT,          go(RUNNING, OFF)];
+    Boot "vm.boot"                  [NO_VM,         go(RUNNING, CREATED), WAIT,        IS_RUNNING,          go(RUNNING, PAUSED), WAIT,         MOVING,                 MOVING,               go(RUNNING, OFF)];
     /// `vm.info`
     Info "vm.info" WITH_VM;
     /// `vm.counters`
@@ -226,21 +272,21 @@ actions! {
     /// `vm.boot-trace`
     BootTrace "vm.boot-trace" LOOK;
     /// `vm.shutdown`
-    Shutdown "vm.shutdown"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(OFF),           stay(OFF),           WAIT,          NOT_BOOTED];
+    Shutdown "vm.shutdown"          [NO_VM,         NOT_BOOTED,           WAIT,        stay(OFF),           stay(OFF),           WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.reboot`
-    Reboot "vm.reboot"                [NO_VM,              NOT_BOOTED,           WAIT,          go(RUNNING, OFF),    go(RUNNING, OFF),    WAIT,          NOT_BOOTED];
+    Reboot "vm.reboot"              [NO_VM,         NOT_BOOTED,           WAIT,        go(RUNNING, OFF),    go(RUNNING, OFF),    WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.delete`
-    Delete "vm.delete"                [Cell::Nothing,      stay(EMPTY),          WAIT,          stay(EMPTY),         stay(EMPTY),         WAIT,          stay(EMPTY)];
+    Delete "vm.delete"              [Cell::Nothing, stay(EMPTY),          WAIT,        stay(EMPTY),         stay(EMPTY),         WAIT,         MOVING,                 MOVING,               stay(EMPTY)];
     /// `vm.pause`
-    Pause "vm.pause"                  [NO_VM,              NOT_BOOTED,           WAIT,          go(PAUSED, RUNNING), IS_PAUSED,           WAIT,          NOT_BOOTED];
+    Pause "vm.pause"                [NO_VM,         NOT_BOOTED,           WAIT,        go(PAUSED, RUNNING), IS_PAUSED,           WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.resume`
-    Resume "vm.resume"                [NO_VM,              NOT_BOOTED,           WAIT,          IS_RUNNING,          go(RUNNING, PAUSED), WAIT,          NOT_BOOTED];
+    Resume "vm.resume"              [NO_VM,         NOT_BOOTED,           WAIT,        IS_RUNNING,          go(RUNNING, PAUSED), WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.snapshot`; of a VM that runs only the live form.
-    Snapshot "vm.snapshot"            [NO_VM,              NOT_BOOTED,           WAIT,          stay(RUNNING),       stay(PAUSED),        WAIT,          NOT_BOOTED];
+    Snapshot "vm.snapshot"          [NO_VM,         NOT_BOOTED,           WAIT,        stay(RUNNING),       stay(PAUSED),        WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.restore`; with `resume` the VM runs then.
-    Restore "vm.restore"              [go(PAUSED, EMPTY),  EXISTS,               EXISTS,        EXISTS,              EXISTS,              EXISTS,        EXISTS];
-    /// `vm.cancel`: of a snapshot; a VM that ran runs on.
-    Cancel "vm.cancel"                [NO_VM,              NO_JOB,               go(EMPTY, BOOTING), NO_JOB,              NO_JOB,              stay(PAUSED),  NO_JOB];
+    Restore "vm.restore" without_vm(go(PAUSED, EMPTY));
+    /// `vm.cancel`: of a snapshot or migration; a VM that ran runs on.
+    Cancel "vm.cancel"              [NO_VM,         NO_JOB,               NO_JOB,      NO_JOB,              NO_JOB,              stay(PAUSED), go(RUNNING, MIGRATING), go(EMPTY, RECEIVING), NO_JOB];
     /// `vm.power-button`
     PowerButton "vm.power-button" BOOTED;
     /// `vm.nmi`
@@ -274,9 +320,9 @@ actions! {
     /// `vm.coredump`
     Coredump "vm.coredump" LATER_BOOTED;
     /// `vm.receive-migration`
-    ReceiveMigration "vm.receive-migration" [go(PAUSED, EMPTY), EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS];
+    ReceiveMigration "vm.receive-migration" without_vm(go(RUNNING, EMPTY));
     /// `vm.send-migration`
-    SendMigration "vm.send-migration" [NO_VM,           NOT_BOOTED,           WAIT,          go(EMPTY, RUNNING),  go(EMPTY, PAUSED),   WAIT,          NOT_BOOTED];
+    SendMigration "vm.send-migration" [NO_VM,         NOT_BOOTED,           WAIT,        go(EMPTY, RUNNING),  go(EMPTY, PAUSED),   WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
 }
 
 impl Action {

@@ -23,7 +23,8 @@ fn perform(slot: &mut Slot, action: Action, fails: bool, serial: u32) {
         Action::Shutdown => assert!(slot.stop().is_some()),
         Action::Reboot => reboot(slot, fails, serial),
         Action::Snapshot => save(slot),
-        Action::Restore | Action::ReceiveMigration => restore(slot, fails, serial),
+        Action::Restore => restore(slot, fails, serial),
+        Action::ReceiveMigration => receive(slot, fails, serial),
         Action::SendMigration => send(slot, fails),
         // They failed, ask, or edit the configuration in place.
         _ => {}
@@ -45,9 +46,27 @@ fn save(slot: &mut Slot) {
 
 /// It ends where it began, or elsewhere.
 fn send(slot: &mut Slot, fails: bool) {
-    save(slot);
-    if !fails {
+    let guest = if slot.phase() == Phase::Running { Guest::Runs } else { Guest::Rests };
+    slot.begin_migrate().unwrap();
+    assert_eq!((slot.phase(), slot.machine().is_some()), (Phase::Migrating, true));
+    if fails {
+        slot.end_migrate(guest).unwrap();
+    } else {
         slot.clear();
+    }
+}
+
+/// What arrived may go again before the end.
+fn receive(slot: &mut Slot, fails: bool, serial: u32) {
+    slot.begin_receive().unwrap();
+    slot.load(serial).unwrap();
+    assert_eq!((slot.phase(), slot.machine().is_some()), (Phase::Receiving, false));
+    if fails {
+        slot.fail_boot().unwrap();
+        slot.end_receive().unwrap();
+    } else {
+        slot.restored(serial).unwrap();
+        slot.resume().unwrap();
     }
 }
 

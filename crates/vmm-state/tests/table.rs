@@ -7,56 +7,56 @@ use vmm_state::{
     lifecycle_markdown, on_guest_event,
 };
 
-/// E, C, B, R, P, V (saving), S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
+/// E, C, B, R, P, V (saving), M, A (receiving), S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
 const GOLDEN: &str = "
-                          Empty  Created    Booting   Running    Paused    Saving    Shutdown
-vmm.ping                  EE     CC         BB        RR         PP        VV        SS
-vmm.shutdown              EE     EE         EE        EE         EE        EE        EE
-vmm.openapi               EE     CC         BB        RR         PP        VV        SS
-vmm.metrics               EE     CC         BB        RR         PP        VV        SS
-vmm.events                EE     CC         BB        RR         PP        VV        SS
-vmm.log-level             EE     CC         BB        RR         PP        VV        SS
-vm.create                 CE     exists     exists    exists     exists    exists    exists
-vm.validate               EE     CC         BB        RR         PP        VV        SS
-vm.boot                   novm   RC         wait      isrunning  RP        wait      RS
-vm.info                   novm   CC         BB        RR         PP        VV        SS
-vm.counters               novm   notbooted  wait      RR         PP        VV        notbooted
-vm.boot-trace             novm   notbooted  wait      RR         PP        VV        notbooted
-vm.shutdown               novm   notbooted  wait      SS         SS        wait      notbooted
-vm.reboot                 novm   notbooted  wait      RS         RS        wait      notbooted
-vm.delete                 ok     EE         wait      EE         EE        wait      EE
-vm.pause                  novm   notbooted  wait      PR         ispaused  wait      notbooted
-vm.resume                 novm   notbooted  wait      isrunning  RP        wait      notbooted
-vm.snapshot               novm   notbooted  wait      RR         PP        wait      notbooted
-vm.restore                PE     exists     exists    exists     exists    exists    exists
-vm.cancel                 novm   nojob      EB        nojob      nojob     PP        nojob
-vm.power-button           novm   notbooted  wait      RR         PP        wait      notbooted
-vm.nmi                    novm   notbooted  wait      RR         PP        wait      notbooted
-vm.add-device             novm   CC         wait      later      later     later     SS
-vm.add-user-device        novm   CC         wait      later      later     later     SS
-vm.add-disk               novm   CC         wait      later      later     later     SS
-vm.add-fs                 novm   CC         wait      later      later     later     SS
-vm.add-generic-vhost-user novm   CC         wait      later      later     later     SS
-vm.add-pmem               novm   CC         wait      later      later     later     SS
-vm.add-net                novm   CC         wait      later      later     later     SS
-vm.add-vdpa               novm   CC         wait      later      later     later     SS
-vm.add-vsock              novm   CC         wait      later      later     later     SS
-vm.remove-device          novm   CC         wait      later      later     later     SS
-vm.resize                 novm   later      later     later      later     later     later
-vm.resize-disk            novm   later      later     later      later     later     later
-vm.resize-zone            novm   later      later     later      later     later     later
-vm.coredump               novm   notbooted  later     later      later     later     notbooted
-vm.receive-migration      PE     exists     exists    exists     exists    exists    exists
-vm.send-migration         novm   notbooted  wait      ER         EP        wait      notbooted
+                          Empty     Created   Booting   Running   Paused    Saving    Migrating Receiving Shutdown
+vmm.ping                  EE        CC        BB        RR        PP        VV        MM        AA        SS
+vmm.shutdown              EE        EE        EE        EE        EE        EE        EE        EE        EE
+vmm.openapi               EE        CC        BB        RR        PP        VV        MM        AA        SS
+vmm.metrics               EE        CC        BB        RR        PP        VV        MM        AA        SS
+vmm.events                EE        CC        BB        RR        PP        VV        MM        AA        SS
+vmm.log-level             EE        CC        BB        RR        PP        VV        MM        AA        SS
+vm.create                 CE        exists    exists    exists    exists    exists    exists    moves     exists
+vm.validate               EE        CC        BB        RR        PP        VV        MM        AA        SS
+vm.boot                   novm      RC        wait      isrunning RP        wait      moves     moves     RS
+vm.info                   novm      CC        BB        RR        PP        VV        MM        novm      SS
+vm.counters               novm      notbooted wait      RR        PP        VV        MM        novm      notbooted
+vm.boot-trace             novm      notbooted wait      RR        PP        VV        MM        novm      notbooted
+vm.shutdown               novm      notbooted wait      SS        SS        wait      moves     moves     notbooted
+vm.reboot                 novm      notbooted wait      RS        RS        wait      moves     moves     notbooted
+vm.delete                 ok        EE        wait      EE        EE        wait      moves     moves     EE
+vm.pause                  novm      notbooted wait      PR        ispaused  wait      moves     moves     notbooted
+vm.resume                 novm      notbooted wait      isrunning RP        wait      moves     moves     notbooted
+vm.snapshot               novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
+vm.restore                PE        exists    exists    exists    exists    exists    exists    moves     exists
+vm.cancel                 novm      nojob     nojob     nojob     nojob     PP        RM        EA        nojob
+vm.power-button           novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
+vm.nmi                    novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
+vm.add-device             novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-user-device        novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-disk               novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-fs                 novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-generic-vhost-user novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-pmem               novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-net                novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-vdpa               novm      CC        wait      later     later     later     moves     moves     SS
+vm.add-vsock              novm      CC        wait      later     later     later     moves     moves     SS
+vm.remove-device          novm      CC        wait      later     later     later     moves     moves     SS
+vm.resize                 novm      later     later     later     later     later     later     later     later
+vm.resize-disk            novm      later     later     later     later     later     later     later     later
+vm.resize-zone            novm      later     later     later     later     later     later     later     later
+vm.coredump               novm      notbooted later     later     later     later     later     later     notbooted
+vm.receive-migration      RE        exists    exists    exists    exists    exists    exists    moves     exists
+vm.send-migration         novm      notbooted wait      ER        EP        wait      moves     moves     notbooted
 ";
 
 const GOLDEN_EVENTS: &str = "
-               Empty    Created  Booting  Running  Paused  Saving  Shutdown
-reset          ignore   ignore   ignore   react    defer   defer   ignore
-triple-fault   ignore   ignore   ignore   react    defer   defer   ignore
-shutdown       ignore   ignore   ignore   react    defer   defer   ignore
-panic          ignore   ignore   ignore   react    defer   defer   ignore
-crash          ignore   ignore   ignore   react    defer   defer   ignore
+               Empty     Created   Booting   Running   Paused    Saving    Migrating Receiving Shutdown
+reset          ignore    ignore    ignore    react     defer     defer     defer     ignore    ignore
+triple-fault   ignore    ignore    ignore    react     defer     defer     defer     ignore    ignore
+shutdown       ignore    ignore    ignore    react     defer     defer     defer     ignore    ignore
+panic          ignore    ignore    ignore    react     defer     defer     defer     ignore    ignore
+crash          ignore    ignore    ignore    react     defer     defer     defer     ignore    ignore
 ";
 
 /// The default first; then where each leads: after success, after failure.
@@ -72,6 +72,7 @@ crash          exit:EE stop:SS
 fn letter(phase: Phase) -> char {
     match phase {
         Phase::Saving => 'V',
+        Phase::Receiving => 'A',
         other => other.name().chars().next().unwrap(),
     }
 }
@@ -92,6 +93,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
                 Reason::AlreadyPaused => "ispaused",
                 Reason::NotPaused => "notpaused",
                 Reason::NoJob => "nojob",
+                Reason::Migrating => "moves",
                 Reason::NotBuilt => "later",
             }
             .to_owned()

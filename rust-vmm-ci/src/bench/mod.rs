@@ -31,6 +31,7 @@ const BENCHES: &[(&str, Source)] = &[
     ("block", Source::Block),
     ("restore", Source::Whole),
     ("snapshot", Source::Whole),
+    ("local-migration", Source::Whole),
     ("snapshot-create", Source::Printed { package: "vmm-snapshot", bench: "create", case: "create" }),
     (
         "snapshot-incremental",

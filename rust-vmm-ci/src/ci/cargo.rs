@@ -1,6 +1,7 @@
 //! Checks that need more than one call of cargo, and what cargo knows about the workspace.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -71,18 +72,59 @@ pub(crate) fn alone() -> ExitCode {
     }))
 }
 
-/// Packages what can be published and builds it from its packages.
-///
-/// One target directory for all of them, the workspace's: dependencies are there already.
+/// Packages what can be published and builds it from its packages, in a target directory of its own.
 pub(crate) fn package() -> ExitCode {
     end(metadata().and_then(|metadata| {
-        let target = metadata.target_directory.display().to_string();
+        let target = metadata.target_directory.join("publish");
+        let (private, public): (Vec<_>, Vec<_>) =
+            metadata.packages.iter().partition(|package| package.publish.as_ref().is_some_and(Vec::is_empty));
+        forget(&target, &public)?;
+        let target = target.display().to_string();
         let mut words = vec!["package", "--workspace", "--allow-dirty", "--locked", "--target-dir", &target];
-        let private =
-            metadata.packages.iter().filter(|package| package.publish.as_ref().is_some_and(Vec::is_empty));
-        words.extend(private.flat_map(|package| ["--exclude", package.name.as_str()]));
+        words.extend(private.iter().flat_map(|package| ["--exclude", package.name.as_str()]));
         cargo(&words)
     }))
+}
+
+/// Removes what an earlier run unpacked and built of `packages`: cargo takes one of a registry for unchanged
+/// as long as its version is.
+fn forget(target: &Path, packages: &[&Package]) -> Result<(), String> {
+    let home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(std::env::home_dir()?.join(".cargo")))
+        .ok_or("no home directory, and CARGO_HOME is not set")?;
+    let of_ours = |path: &PathBuf| {
+        let name = name_of(path);
+        packages
+            .iter()
+            .any(|package| name.strip_prefix(&package.name).is_some_and(|rest| rest.starts_with('-')))
+    };
+    for registry in entries(&home.join("registry").join("src"))? {
+        // Those of directories, as cargo package makes one, have no host in their names.
+        if name_of(&registry).starts_with('-') {
+            remove(entries(&registry)?.into_iter().filter(of_ours))?;
+        }
+    }
+    remove(entries(&target.join("debug").join(".fingerprint"))?.into_iter().filter(of_ours))
+}
+
+/// What is in `directory`; nothing where there is none.
+fn entries(directory: &Path) -> Result<Vec<PathBuf>, String> {
+    match std::fs::read_dir(directory) {
+        Ok(entries) => Ok(entries.filter_map(Result::ok).map(|entry| entry.path()).collect()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(format!("{}: {error}", directory.display())),
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn remove(mut directories: impl Iterator<Item = PathBuf>) -> Result<(), String> {
+    directories.try_for_each(|path| {
+        std::fs::remove_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))
+    })
 }
 
 /// Builds the release binary and prints its size.

@@ -6,6 +6,7 @@
 mod figure;
 mod http;
 mod latency;
+mod local_migration;
 mod process;
 mod snapshot;
 
@@ -44,6 +45,7 @@ fn main() -> Result<()> {
             Some("memory") => vec![bench.memory()?],
             Some("restore") => bench.restore()?,
             Some("snapshot") => bench.snapshot()?,
+            Some("local-migration") => bench.local_migration()?,
             Some("size") => vec![bench.size()?],
             _ => return Err(format!("no benchmark has the name {}", name.display()).into()),
         };

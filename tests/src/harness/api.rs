@@ -135,22 +135,22 @@ impl Api {
         self.client.call::<vm::Info>(&()).expect("vm.info")
     }
 
-    /// The VM's phase by `vm.info`; `Empty` without a VM.
+    /// The VM's phase by `vm.info`, which has none to tell of in some.
     ///
     /// # Panics
     /// When there is no answer, or the contract's word is not the phase's.
     pub fn phase(&mut self) -> Phase {
         let answer = self.get("vm.info");
-        if answer.status == 404 {
-            return Phase::Empty;
-        }
         let info = answer.json();
         let word = info.get("phase").and_then(Value::as_str).unwrap_or_default();
         let phase = Phase::ALL.into_iter().find(|phase| phase.name() == word);
+        if answer.status == 404 {
+            return phase.expect("a refusal says the phase");
+        }
         let phase = phase.unwrap_or_else(|| panic!("{word:?} is no phase"));
         let state = info.get("state").and_then(Value::as_str);
-        // A VM that is saved may run on.
-        let lives = phase == Phase::Saving && state == Some("Running");
+        // A VM that is saved or given away may run on.
+        let lives = [Phase::Saving, Phase::Migrating].contains(&phase) && state == Some("Running");
         assert!(lives || state == phase.contract_word(), "{phase}: {state:?}");
         phase
     }

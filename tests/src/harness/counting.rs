@@ -10,11 +10,21 @@ use crate::tiny::Guest;
 #[must_use]
 pub fn counting_guest(scratch: &Scratch) -> (Vmm, SerialFile) {
     let vmm = Vmm::with_api(scratch, [""; 0]);
+    let serial = counting_in(&vmm, scratch);
+    (vmm, serial)
+}
+
+/// The same in `vmm`.
+///
+/// # Panics
+/// When it does not.
+#[must_use]
+pub fn counting_in(vmm: &Vmm, scratch: &Scratch) -> SerialFile {
     let serial = SerialFile::new(scratch.path("serial"));
     vmm.api().create(&vm_config(&scratch.guest(Guest::Pages), serial.path()));
     vmm.api().puts(&["vm.boot"]);
     serial.wait_for("00000003\n");
-    (vmm, serial)
+    serial
 }
 
 /// The numbers that the guest has counted; the first and the last line may have been cut.

@@ -6,6 +6,7 @@
 mod api;
 pub mod counting;
 pub mod linux;
+pub mod migrating;
 mod output;
 mod pending;
 mod requests;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Value, json};
 use vmm_api::command::Method;
+use vmm_state::Phase;
 
 /// Devices that this build cannot boot: the command is admitted, and the device refused with 501.
 pub const UNBOOTABLE: &[&str] = &[
@@ -49,6 +50,18 @@ impl Requests {
     pub fn save(&self) -> Vec<u8> {
         let folder = self.disk.with_file_name(SAVED);
         json!({ "destination_url": format!("file://{}", folder.display()) }).to_string().into_bytes()
+    }
+
+    /// A request that begins a migration which lasts: to `peer`, a socket that is listened at and says nothing, or from
+    /// whoever connects to it.
+    #[must_use]
+    pub fn migration(phase: Phase, peer: &Path) -> (&'static str, Vec<u8>) {
+        let url = format!("unix:{}", peer.display());
+        let (name, body) = match phase {
+            Phase::Receiving => ("vm.receive-migration", json!({ "receiver_url": url })),
+            _ => ("vm.send-migration", json!({ "destination_url": url })),
+        };
+        (name, body.to_string().into_bytes())
     }
 
     /// The method of the command `name`.

@@ -105,6 +105,18 @@ impl Vmm {
         Self::serving(scratch, command)
     }
 
+    /// The same in the network namespace `name`.
+    ///
+    /// # Panics
+    /// When it cannot be started there, or ends before it answers.
+    #[must_use]
+    pub fn in_namespace(scratch: &Scratch, name: &str) -> Self {
+        let mut command = Command::new("ip");
+        // It becomes that program.
+        command.args(["netns", "exec", name]).arg(binary());
+        Self::serving(scratch, command)
+    }
+
     /// Adds an API socket to the arguments; returns when the API answers.
     fn serving(scratch: &Scratch, mut command: Command) -> Self {
         let socket = scratch.path(format!("api-{}.sock", unique()));

@@ -20,6 +20,8 @@
 .set STARTED, 0x800                 # in the trampoline's page: how many came up
 .set GED_EVENTS, 0xf9000000         # where the ACPI tables say
 .set GED_POWER_BUTTON, 8
+.set GED_GENERATION, 16
+.set GENERATION_ID, 0xfe000         # where the ACPI tables say
 .set PVPANIC, 0x00111b36            # device and vendor
 .set PVPANIC_PANICKED, 1
 .set START_INFO_CMDLINE, 0x18       # in the PVH start info
@@ -39,7 +41,7 @@ blob:
     .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
     .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
-    .long drivers - blob, pages - blob
+    .long drivers - blob, pages - blob, generation - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -686,6 +688,28 @@ pages:
     jmp stop
 pages_text:
     .asciz "memory is not what it was\n"
+
+# Prints half of its generation ID now and then, 16 digits a line, and says so when it is told of another.
+generation:
+    mov $STACK, %esp
+1:  mov GENERATION_ID, %eax
+    mov $8, %ecx
+    call print_hex
+    mov GENERATION_ID + 4, %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    mov $2000, %ecx
+2:  dec %ecx
+    jnz 2b
+    mov GED_EVENTS, %al             # reading clears it
+    test $GED_GENERATION, %al
+    jz 1b
+    mov $(BASE + another_text - blob), %esi
+    call print
+    jmp 1b
+another_text:
+    .asciz "another\n"
 
 power_off:
     mov $0x34, %al                  # sleep type 5, sleep enable

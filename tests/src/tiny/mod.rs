@@ -75,11 +75,14 @@ pub enum Guest {
     /// Counts for ever as `Ticker`, in 256 pages of memory at once; prints `memory is not what it was` and halts when one of them
     /// is not.
     Pages,
+    /// Prints half of its generation ID for ever, 16 hexadecimal digits a line, and `another` when the event device tells of a new
+    /// one.
+    Generation,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -101,6 +104,7 @@ impl Guest {
         Self::ConsoleSize,
         Self::Drivers,
         Self::Pages,
+        Self::Generation,
     ];
 
     /// A name for files.
@@ -128,6 +132,7 @@ impl Guest {
             Self::ConsoleSize => "console-size",
             Self::Drivers => "drivers",
             Self::Pages => "pages",
+            Self::Generation => "generation",
         }
     }
 

@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 mod control_plane;
+mod migration;
 mod serial;
 mod snapshot;
+mod worker;
 
 use std::ffi::OsString;
 use std::fs;
@@ -152,7 +154,7 @@ struct Disks {
     _mine: Option<tempfile::TempDir>,
 }
 
-const ROOT_DISKS: [&str; 5] = ["command-line", "api", "stress", "button", "snapshots"];
+const ROOT_DISKS: [&str; 6] = ["command-line", "api", "stress", "button", "snapshots", "migrations"];
 /// Root disks that take the place of one whose guest crashed.
 const SPARE_DISKS: [&str; MOST_AGAIN] = ["spare-1", "spare-2", "spare-3", "spare-4", "spare-5"];
 /// The file in their folder that names, a line each, the cases that have passed.
@@ -259,6 +261,7 @@ const ALL: &[(&str, Case)] = &[
     ("nmi_arrives", control_plane::nmi_arrives),
     ("panic_is_reported", control_plane::panic_is_reported),
     ("snapshots_survived", snapshot::snapshots_survived),
+    ("migrations_survived", migration::migrations_survived),
     ("serial_port_over_a_pty", |bench| serial::carries(bench, "Pty")),
     ("serial_port_over_a_socket", |bench| serial::carries(bench, "Socket")),
 ];

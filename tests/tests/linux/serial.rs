@@ -20,12 +20,12 @@ use super::{BOOT_LIMIT, Bench};
 /// Bytes that go over the serial port in each direction: a mebibyte where KVM is KVM, less in the nested one, where
 /// each byte is several exits of milliseconds; a soak sets `VMM_SERIAL_BYTES`.
 fn both_ways() -> usize {
-    let usual = if Nested::is_inside() { 64 << 10 } else { 1 << 20 };
+    let usual = if Nested::is_inside() { 16 << 10 } else { 1 << 20 };
     std::env::var("VMM_SERIAL_BYTES").ok().and_then(|n| n.parse().ok()).unwrap_or(usual)
 }
 
-/// How long that may take: each byte is several exits each way, which an emulated machine makes slow.
-const ECHO_LIMIT: Duration = Duration::from_secs(900);
+/// How long no byte may come back. Each is several exits each way, which an emulated machine makes slow.
+const STALL_LIMIT: Duration = Duration::from_secs(120);
 /// Sends back `$bytes` of what comes. The driver's RTS is the only way to say that it cannot take more for now.
 const ECHO: &str = r#"
 exec 3<>/dev/ttyS0
@@ -67,24 +67,39 @@ pub(crate) fn carries(bench: &Bench, mode: &str) {
         Some(pty) => OpenOptions::new().read(true).write(true).open(pty).unwrap(),
         None => fs::File::from(OwnedFd::from(UnixStream::connect(&socket).unwrap())),
     };
-    let (sent, mut writer, mut reader) = (noise(bytes), file.try_clone().unwrap(), file);
+    let (sent, mut writer, reader) = (noise(bytes), file.try_clone().unwrap(), file);
     let out = sent.clone();
     thread::spawn(move || writer.write_all(&out));
-    // On a thread, for it may never come.
-    let (done, came_back) = std::sync::mpsc::channel();
-    thread::spawn(move || {
-        let mut back = vec![0; bytes];
-        let result = reader.read_exact(&mut back).map(|()| back);
-        // Held open until the guest has ended.
-        let _ = done.send((result, reader));
-    });
-    let (back, _reader) = came_back.recv_timeout(ECHO_LIMIT).expect("all of it to come back");
-    let back = back.unwrap();
+    let back = read_all(&reader, bytes);
+    assert_eq!(back.len(), bytes);
     let differs = back.iter().zip(&sent).position(|(one, other)| one != other);
     assert_eq!(differs, None, "the first byte that came back as another one");
     console.wait_for_power_off(&mut vmm, BOOT_LIMIT);
     assert_eq!(console.facts("echo"), ["begin", "0"]);
     assert_eq!(console.facts("run-status"), ["0"]);
+}
+
+/// Reads `bytes` from the guest's port.
+fn read_all(port: &fs::File, bytes: usize) -> Vec<u8> {
+    let (come, chunks) = std::sync::mpsc::channel();
+    let mut port = port.try_clone().unwrap();
+    // On a thread, for there may never be more.
+    thread::spawn(move || {
+        let mut chunk = [0; 4096];
+        while let Ok(len @ 1..) = port.read(&mut chunk)
+            && come.send(chunk[..len].to_vec()).is_ok()
+        {}
+    });
+    let mut back = Vec::with_capacity(bytes);
+    while back.len() < bytes {
+        match chunks.recv_timeout(STALL_LIMIT) {
+            Ok(chunk) => back.extend(chunk),
+            Err(error) => {
+                panic!("waited {STALL_LIMIT:?} for byte {} of {bytes} to come back: {error}", back.len())
+            }
+        }
+    }
+    back
 }
 
 /// Bytes of all values.

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use serde_json::Value;
 use vmm_migration_protocol::{Command, Decoder, Frame, Item, Join, Message, SessionId};
+use vmm_tests::harness::migrating::url;
 
 use super::*;
 

@@ -1,7 +1,11 @@
 //! Replies as tables. Control characters of foreign texts do not reach the terminal.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use vmm_api::config::{Bytes, VmConfig};
-use vmm_api::info::{CountersReply, DeviceNode, VmInfo};
+use vmm_api::info::{CountersReply, DeviceNode, RestoredFrom, VmInfo};
+
+use crate::logger::time::rfc3339;
 
 /// A text whose control characters are escaped.
 pub(crate) fn plain(text: &str) -> String {
@@ -14,15 +18,19 @@ pub(crate) fn plain(text: &str) -> String {
 
 /// `vm.info`: what the VM is, then its devices.
 pub(super) fn info(info: &VmInfo) -> String {
-    let VmInfo { config, state, memory_actual_size, device_tree, phase, boots, last_guest_event } = info;
+    let VmInfo { config, state, memory_actual_size, device_tree, phase, boots, .. } = info;
     // Other VMMs tell no phase and do not count.
     let phase = if phase.is_empty() { format!("{state:?}") } else { plain(phase) };
     let mut facts = vec![["state", &phase].map(str::to_owned)];
     if *boots > 0 {
         facts.push(["boots".to_owned(), boots.to_string()]);
     }
-    if let Some(event) = last_guest_event {
+    if let Some(event) = &info.last_guest_event {
         facts.push(["last event".to_owned(), plain(event)]);
+    }
+    if let Some(RestoredFrom { source_url, created_ms, .. }) = &info.restored_from {
+        let text = format!("{} of {}", plain(source_url), moment(*created_ms));
+        facts.push(["restored from".to_owned(), text]);
     }
     facts.push(["vCPUs".to_owned(), vcpus(config)]);
     facts.push(["memory".to_owned(), Bytes(*memory_actual_size).to_string()]);
@@ -35,6 +43,12 @@ pub(super) fn info(info: &VmInfo) -> String {
         text.push_str(&table(&rows));
     }
     text
+}
+
+/// A point in time, from milliseconds since 1970.
+pub(crate) fn moment(milliseconds: u64) -> String {
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds));
+    time.map_or_else(|| format!("{milliseconds} ms after 1970"), rfc3339)
 }
 
 fn vcpus(config: &VmConfig) -> String {
@@ -110,14 +124,20 @@ mod tests {
             phase: "Running".to_owned(),
             boots: 2,
             last_guest_event: Some("reset".to_owned()),
+            restored_from: Some(RestoredFrom {
+                source_url: "file:///srv/\n".to_owned(),
+                id: "0".repeat(64),
+                created_ms: 1_790_000_000_000,
+            }),
         };
         let expected = "\
-state       Running
-boots       2
-last event  reset
-vCPUs       1 of 4
-memory      512M
-kernel      /boot/vmlinux
+state          Running
+boots          2
+last event     reset
+restored from  file:///srv/\\n of 2026-09-21T14:13:20.000000Z
+vCPUs          1 of 4
+memory         512M
+kernel         /boot/vmlinux
 
 DEVICE  ADDRESS       PARENT
 _disk0  0000:00:02.0  -
@@ -130,6 +150,7 @@ serial  -             -
             phase: String::new(),
             boots: 0,
             last_guest_event: None,
+            restored_from: None,
             ..running
         };
         assert_eq!(info(&other), "state   Running\nvCPUs   1\nmemory  512M\n");

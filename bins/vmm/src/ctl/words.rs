@@ -15,13 +15,15 @@ pub enum Goal {
 }
 
 /// The words for them.
-pub(super) const GOALS: [(&str, Goal); 8] = [
+pub(super) const GOALS: [(&str, Goal); 10] = [
     ("none", Goal::Phase(Phase::Empty)),
     ("created", Goal::Phase(Phase::Created)),
     ("booting", Goal::Phase(Phase::Booting)),
     ("running", Goal::Phase(Phase::Running)),
     ("paused", Goal::Phase(Phase::Paused)),
     ("saving", Goal::Phase(Phase::Saving)),
+    ("migrating", Goal::Phase(Phase::Migrating)),
+    ("receiving", Goal::Phase(Phase::Receiving)),
     ("shutdown", Goal::Phase(Phase::Shutdown)),
     ("ended", Goal::Ended),
 ];

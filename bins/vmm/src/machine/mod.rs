@@ -69,6 +69,8 @@ pub struct Machine {
     vm: Arc<dyn Vm>,
     /// What the guest knows of it.
     identity: MachineV1,
+    /// Which guest it is.
+    generation: GenerationId,
     number: u64,
     trace: BootTrace,
 }
@@ -88,6 +90,8 @@ pub struct Plan<'a> {
     pub threads: &'a Arc<dyn ThreadHook>,
     /// When the images of its disks are locked.
     pub locks: Locks,
+    /// The guest's generation ID, if it had a machine before that it was booted on; a restored one has its own.
+    pub generation: Option<GenerationId>,
 }
 
 /// When the images of disks are locked.
@@ -132,38 +136,30 @@ struct Board {
 }
 
 impl Machine {
-    /// Builds a machine and loads what it boots; its vCPUs do not run yet. All its threads begin with `threads`. How long that
-    /// takes is written into `stages`.
+    /// Builds a machine and loads what it boots; its vCPUs do not run yet. How long that takes is written into `stages`.
     ///
     /// # Errors
     /// A part cannot be had; nothing is left behind.
-    pub fn build(
-        hypervisor: &dyn Hypervisor,
-        spec: &MachineSpec,
-        ports: &Ports,
-        post: &EventPost,
-        threads: &Arc<dyn ThreadHook>,
-        stages: &mut Stages,
-    ) -> Result<Self, MachineError> {
-        let plan = Plan { hypervisor, spec, ports, post, threads, locks: Locks::Now };
+    pub fn build(plan: &Plan<'_>, stages: &mut Stages) -> Result<Self, MachineError> {
         let (roads, vcpu_spec, vcpus) = stages.time(Stage::Vm, || {
             let roads = Roads::new(plan.create_vm()?);
             let vcpu_spec = plan.vcpu_spec(None)?;
             // They arise beside all that follows.
-            let vcpus = VcpuSet::begin(hypervisor, &roads.vm, &vcpu_spec, &roads.targets(post))?;
+            let vcpus = VcpuSet::begin(plan.hypervisor, &roads.vm, &vcpu_spec, &roads.targets(plan.post))?;
             Ok::<_, MachineError>((roads, vcpu_spec, vcpus))
         })?;
         let memory = stages.time(Stage::Memory, || {
             let phys_bits = vcpu_spec.cpuid.phys_bits();
             Ok::<_, MachineError>(MemoryMap::create(Arc::clone(&roads.vm), &plan.zones()?, phys_bits)?)
         })?;
-        let frame = Frame::new(&plan, roads, memory, Origin::PowerOn(vcpus), stages)?;
-        let entry = stages.time(Stage::Kernel, || {
-            let entry = kernel::load(spec, &frame.memory, &vcpu_spec.topology)?;
-            frame.ways.generation.begin(&generation_id()?).map_err(MachineError::GenerationId)?;
-            Ok::<_, MachineError>(entry)
+        let frame = Frame::new(plan, roads, memory, Origin::PowerOn(vcpus), stages)?;
+        let (entry, generation) = stages.time(Stage::Kernel, || {
+            let entry = kernel::load(plan.spec, &frame.memory, &vcpu_spec.topology)?;
+            let generation = plan.generation.map_or_else(new_generation, Ok)?;
+            frame.ways.generation.begin(&generation).map_err(MachineError::GenerationId)?;
+            Ok::<_, MachineError>((entry, generation))
         })?;
-        frame.finish(&plan, &vcpu_spec, Some(entry), stages)
+        Ok(Self { generation, ..frame.finish(plan, &vcpu_spec, Some(entry), stages)? })
     }
 
     /// Number of the machine, as in its events.
@@ -184,6 +180,11 @@ impl Machine {
     /// Guest memory, to track what changes in it.
     pub fn memory_mut(&mut self) -> &mut MemoryMap {
         &mut self.memory
+    }
+
+    /// The guest's generation ID.
+    pub fn generation(&self) -> GenerationId {
+        self.generation
     }
 
     /// Bits of the guest's physical addresses.
@@ -422,7 +423,8 @@ impl Frame {
         Ok(Self { vcpus, board, ways, memory, recorder })
     }
 
-    /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow.
+    /// Adds the vCPUs, parked; `entry` is where the first begins, if its state is not to follow. Which guest it is, its maker
+    /// says.
     fn finish(
         self,
         plan: &Plan<'_>,
@@ -438,12 +440,12 @@ impl Frame {
         })?;
         let identity = MachineV1::of(plan.spec, vcpu_spec.cpuid.phys_bits(), vcpus.msrs());
         let trace = BootTrace::new(plan.post.machine, stages, recorder);
-        let number = plan.post.machine;
-        Ok(Machine { vcpus, devices, memory, ways, vm: roads.vm, identity, number, trace })
+        let (number, generation) = (plan.post.machine, GenerationId::default());
+        Ok(Machine { vcpus, devices, memory, ways, vm: roads.vm, identity, generation, number, trace })
     }
 }
 
-fn generation_id() -> Result<GenerationId, MachineError> {
+fn new_generation() -> Result<GenerationId, MachineError> {
     let mut id = GenerationId::default();
     getrandom::fill(&mut id).map_err(MachineError::Random)?;
     Ok(id)

@@ -33,7 +33,7 @@ use vmm_snapshot::RecordSet;
 
 use super::recipes::PM_TIMER;
 use super::stages::{Stage, Stages};
-use super::{Frame, Machine, MachineError, Origin, Plan, QUIESCE_TIMEOUT, Roads, generation_id, topology};
+use super::{Frame, Machine, MachineError, Origin, Plan, QUIESCE_TIMEOUT, Roads, new_generation, topology};
 
 const MACHINE: &str = "machine";
 const CLOCK: &str = "clock";
@@ -209,10 +209,12 @@ impl Machine {
             machine.vcpus.restore(vcpus, TimeBase::After(moved_on))?;
             // And after the TSCs, on which the clock is based.
             machine.vm.set_clock(&now)?;
+            let generation = &machine.ways.generation;
             if another {
                 // The interrupt that tells is for the local APICs, which have their state now.
-                machine.ways.generation.renew(&generation_id()?).map_err(MachineError::GenerationId)?;
+                generation.renew(&new_generation()?).map_err(MachineError::GenerationId)?;
             }
+            machine.generation = generation.current().map_err(MachineError::GenerationId)?;
             Ok::<_, MachineError>(())
         })?;
         Ok(machine)

@@ -2,24 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use vmm_api::spec::{Checked, ReceiveSpec};
+use vmm_api::spec::{Checked, MigrationAddress, ReceiveSpec};
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
-    Command, Destination, DestinationAction, DestinationInput, DestinationOutcome, DestinationStep,
-    DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits, MAX_CONNECTIONS, Message, Missing,
-    MissingKind, Offer, Outcomes, Output, Reason, SessionId, SessionOutcome, Versions,
+    Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
+    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits,
+    MAX_CONNECTIONS, Message, Missing, MissingKind, Offer, Outcomes, Output, Reason, SessionId,
+    SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
-use super::{Clock, LINGER, THREAD};
+use super::{Clock, LINGER, THREAD, descriptors};
 use crate::exit::chain;
 use crate::machine;
 
@@ -193,6 +195,8 @@ struct Live {
     socket: Arc<Socket>,
     /// The further connections, by number.
     joined: BTreeMap<u64, (u16, Arc<Socket>)>,
+    /// It has been read to its end.
+    lost: bool,
     /// Read on until then, at most.
     until: Option<Instant>,
 }
@@ -210,6 +214,8 @@ impl Live {
 struct Vm {
     checked: Option<Checked>,
     memory: Option<HostMemory>,
+    /// What came to map it from.
+    files: Vec<OwnedFd>,
     /// The control thread has it.
     handed_over: bool,
 }
@@ -248,8 +254,12 @@ impl Driver {
 
     /// Whether nobody needs the thread any more.
     fn is_done(&mut self) -> bool {
-        if let Some(live) = self.live.take_if(|live| live.until.is_some_and(|until| until <= Instant::now()))
-        {
+        let is_over = |live: &mut Live| {
+            // A step under way still wants to be answered.
+            let ended = live.machine.state() == DestinationState::Ended;
+            ended && live.until.is_some_and(|until| until <= Instant::now())
+        };
+        if let Some(live) = self.live.take_if(is_over) {
             live.shutdown();
         }
         let now = self.clock.now();
@@ -272,7 +282,7 @@ impl Driver {
         self.handle(match said {
             Said::Lost(text) => DestinationInput::Lost(about(&text)),
             Said::Garbage(text) => DestinationInput::Garbage(about(&text)),
-            Said::Frame(frame) | Said::First(_, frame) => {
+            Said::Frame(frame) | Said::First(_, frame) | Said::Files(frame, _) => {
                 DestinationInput::Garbage(about(&format!("{} frame, where memory goes", frame.command())))
             }
             Said::Landed { pass, last } => DestinationInput::Landed { pass, last },
@@ -285,13 +295,17 @@ impl Driver {
         match said {
             Said::First(socket, frame) => self.first(number, socket, frame),
             Said::Lost(text) if ours => {
-                let live = self.live.as_mut().and_then(|live| live.until.as_mut());
-                if let Some(until) = live {
-                    *until = Instant::now();
+                if let Some(live) = &mut self.live {
+                    live.lost = true;
+                    live.until = live.until.map(|_| Instant::now());
                 }
                 self.handle(DestinationInput::Lost(text));
             }
             Said::Frame(frame) if ours => self.handle(DestinationInput::Frame(frame)),
+            Said::Files(frame, files) if ours => {
+                self.vm.files = files;
+                self.handle(DestinationInput::Frame(frame));
+            }
             Said::Garbage(text) if ours => self.handle(DestinationInput::Garbage(text)),
             Said::Landed { pass, last } if ours => self.handle(DestinationInput::Landed { pass, last }),
             Said::Damaged(range) if ours => self.handle(DestinationInput::Damaged(range)),
@@ -325,12 +339,16 @@ impl Driver {
         }
         let offer = Offer {
             versions: Versions::OURS,
-            features: Features::NONE,
+            features: match self.spec.address {
+                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY,
+                MigrationAddress::Tcp(_) => Features::NONE,
+            },
             connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
-        self.live = Some(Live { machine, connection: number, socket, joined: BTreeMap::new(), until: None });
+        let joined = BTreeMap::new();
+        self.live = Some(Live { machine, connection: number, socket, joined, lost: false, until: None });
         self.handle(DestinationInput::Frame(frame));
     }
 
@@ -386,6 +404,9 @@ impl Driver {
         let now = self.clock.now();
         let Some(live) = &mut self.live else { return };
         live.machine.handle(now, input);
+        if is_local(live) && live.machine.state() == DestinationState::Offered {
+            self.ground.expect_files(live.connection);
+        }
         while let Some(action) = self.live.as_mut().and_then(|live| live.machine.poll()) {
             self.act(action);
         }
@@ -415,7 +436,7 @@ impl Driver {
             DestinationAction::Close => {
                 if let Some(live) = &mut self.live {
                     live.socket.shutdown(Shutdown::Write);
-                    live.until = Some(Instant::now() + LINGER);
+                    live.until = Some(Instant::now() + if live.lost { Duration::ZERO } else { LINGER });
                 }
             }
             DestinationAction::Report(DestinationOutcome::Checked) => {}
@@ -444,9 +465,7 @@ impl Driver {
             },
             DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
             DestinationStep::Run => return (self.desk)(ReceiveStep::Run),
-            DestinationStep::MapMemory(_) => {
-                Err(Fault::new(Reason::Features, "descriptors were not agreed on"))
-            }
+            DestinationStep::MapMemory(ranges) => self.map(&ranges),
         };
         self.answer(result);
     }
@@ -455,6 +474,7 @@ impl Driver {
         match undo {
             DestinationUndo::Discard => {
                 self.ground.close();
+                self.ground.refuse_files();
                 let handed_over = std::mem::take(&mut self.vm).handed_over;
                 if handed_over {
                     return (self.desk)(ReceiveStep::Discard);
@@ -516,17 +536,36 @@ impl Driver {
         let failed = |error: &dyn std::error::Error| Fault::new(Reason::Failed, &chain(error));
         let hello = live.machine.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
         let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
-        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
-        let here = memory.regions().map(|(zone, gpa, length)| (zone.to_owned(), gpa, length));
+        let places = HostMemory::places(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
         let there =
             hello.memory.regions().iter().map(|region| (region.zone.clone(), region.gpa, region.length));
-        if !here.eq(there) {
+        if !places.into_iter().eq(there) {
             let missing = Missing::new(MissingKind::Memory, "memory where the guest has it");
             return Err(Fault::incompatible(vec![missing]));
         }
+        if is_local(live) {
+            // It is there already, and will be handed over.
+            return Ok(());
+        }
+        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
         let connections = live.machine.accept().map_or(1, |accept| accept.connections);
         self.ground.open(Arc::clone(memory.memory()), hello.memory.clone(), live.connection, connections);
         self.vm.memory = Some(memory);
+        Ok(())
+    }
+
+    /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
+    fn map(&mut self, ranges: &[DescriptorRange]) -> Result<(), Fault> {
+        self.ground.refuse_files();
+        let files = std::mem::take(&mut self.vm.files);
+        let (Some(checked), Some(hello)) = (&self.vm.checked, self.hello()) else {
+            return Err(Fault::new(Reason::Failed, "there is no configuration"));
+        };
+        let failed = |error: &dyn std::error::Error| Fault::new(Reason::Incompatible, &chain(error));
+        let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
+        let pieces = descriptors::pieces(ranges);
+        let memory = HostMemory::adopt(&zones, hello.cpu.phys_bits, files, &pieces);
+        self.vm.memory = Some(memory.map_err(|error| failed(&error))?);
         Ok(())
     }
 
@@ -541,4 +580,9 @@ impl Driver {
         let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
         Ok(Arrival { checked, records, memory })
     }
+}
+
+/// Whether memory is handed over by its descriptors.
+fn is_local(live: &Live) -> bool {
+    live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LOCAL_MEMORY))
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,9 +23,14 @@ pub(super) const WRITE: Duration = Duration::from_secs(1);
 /// How long a connection may wait before it says something.
 const FIRST: Duration = Duration::from_secs(10);
 
-/// Where memory is to land. Empty while the destination takes none.
+/// Where memory is to land.
 #[derive(Debug, Default)]
-pub(super) struct Ground(Mutex<Option<Open>>);
+pub(super) struct Ground {
+    /// Empty while the destination takes none.
+    open: Mutex<Option<Open>>,
+    /// The connection on which descriptors of memory are to come; 0 for none.
+    handed: AtomicU64,
+}
 
 #[derive(Debug)]
 struct Open {
@@ -62,8 +69,22 @@ impl Ground {
         *self.lock() = None;
     }
 
+    /// Descriptors of memory are to come on this connection, whose number is not 0.
+    pub(super) fn expect_files(&self, connection: u64) {
+        self.handed.store(connection, Ordering::SeqCst);
+    }
+
+    /// No descriptors are to come any more.
+    pub(super) fn refuse_files(&self) {
+        self.handed.store(0, Ordering::SeqCst);
+    }
+
+    fn takes_files(&self, connection: u64) -> bool {
+        self.handed.load(Ordering::SeqCst) == connection
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Open>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where memory of connection `number` lands, and which of the session's it is.
@@ -86,6 +107,8 @@ pub(super) enum Said {
     /// The first frame of all.
     First(Arc<Socket>, Frame),
     Frame(Frame),
+    /// The frame about descriptors of memory, and what came beside it or before.
+    Files(Frame, Vec<OwnedFd>),
     Garbage(String),
     Lost(String),
     Landed {
@@ -116,7 +139,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
         }
     }
     // Before there is memory, and with it.
-    let end = match control(&mut frames, &tell) {
+    let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
         Ok(Some(item)) => match ground.target(number) {
             Some((target, _)) => land(&mut frames, item, (ground, number, target), &tell),
             None => Err(End::Garbage("memory out of place".to_owned())),
@@ -136,11 +159,21 @@ fn may_be_first(command: Command) -> bool {
 }
 
 /// Up to the first frame about memory. `None`: nobody listens.
-fn control(frames: &mut Frames, tell: &dyn Fn(Said) -> bool) -> Result<Option<Item>, End> {
+fn control(
+    frames: &mut Frames,
+    takes_files: &dyn Fn() -> bool,
+    tell: &dyn Fn(Said) -> bool,
+) -> Result<Option<Item>, End> {
     loop {
+        // Looked at before each wait: a source attaches them to a frame that follows an answer.
+        frames.want_files(takes_files());
         match frames.next()? {
             Item::Frame(frame) if !frame.command().is_data() => {
-                if !tell(Said::Frame(frame)) {
+                let said = match frame.command() {
+                    Command::Descriptors => Said::Files(frame, frames.take_files()),
+                    _ => Said::Frame(frame),
+                };
+                if !tell(said) {
                     return Ok(None);
                 }
             }

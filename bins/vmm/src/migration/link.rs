@@ -1,9 +1,9 @@
 //! Sockets, and frames out of them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,8 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use vmm_api::spec::MigrationAddress;
 use vmm_migration_protocol::{Decoder, Frame, Item};
+
+use super::descriptors;
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
@@ -87,6 +89,14 @@ impl Socket {
     pub(super) fn send(&self, frame: &Frame) -> io::Result<()> {
         let mut to = self;
         to.write_all(&frame.encode())
+    }
+
+    /// Writes as much of `bytes` as goes, with `files` at its first byte.
+    pub(super) fn write_with(&self, bytes: &[u8], files: &[File]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => descriptors::send(stream, bytes, files),
+            Self::Tcp(_) => Err(ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Whether the process at the other end is this user's, or root's.
@@ -229,17 +239,36 @@ pub(super) struct Frames {
 }
 
 #[derive(Debug)]
-struct Half(Arc<Socket>);
+struct Half {
+    socket: Arc<Socket>,
+    /// Descriptors are wanted; else the kernel drops what comes.
+    takes: bool,
+    files: Vec<OwnedFd>,
+}
 
 impl Read for Half {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        (&mut &*self.0).read(bytes)
+        match &*self.socket {
+            Socket::Unix(stream) if self.takes => descriptors::receive(stream, bytes, &mut self.files),
+            _ => (&mut &*self.socket).read(bytes),
+        }
     }
 }
 
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
-        Self { from: BufReader::with_capacity(BUFFER, Half(Arc::clone(socket))), decoder: Decoder::new() }
+        let half = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
+        Self { from: BufReader::with_capacity(BUFFER, half), decoder: Decoder::new() }
+    }
+
+    /// Whether descriptors that come beside frames are wanted from now on.
+    pub(super) fn want_files(&mut self, takes: bool) {
+        self.from.get_mut().takes = takes;
+    }
+
+    /// The descriptors that have come.
+    pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.from.get_mut().files)
     }
 
     /// The next frame, or the beginning of one with memory.
@@ -248,6 +277,9 @@ impl Frames {
             let available = match self.from.fill_buf() {
                 Ok(available) => available,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    return Err(End::Garbage(error.to_string()));
+                }
                 Err(error) => return Err(End::Lost(error.to_string())),
             };
             if available.is_empty() {

@@ -9,11 +9,13 @@
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `link` | | sockets, and frames out of them |
+//! | `descriptors` | | memory that is handed over instead of being sent |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
 mod course;
+mod descriptors;
 pub(crate) mod incoming;
 mod joining;
 mod landing;
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
+pub(crate) use descriptors::ranges;
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
 

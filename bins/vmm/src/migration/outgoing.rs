@@ -1,6 +1,7 @@
 //! The thread that gives a VM away: it drives the protocol's [`Source`].
 
 use std::fmt;
+use std::fs::File;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -95,6 +96,8 @@ pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
+    /// The files of memory that is handed over.
+    pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
     pub(crate) told: Told,
@@ -142,7 +145,7 @@ impl Outgoing {
             threads: self.threads,
         };
         let pen = Pen { index: 0, socket: Arc::clone(&socket), memory, shared, broken: None };
-        let writer = Writer { pen, queue: queued, answers, read, lanes: Vec::new() };
+        let writer = Writer { pen, files: self.files, queue: queued, answers, read, lanes: Vec::new() };
         let (frames, heard) = (Frames::of(&socket), session.answers.clone());
         let reading = move || {
             listen(frames, &heard);

@@ -1,6 +1,7 @@
 //! The threads that write a source's connections: memory on all of them, frames on the first.
 
-use std::io::{ErrorKind, Write};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Bulk, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
+    Bulk, Command, Fault, Frame, Mark, MemoryRange, Message, Output, PAGE, Reason, SourceInput, Zero,
     contents_checksum,
 };
 use vmm_snapshot::directory::MemorySource;
@@ -71,6 +72,8 @@ pub(super) struct Pen {
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) pen: Pen,
+    /// The files of memory that is handed over, for the frame about them.
+    pub(super) files: Vec<File>,
     pub(super) queue: Receiver<Out>,
     pub(super) answers: Sender<SourceInput>,
     /// Disconnected when the connection has been read to its end.
@@ -99,6 +102,7 @@ impl Writer {
     pub(super) fn run(mut self) {
         while let Ok(out) = self.queue.recv() {
             match out {
+                Out::Frame(frame) if frame.command() == Command::Descriptors => self.hand_over(&frame),
                 Out::Frame(frame) => self.pen.write(&[&frame.encode()]),
                 Out::Lanes(lanes) => self.lanes = lanes,
                 Out::Pass(course) => {
@@ -115,6 +119,14 @@ impl Writer {
                 Out::Close => self.pen.socket.shutdown(Shutdown::Write),
             }
         }
+    }
+
+    /// Writes a frame with the files of memory beside its first byte.
+    fn hand_over(&mut self, frame: &Frame) {
+        let (bytes, files) = (frame.encode(), std::mem::take(&mut self.files));
+        let mut sent = 0;
+        self.pen.try_write(|socket| socket.write_with(&bytes, &files).inspect(|count| sent = *count));
+        self.pen.write(&[bytes.get(sent..).unwrap_or_default()]);
     }
 
     /// Sends a pass over all connections; gives the bytes on the link.
@@ -266,25 +278,33 @@ impl Pen {
 
     /// Writes parts of one frame. A link that does not take them is broken: what it has of the frame is of no use.
     fn write(&mut self, parts: &[&[u8]]) {
-        let mut since = Instant::now();
         for part in parts {
             let mut rest = *part;
             while !rest.is_empty() && self.broken.is_none() {
-                match (&mut &*self.socket).write(rest) {
-                    Ok(0) => self.give_up(),
-                    Ok(count) => {
-                        rest = rest.get(count..).unwrap_or_default();
-                        since = Instant::now();
+                self.try_write(|mut socket| {
+                    let count = socket.write(rest)?;
+                    rest = rest.get(count..).unwrap_or_default();
+                    Ok(count)
+                });
+            }
+        }
+    }
+
+    /// Writes once, as soon as the link takes something.
+    fn try_write(&mut self, mut write: impl FnMut(&Socket) -> io::Result<usize>) {
+        let since = Instant::now();
+        while self.broken.is_none() {
+            match write(&self.socket) {
+                Ok(0) => self.give_up(),
+                Ok(_) => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    if self.shared.is_unwanted() || since.elapsed() >= STALLED {
+                        self.give_up();
                     }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                        if self.shared.is_unwanted() || since.elapsed() >= STALLED {
-                            self.give_up();
-                        }
-                    }
-                    // The peer may have said why before it closed: reading goes on to the end.
-                    Err(error) => self.broken = Some(error.to_string()),
                 }
+                // The peer may have said why before it closed: reading goes on to the end.
+                Err(error) => self.broken = Some(error.to_string()),
             }
         }
     }
@@ -324,7 +344,7 @@ fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
     runs
 }
 
-fn unreadable(error: &std::io::Error) -> Fault {
+fn unreadable(error: &io::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
 }
 

@@ -116,8 +116,8 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 83),
-            (crate::migration::THREAD, 53),
+            (CONTROL_THREAD, 86),
+            (crate::migration::THREAD, 56),
             (crate::vmm::writer::THREAD, 48),
             (API_THREAD, 36),
             (set::THREAD, 30),

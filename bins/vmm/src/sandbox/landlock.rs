@@ -67,6 +67,10 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     if path == Path::new(STANDARD_OUTPUT) && !is_named(path).map_err(failed)? {
         return Ok(());
     }
+    if rule.usage == Usage::ReadLater && !path.exists() {
+        // The boot that wants it says so.
+        return Ok(());
+    }
     if rule.usage == Usage::Output && !path.exists() {
         // A rule is about a file that is there. Without it all of its folder would have to be writable.
         let mut options = OpenOptions::new();
@@ -87,7 +91,9 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
             | Usage::Granted(_),
         ) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
-        (true, Usage::Read | Usage::Disk { .. } | Usage::Output) => AccessFs::ReadDir.into(),
+        (true, Usage::Read | Usage::ReadLater | Usage::Disk { .. } | Usage::Output) => {
+            AccessFs::ReadDir.into()
+        }
     };
     ruleset.add_rule(PathBeneath::new(named, rights))?;
     Ok(())
@@ -102,7 +108,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
     let read = BitFlags::from(AccessFs::ReadFile);
     let write = AccessFs::WriteFile | AccessFs::Truncate;
     match usage {
-        Usage::Read => read,
+        Usage::Read | Usage::ReadLater => read,
         Usage::Itself | Usage::Snapshot => read | AccessFs::ReadDir,
         Usage::Disk { writable: false } => read | AccessFs::IoctlDev,
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,

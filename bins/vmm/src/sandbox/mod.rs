@@ -9,13 +9,13 @@ mod violation;
 
 use std::error::Error;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmm_api::spec::MachineSpec;
 use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 
 use landlock::LandlockError;
+use paths::Beginning;
 pub(crate) use violation::last_words;
 pub use violation::report_violations;
 
@@ -70,10 +70,10 @@ impl Sandbox {
         &self.threads
     }
 
-    /// Confines the paths of this thread, and of those that it will start, to those of `spec`, if that is wanted and not
-    /// done yet; `snapshots` are folders that it is restored from. What can be opened then stays the same for the life of the process. If it fails nothing is confined, and
-    /// the boot must not succeed: see [`confined`](Self::confined).
-    pub fn confine_paths(&mut self, spec: &MachineSpec, snapshots: &[PathBuf]) {
+    /// Confines the paths of this thread, and of those that it will start, to those of a VM of `spec` that has this
+    /// `beginning`, if that is wanted and not done yet. What can be opened then stays the same for the life of the process. If it
+    /// fails nothing is confined, and the boot must not succeed: see [`confined`](Self::confined).
+    pub fn confine_paths(&mut self, spec: &MachineSpec, beginning: &Beginning) {
         let wanted = match self.paths {
             PathPolicy::AsConfigured => spec.landlock.enable,
             PathPolicy::Always => true,
@@ -81,7 +81,7 @@ impl Sandbox {
         };
         self.failure = None;
         if wanted && !self.confined {
-            match landlock::restrict(&paths::rules(spec, snapshots)) {
+            match landlock::restrict(&paths::rules(spec, beginning)) {
                 Ok(confined) => self.confined = confined,
                 Err(error) => self.failure = Some(error),
             }

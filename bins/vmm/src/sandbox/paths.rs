@@ -21,6 +21,8 @@ pub struct PathRule {
 pub enum Usage {
     /// A file that is read.
     Read,
+    /// The same, but not now: a VM that has its memory already reads what it booted from when it boots again. It need not be there.
+    ReadLater,
     /// A disk's image or block device.
     Disk {
         /// It is written, too.
@@ -42,17 +44,31 @@ pub enum Usage {
     Granted(PathAccess),
 }
 
-/// All that the machine of `spec` opens, at its first boot and at every other, and the `snapshots` that it is restored
-/// from. /dev/kvm is open already.
-pub fn rules(spec: &MachineSpec, snapshots: &[PathBuf]) -> Vec<PathRule> {
+/// How a VM begins in this process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Beginning {
+    /// It boots.
+    Boot,
+    /// It is restored from the snapshots in these folders, or has come by migration, for which there are none.
+    Saved(Vec<PathBuf>),
+}
+
+/// All that the machine of `spec` opens, at its beginning and at every boot to come. /dev/kvm is open already.
+pub fn rules(spec: &MachineSpec, beginning: &Beginning) -> Vec<PathRule> {
     let mut rules = Rules(Vec::new());
-    snapshots.iter().for_each(|folder| rules.add(folder, Usage::Snapshot));
+    let payload = match beginning {
+        Beginning::Boot => Usage::Read,
+        Beginning::Saved(snapshots) => {
+            snapshots.iter().for_each(|folder| rules.add(folder, Usage::Snapshot));
+            Usage::ReadLater
+        }
+    };
     match &spec.payload {
         PayloadSpec::Kernel { kernel, initramfs, cmdline: _ } => {
-            rules.add(kernel, Usage::Read);
-            initramfs.iter().for_each(|path| rules.add(path, Usage::Read));
+            rules.add(kernel, payload);
+            initramfs.iter().for_each(|path| rules.add(path, payload));
         }
-        PayloadSpec::Firmware(path) => rules.add(path, Usage::Read),
+        PayloadSpec::Firmware(path) => rules.add(path, payload),
     }
     for disk in &spec.disks {
         rules.add(&disk.image.path, Usage::Disk { writable: !disk.image.readonly });
@@ -117,7 +133,10 @@ mod tests {
 
     fn of(json: &str) -> Vec<(String, Usage)> {
         let spec = parse_and_check(json.as_bytes(), UnknownFields::Refuse).unwrap().spec;
-        rules(&spec, &[]).into_iter().map(|rule| (rule.path.display().to_string(), rule.usage)).collect()
+        rules(&spec, &Beginning::Boot)
+            .into_iter()
+            .map(|rule| (rule.path.display().to_string(), rule.usage))
+            .collect()
     }
 
     #[test]
@@ -153,6 +172,20 @@ mod tests {
             ("/more", Usage::Granted(PathAccess { read: false, write: true })),
         ];
         assert_eq!(found, expected.map(|(path, usage)| (path.to_owned(), usage)));
+    }
+
+    #[test]
+    fn a_restored_vm_needs_its_snapshot_now_and_its_kernel_later() {
+        let json = br#"{"payload": {"kernel": "/vm/kernel", "initramfs": "/vm/initramfs"}}"#;
+        let spec = parse_and_check(json, UnknownFields::Refuse).unwrap().spec;
+        let found = rules(&spec, &Beginning::Saved(vec!["/saved".into()]));
+        let of = |path: &str, usage| PathRule { path: path.into(), usage };
+        let expected = [
+            of("/saved", Usage::Snapshot),
+            of("/vm/kernel", Usage::ReadLater),
+            of("/vm/initramfs", Usage::ReadLater),
+        ];
+        assert_eq!(found[..3], expected);
     }
 
     #[test]

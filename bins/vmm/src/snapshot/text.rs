@@ -1,7 +1,5 @@
 //! What was found, as text. What files say is shown without control characters.
 
-use std::time::{Duration, UNIX_EPOCH};
-
 use serde_json::Value;
 use vmm_api::config::Bytes;
 use vmm_snapshot::directory::{
@@ -9,8 +7,7 @@ use vmm_snapshot::directory::{
     RecordSummary, Region,
 };
 
-use crate::ctl::{plain, table};
-use crate::logger::time::rfc3339;
+use crate::ctl::{moment, plain, table};
 
 /// Ranges of memory that are listed per region, and the length of a value of the configuration.
 const MOST_RANGES: usize = 16;
@@ -61,11 +58,6 @@ pub(super) fn inspection(found: &Inspection) -> String {
     let config = config.map_or_else(|_| plain(found.config.get()), |value| format!("{value:#}"));
     text += &config.lines().map(|line| plain(line) + "\n").collect::<String>();
     text
-}
-
-fn moment(milliseconds: u64) -> String {
-    let time = UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds));
-    time.map_or_else(|| format!("{milliseconds} ms after 1970"), rfc3339)
 }
 
 fn counted(count: u64, what: &str) -> String {

@@ -8,6 +8,7 @@ use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, RebootCause};
 use vmm_device_model::thread::ThreadHook;
+use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_state::Phase;
 
 use super::receiving::Held;
@@ -21,6 +22,7 @@ use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
 use crate::machine::{EventPost, Locks, Machine, MachineError, MachineEvent, Plan, Ports};
 use crate::sandbox::Sandbox;
+use crate::sandbox::paths::Beginning;
 
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
@@ -126,7 +128,8 @@ impl Vmm {
 
     /// A boot thread is done. What is not waited for any more is dropped.
     pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: Stages) {
-        if self.slot.phase() != Phase::Booting || number != self.boot.machines {
+        let builds = matches!(self.slot.phase(), Phase::Booting | Phase::Receiving);
+        if !builds || number != self.boot.machines {
             return;
         }
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
@@ -168,8 +171,8 @@ impl Vmm {
             self.events.tell(self.boot.machines, &Event::Booting);
         }
         let mut stages = told::stages(&self.events, self.boot.machines);
-        let snapshots = origin.as_ref().map(Origin::folders).unwrap_or_default();
-        self.sandbox.confine_paths(&configured.spec, &snapshots);
+        let beginning = origin.as_ref().map_or(Beginning::Boot, |origin| Beginning::Saved(origin.folders()));
+        self.sandbox.confine_paths(&configured.spec, &beginning);
         let hypervisor = Ahead::ask(&self.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
@@ -200,6 +203,7 @@ impl Vmm {
             threads: Arc::clone(self.sandbox.threads()),
             before: self.boot.before.take(),
             origin,
+            generation: configured.generation,
         };
         Ok((build, fresh))
     }
@@ -234,6 +238,7 @@ impl Vmm {
         lost_memory::watch(machine.memory().mapped_files());
         if let Some(configured) = self.slot.config_mut() {
             configured.boots += 1;
+            configured.generation = Some(machine.generation());
             if let Some(consoles) = &mut configured.consoles {
                 consoles.attach();
                 self.inputs.want(consoles);
@@ -336,6 +341,8 @@ struct Build {
     before: Teardown,
     /// What it is made of, if it is restored.
     origin: Option<Origin>,
+    /// The VM's generation ID, if it was booted before.
+    generation: Option<GenerationId>,
 }
 
 impl Build {
@@ -349,12 +356,11 @@ impl Build {
             post: &self.post,
             threads: &self.threads,
             locks: self.origin.as_ref().map_or(Locks::Now, Origin::locks),
+            generation: self.generation,
         };
         let result = match self.origin {
             Some(origin) => Machine::restore(&plan, origin.saved(), stages),
-            None => {
-                Machine::build(&self.hypervisor, &self.spec, &self.ports, &self.post, &self.threads, stages)
-            }
+            None => Machine::build(&plan, stages),
         };
         (result, self.stages)
     }

@@ -16,9 +16,10 @@ impl Vmm {
         if let Some(configured) = self.slot.config_mut() {
             configured.last_event = Some(event);
         }
-        if self.slot.phase() == Phase::Saving {
-            self.ends_save(event);
-            self.ends_send(event);
+        match self.slot.phase() {
+            Phase::Saving => self.ends_save(event),
+            Phase::Migrating => self.ends_send(event),
+            _ => {}
         }
         match cell {
             EventCell::Defer if !self.deferred.contains(&event) => self.deferred.push(event),

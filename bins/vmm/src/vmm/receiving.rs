@@ -14,7 +14,6 @@ use vmm_api::events::{Event, JobOutcome};
 use vmm_api::spec::ReceiveSpec;
 use vmm_device_model::thread;
 use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
-use vmm_state::Phase;
 
 use super::boot::Asker;
 use super::restore::{Origin, Restore};
@@ -104,7 +103,7 @@ impl Vmm {
         match thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
             Ok(handle) => {
                 // Admission keeps this from failing.
-                let _ = self.slot.begin_restore();
+                let _ = self.slot.begin_receive();
                 self.jobs.receive.thread = Some(Thread { gone, handle: Some(handle) });
                 self.jobs.receive.job = Some(job);
             }
@@ -189,7 +188,6 @@ impl Vmm {
         self.close_consoles(fresh);
         self.inputs.drop_all();
         let _ = self.slot.fail_boot();
-        let _ = self.slot.begin_restore();
         let _ = self.boot_ended::<()>(&stages, Err(VmmError::GivenUp));
         self.boot.before.begin(machine, answer);
     }
@@ -236,9 +234,8 @@ impl Vmm {
 
     /// There is no VM, as before, or one that does not run.
     fn not_received(&mut self, job: Job, error: ReceiveError) {
-        if self.slot.phase() == Phase::Booting {
-            let _ = self.slot.fail_boot();
-        }
+        // One that does not run is there all the same.
+        let _ = self.slot.end_receive();
         let cancelled = error.is_cancelled();
         let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
         self.events.tell(job.machine, &Event::JobFinished { job: job.number, outcome });

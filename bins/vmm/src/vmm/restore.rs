@@ -10,11 +10,12 @@ use std::time::Instant;
 use vmm_api::config::{Fault, GuestClock, RestoreConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::Event;
+use vmm_api::info::RestoredFrom;
 use vmm_api::spec::{Checked, RestoreSpec};
 use vmm_memory_manager::map::{HostMemory, MemoryMap};
 use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
 use vmm_snapshot::RecordSet;
-use vmm_snapshot::directory::{Chain, ReadError, Work};
+use vmm_snapshot::directory::{Chain, Manifest, ReadError, Work};
 
 use super::boot::{Asker, Job};
 use super::tracks::{TrackError, Tracks};
@@ -26,6 +27,7 @@ use crate::machine::{ClockChoice, EventPost, Locks, Machine, MachineEvent, Saved
 #[derive(Debug)]
 pub struct Loaded {
     checked: Checked,
+    from: RestoredFrom,
     origin: Origin,
 }
 
@@ -134,12 +136,13 @@ impl Vmm {
 
     /// Goes on with what was found, as a boot does.
     fn take_over(&mut self, result: Result<Loaded, LoadError>, asker: Asker) {
-        let Loaded { checked, origin } = match result {
+        let Loaded { checked, from, origin } = match result {
             Ok(loaded) => loaded,
             Err(error) => return self.give_back(error.into(), asker),
         };
         super::warn(&checked.spec);
-        let _ = self.slot.load(Configured::new(checked));
+        let configured = Configured { restored_from: Some(from), ..Configured::new(checked) };
+        let _ = self.slot.load(configured);
         self.build_for(asker, Some(origin));
     }
 
@@ -204,8 +207,11 @@ fn load(spec: &RestoreSpec, watch: Watch) -> Result<Loaded, LoadError> {
         GuestClock::MovedOn => ClockChoice::MovedOn,
         GuestClock::StoodStill => ClockChoice::StoodStill,
     };
+    let Manifest { id, created_ms, .. } = chain.manifest();
+    let from = RestoredFrom { source_url: spec.source_url(), id: id.to_string(), created_ms: *created_ms };
     Ok(Loaded {
         checked,
+        from,
         origin: Origin::Snapshot(Box::new(Snapshot { chain, records, fill, clock, watch })),
     })
 }

@@ -23,7 +23,7 @@ use super::{Configured, Vmm, VmmError, boot, saving, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::outgoing::{DONE, Outgoing, Told};
-use crate::migration::{Aside, SendError, SendStep, THREAD};
+use crate::migration::{self, Aside, SendError, SendStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "migration";
@@ -61,7 +61,7 @@ impl Vmm {
             Ok(mut job) => {
                 job.asker = Some(asker);
                 // There is a machine.
-                let _ = self.slot.begin_save();
+                let _ = self.slot.begin_migrate();
                 self.jobs.send = Some(job);
             }
             Err(error) => asker.reply(Err(self.send_failed(number, error))),
@@ -78,7 +78,16 @@ impl Vmm {
         let (configured, machine) = self.slot.parts_mut().ok_or_else(|| refused("there is no machine"))?;
         let memory = machine.memory().source().map_err(|error| SendError::Refused(error.into()))?;
         let places = machine.memory().places();
-        let setup = setup(configured, machine, &places, (spec, paused))?;
+        let shared = match spec.local {
+            true => Some(machine.memory().share().map_err(|error| SendError::Refused(error.into()))?),
+            false => None,
+        };
+        let mut setup = setup(configured, machine, &places, (spec, paused))?;
+        if let Some(shared) = &shared {
+            (setup.hello.features, setup.hello.required) = (Features::LOCAL_MEMORY, Features::LOCAL_MEMORY);
+            setup.descriptors =
+                migration::ranges(&shared.pieces).map_err(|error| SendError::Refused(error.into()))?;
+        }
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
         let post = EventPost::new(machine.number(), self.post.clone());
@@ -86,6 +95,7 @@ impl Vmm {
             address: spec.address.clone(),
             setup,
             memory,
+            files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
             told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
@@ -201,7 +211,7 @@ impl Vmm {
             }
             Err(error) => {
                 let guest = if paused || stands { Guest::Rests } else { Guest::Runs };
-                let _ = self.slot.end_save(guest);
+                let _ = self.slot.end_migrate(guest);
                 let reply = self.send_failed(number, error);
                 self.post_info();
                 cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));

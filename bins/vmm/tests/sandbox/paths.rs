@@ -16,6 +16,10 @@ pub(crate) const ALL: &[Case] = &[
     ("a_second_vm_gets_the_first_ones_paths", a_second_vm_gets_the_first_ones_paths),
     ("granted_paths_can_be_reached", granted_paths_can_be_reached),
     ("a_boot_that_failed_for_a_path_can_be_tried_again", a_boot_that_failed_for_a_path_can_be_tried_again),
+    (
+        "a_restored_vm_wants_its_kernel_when_it_boots_again",
+        a_restored_vm_wants_its_kernel_when_it_boots_again,
+    ),
     ("all_devices_work_under_landlock", all_devices_work_under_landlock),
 ];
 
@@ -145,6 +149,45 @@ fn granted_paths_can_be_reached() {
     api.create(&vm_config(&kernel, &new));
     assert_eq!(api.put("vm.boot").status, 500);
     assert!(!new.exists());
+}
+
+fn a_restored_vm_wants_its_kernel_when_it_boots_again() {
+    let scratch = Scratch::new();
+    let (kernel, serial) = (scratch.guest(Guest::Ticker), SerialFile::new(scratch.path("serial")));
+    let saved = scratch.path("snapshots");
+    fs::create_dir(&saved).unwrap();
+    let url = format!("file://{}/one", saved.display());
+    {
+        let vmm = Vmm::with_api(&scratch, [""; 0]);
+        let mut config = confined(&kernel, serial.path());
+        config["landlock_rules"] = json!([{ "path": saved, "access": "rw" }]);
+        vmm.api().create(&config);
+        vmm.api().puts(&["vm.boot", "vm.pause"]);
+        vmm.api().done("vm.snapshot", &json!({ "destination_url": url }));
+    }
+    let restored = || {
+        let vmm = Vmm::with_api(&scratch, ["-v"]);
+        vmm.api().done("vm.restore", &json!({ "source_url": url, "resume": true }));
+        vmm.stderr.wait_for("landlock ABI");
+        serial.wait_longer_than(serial.text().len() + 20);
+        vmm
+    };
+    restored().api().puts(&["vm.reboot"]);
+
+    fs::remove_file(&kernel).unwrap();
+    let vmm = restored();
+    let answer = vmm.api().put("vm.reboot");
+    let named = answer.body.contains(&format!("cannot open {}", kernel.display()));
+    assert!(answer.status == 500 && named && answer.body.contains("No such file"), "{answer:?}");
+    // It came too late.
+    let _ = scratch.guest(Guest::Ticker);
+    boot_is_refused(&mut vmm.api(), &kernel);
+    drop(vmm);
+
+    fs::remove_file(&kernel).unwrap();
+    let vmm = Vmm::spawn(["-v", "--restore", &format!("source_url={url},resume=on")]);
+    vmm.stderr.wait_for("landlock ABI");
+    serial.wait_longer_than(serial.text().len() + 20);
 }
 
 fn a_boot_that_failed_for_a_path_can_be_tried_again() {

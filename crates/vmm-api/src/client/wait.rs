@@ -101,7 +101,8 @@ impl Client {
             Err(ClientError::Refused(problem))
                 if problem.code == Code::NoVm.name() || problem.status == 404 =>
             {
-                Ok(Phase::Empty.name().to_owned())
+                // A VM that is waited for is none yet.
+                Ok(problem.phase.unwrap_or_else(|| Phase::Empty.name().to_owned()))
             }
             Err(error) => Err(error),
         }

@@ -237,8 +237,8 @@ object! {
     pub struct SendMigrationData {
         /// Where to: `unix:/path` or `tcp:host:port`.
         [current, required] destination_url: String = String::new(),
-        /// Pass memory by descriptors to a VMM on this host.
-        [later] local: bool = false,
+        /// Pass memory by descriptors to a VMM on this host, through a UNIX socket; all of it must be shared.
+        [current] local: bool = false,
         /// How long the guest may stand still, in milliseconds.
         [current] downtime_ms: u64 = 300,
         /// How long all of it may take, in seconds.

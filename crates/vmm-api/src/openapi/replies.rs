@@ -90,6 +90,7 @@ impl Described for VmInfo {
             let config = components.object(VmConfig::TABLE);
             let state = components.schema("VmState", |_| vm_state());
             let node = components.schema("DeviceNode", |_| device_node());
+            let origin = components.schema("RestoredFrom", |_| restored_from());
             let size = json!({ "type": "integer", "format": "int64", "minimum": 0 });
             let count = json!({ "type": "integer", "format": "uint64", "minimum": 0 });
             let phases = json!({ "type": "string", "enum": Phase::ALL.map(Phase::name) });
@@ -104,6 +105,7 @@ impl Described for VmInfo {
                     ("phase!", phases, "The VM's phase, finer than its state."),
                     ("boots!", count, "How often the VM was booted."),
                     ("last_guest_event", TEXT(), "What the guest did to its machine last, if anything."),
+                    ("restored_from", origin, "What the VM was made of, if it was restored here."),
                 ],
             )
         }))
@@ -117,6 +119,18 @@ fn vm_state() -> Value {
         "enum": words,
         "description": "`BreakPoint` is for debuggers; this VMM does not say it yet.",
     })
+}
+
+fn restored_from() -> Value {
+    let time = json!({ "type": "integer", "format": "uint64", "minimum": 0 });
+    object(
+        "A snapshot that a VM was restored from.",
+        [
+            ("source_url!", TEXT(), "Its directory, as in the request."),
+            ("id!", TEXT(), "Its id: 64 hexadecimal digits."),
+            ("created_ms!", time, "When it was written: milliseconds since 1970-01-01T00:00:00Z."),
+        ],
+    )
 }
 
 fn device_node() -> Value {

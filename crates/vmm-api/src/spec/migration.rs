@@ -48,6 +48,8 @@ fn is_path(path: &str) -> bool {
 pub struct SendSpec {
     /// Where the other end listens.
     pub address: MigrationAddress,
+    /// Whether memory passes by descriptors; the address is a UNIX socket's.
+    pub local: bool,
     /// Longest that the guest should stand still.
     pub downtime: Duration,
     /// Longest that all should take.
@@ -73,9 +75,14 @@ impl SendSpec {
         }
         let address = MigrationAddress::parse("destination_url", &config.destination_url)
             .map_err(|fault| faults.push(fault));
+        if config.local && matches!(address, Ok(MigrationAddress::Tcp(_))) {
+            let message = "memory passes by descriptors through UNIX sockets only".to_owned();
+            faults.push(Fault::new("local", FaultKind::Invalid, message));
+        }
         match address {
             Ok(address) if faults.is_empty() => Ok(Self {
                 address,
+                local: config.local,
                 downtime: Duration::from_millis(config.downtime_ms),
                 timeout: Duration::from_secs(config.timeout_s),
                 strategy: config.timeout_strategy,
@@ -163,6 +170,12 @@ mod tests {
         );
         let mut faults = faults.unwrap_err();
         faults.sort();
-        assert_eq!(faults, ["connections", "destination_url", "local", "memory_mode", "tls_dir"]);
+        assert_eq!(faults, ["connections", "destination_url", "memory_mode", "tls_dir"]);
+    }
+
+    #[test]
+    fn memory_passes_by_descriptors_through_unix_sockets_only() {
+        assert!(send(r#"{"destination_url": "unix:/m", "local": true}"#).unwrap().local);
+        assert_eq!(send(r#"{"destination_url": "tcp:a:1", "local": true}"#).unwrap_err(), ["local"]);
     }
 }

@@ -90,6 +90,12 @@ impl RestoreSpec {
         }
     }
 
+    /// Where the snapshot is, as a request says it.
+    #[must_use]
+    pub fn source_url(&self) -> String {
+        format!("{SCHEME}{}", self.folder.display())
+    }
+
     /// The configuration of the restored VM: `saved` is the document in the snapshot.
     ///
     /// # Errors
@@ -265,7 +271,9 @@ mod tests {
             r#"{"source_url": "file:///a", "disks": [{"id": "_disk0", "path": "/b"}],
                 "serial": {"mode": "Socket", "socket": "/s"}}"#,
         );
-        let Checked { config, spec } = spec.unwrap().configure(SAVED).unwrap();
+        let spec = spec.unwrap();
+        assert_eq!(spec.source_url(), "file:///a");
+        let Checked { config, spec } = spec.configure(SAVED).unwrap();
         assert_eq!(spec.disks[0].image.path, Path::new("/b"));
         assert_eq!(spec.serial, Some(super::super::Sink::Socket("/s".into())));
         assert_eq!((config.serial.file, config.disks.unwrap()[0].path.clone()), (None, Some("/b".into())));

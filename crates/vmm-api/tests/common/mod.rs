@@ -111,6 +111,7 @@ impl Toy {
             phase: self.slot.phase().to_string(),
             boots: 1,
             last_guest_event: None,
+            restored_from: None,
         })
     }
 

@@ -1,8 +1,8 @@
 //! Configurations as JSON and as option strings.
 
-use vmm_api::config::{Fault, UnknownFields, VmConfig, parse_vm_config};
+use vmm_api::config::{Fault, RestoreConfig, UnknownFields, VmConfig, parse_vm_config};
 use vmm_api::options::{Arity, FLAGS, VmFlags};
-use vmm_api::spec::{MachineSpec, parse_and_check};
+use vmm_api::spec::{MachineSpec, RestoreSpec, parse_and_check};
 
 /// Most faults of an answer, and the line that says that there were more.
 const MOST_FAULTS: usize = 101;
@@ -19,6 +19,23 @@ pub(crate) fn config(bytes: &[u8]) {
     }
     if let Ok(parsed) = parse_vm_config(bytes, UnknownFields::Warn) {
         reread(&parsed.config);
+    }
+}
+
+/// Reads the first line of `bytes` as the body of `vm.restore`, the rest as the configuration in the snapshot. A VM of both is one
+/// that could have been created.
+pub(crate) fn restored(bytes: &[u8]) {
+    let (request, saved) = match bytes.iter().position(|byte| *byte == b'\n') {
+        Some(end) => (&bytes[..end], &bytes[end + 1..]),
+        None => (bytes, &[][..]),
+    };
+    let Ok(request) = serde_json::from_slice::<RestoreConfig>(request) else { return };
+    match RestoreSpec::check(&request).and_then(|spec| spec.configure(saved)) {
+        Ok(checked) => {
+            let again = reread(&checked.config);
+            assert_eq!(MachineSpec::check(&again).unwrap(), checked.spec);
+        }
+        Err(faults) => check_faults(&faults),
     }
 }
 

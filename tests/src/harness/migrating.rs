@@ -1,0 +1,121 @@
+//! Migrations between two VMMs.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+
+use super::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+
+/// The address of a UNIX socket.
+#[must_use]
+pub fn url(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+/// What `vm.send-migration` is told of a UNIX socket.
+#[must_use]
+pub fn to(path: &Path) -> Value {
+    json!({ "destination_url": url(path) })
+}
+
+/// A request with a body on a connection of its own, which is not waited for.
+///
+/// # Panics
+/// When it cannot be sent.
+#[must_use]
+pub fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
+    Pending::send(vmm.socket(), name, body.to_string().as_bytes())
+}
+
+/// Begins to wait for a VM at `address`, whose serial port is to go to `serial`.
+///
+/// # Panics
+/// When the request cannot be sent.
+#[must_use]
+pub fn receive_at(vmm: &Vmm, address: &str, serial: &SerialFile) -> Pending {
+    let body = json!({ "receiver_url": address, "serial": { "mode": "File", "file": serial.path() } });
+    pending(vmm, "vm.receive-migration", &body)
+}
+
+/// The same at a UNIX socket, whose path is given; somebody listens there.
+///
+/// # Panics
+/// When nobody does.
+#[must_use]
+pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathBuf) {
+    // A receiver answers at its address for a while after its end.
+    static RECEIVERS: AtomicU32 = AtomicU32::new(0);
+    let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
+    let pending = receive_at(vmm, &url(&path), serial);
+    // The path is there before anybody listens. One who comes and goes is no source.
+    wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
+    (pending, path)
+}
+
+/// Sends the VM to `address` as soon as somebody listens there.
+///
+/// # Panics
+/// When nobody does.
+pub fn send_to(vmm: &Vmm, address: &str) -> Answer {
+    let body = json!({ "destination_url": address });
+    let nobody = |answer: &Answer| answer.body.contains("cannot connect to the receiver");
+    wait_until(
+        LIMIT,
+        || Some(vmm.api().put_json("vm.send-migration", &body)).filter(|answer| !nobody(answer)),
+        || format!("a receiver at {address}"),
+    )
+}
+
+/// Two network namespaces with a cable between them; removed when dropped.
+#[derive(Debug)]
+pub struct Namespaces {
+    names: [String; 2],
+}
+
+impl Namespaces {
+    /// Their addresses.
+    pub const ADDRESSES: [&'static str; 2] = ["192.0.2.1", "192.0.2.2"];
+
+    /// Makes them.
+    ///
+    /// # Errors
+    /// What ip(8) said, where that is not allowed or there is no such program.
+    pub fn new() -> Result<Self, String> {
+        let names = ["a", "b"].map(|end| format!("vmm{}{end}", std::process::id()));
+        let made = Self { names };
+        let [a, b] = &made.names;
+        ip(&format!("netns add {a}"))?;
+        ip(&format!("netns add {b}"))?;
+        ip(&format!("link add e0 netns {a} type veth peer name e0 netns {b}"))?;
+        for (name, address) in made.names.iter().zip(Self::ADDRESSES) {
+            ip(&format!("-n {name} address add {address}/24 dev e0"))?;
+            ip(&format!("-n {name} link set e0 up"))?;
+        }
+        Ok(made)
+    }
+
+    /// The name of one of them.
+    #[must_use]
+    pub fn name(&self, second: bool) -> &str {
+        let [a, b] = &self.names;
+        if second { b } else { a }
+    }
+}
+
+impl Drop for Namespaces {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = ip(&format!("netns delete {name}"));
+        }
+    }
+}
+
+fn ip(arguments: &str) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments.split(' ')).output();
+    let output = output.map_err(|error| format!("ip {arguments}: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(()) } else { Err(format!("ip {arguments}: {}", text.trim_end())) }
+}
