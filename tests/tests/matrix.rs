@@ -25,6 +25,10 @@ fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
         Cell::Run(step) if [Action::SendMigration, Action::ReceiveMigration].contains(&row.action) => {
             (500, step.failed)
         }
+        // It is not in doubt where the VM is.
+        Cell::Run(step) if [Action::MigrationKeep, Action::MigrationYield].contains(&row.action) => {
+            (409, step.failed)
+        }
         Cell::Run(step) if has_body(row) => (200, step.done),
         Cell::Run(step) => (204, step.done),
         Cell::Nothing => (204, phase),
@@ -40,15 +44,19 @@ fn expected(row: &ActionRow, phase: Phase) -> (u16, Phase) {
             | Reason::AlreadyPaused
             | Reason::NotPaused
             | Reason::NoJob
-            | Reason::Migrating,
+            | Reason::Migrating
+            | Reason::NotMigrating,
         ) => (409, phase),
     }
 }
 
 /// Whether a success has something to tell.
 fn has_body(row: &ActionRow) -> bool {
-    use Action::{BootTrace, Counters, Events, Info, LogLevel, Metrics, OpenApi, Ping, Validate};
-    [BootTrace, Counters, Events, Info, LogLevel, Metrics, OpenApi, Ping, Validate].contains(&row.action)
+    use Action::{
+        BootTrace, Counters, Events, Info, LogLevel, Metrics, MigrationProgress, OpenApi, Ping, Validate,
+    };
+    [BootTrace, Counters, Events, Info, LogLevel, Metrics, MigrationProgress, OpenApi, Ping, Validate]
+        .contains(&row.action)
 }
 
 /// A VMM, and requests about a VM of one vCPU that halts and can take an NMI.

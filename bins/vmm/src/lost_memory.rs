@@ -1,13 +1,16 @@
 //! Guest memory that is gone: it is a private mapping of a snapshot's file, and the file has shrunk or cannot be read. A vCPU that
-//! touches it stops; any other thread gets SIGBUS.
+//! touches it stops; any other thread gets SIGBUS. Or it is filled from the snapshot while the guest runs, and what is in there is
+//! not what it was.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use vmm_memory_manager::fill::FillError;
 use vmm_memory_manager::map::MappedFile;
 
-use crate::exit::ExitCode;
+use crate::exit::{ExitCode, chain};
 use crate::sandbox::last_words;
+use crate::signals;
 
 /// What guest memory is a mapping of.
 static FILES: Mutex<Vec<MappedFile>> = Mutex::new(Vec::new());
@@ -44,6 +47,13 @@ pub(crate) fn in_handler(address: usize) -> Option<ExitCode> {
     Some(ExitCode::LostMemory)
 }
 
+/// Guest memory that threads fill from a snapshot cannot be read. vCPUs and devices may wait for it, so that nothing can be
+/// taken apart.
+pub(crate) fn not_filled(error: &FillError) {
+    log::error!("guest memory is lost: {} (see docs/snapshot.md)", chain(error));
+    signals::end_at_once(ExitCode::LostMemory);
+}
+
 /// Text that needs no heap; what is not ASCII is a question mark.
 struct Bytes<'a>(&'a [u8]);
 
@@ -72,6 +82,18 @@ mod tests {
         assert_eq!(shrunk(), Some(path));
         watch(Vec::new());
         assert_eq!((shrunk(), in_handler(0x2000)), (None, None));
+    }
+
+    #[test]
+    fn memory_that_cannot_be_filled_ends_the_process() {
+        const CHILD: &str = "VMM_TEST_LOSES_MEMORY";
+        let me = "lost_memory::tests::memory_that_cannot_be_filled_ends_the_process";
+        if std::env::var_os(CHILD).is_some() {
+            not_filled(&FillError::Faults(std::io::ErrorKind::NotFound.into()));
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let status = child.args(["--exact", me]).env(CHILD, "1").status().unwrap();
+        assert_eq!(status.code(), Some(ExitCode::LostMemory as i32));
     }
 
     #[test]

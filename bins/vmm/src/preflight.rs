@@ -61,12 +61,20 @@ pub fn preflight(spec: &MachineSpec, most_vcpus: u32) -> Vec<FaultReport> {
         }
     }
     faults.check("rng.src", RngDevice::new("trial", &spec.rng.source));
-    let consoles = [
+    faults.0.extend(consoles(spec));
+    faults.0
+}
+
+/// What stands against the consoles of `spec`: files and sockets.
+#[must_use]
+pub fn consoles(spec: &MachineSpec) -> Vec<FaultReport> {
+    let mut faults = Faults::default();
+    let sinks = [
         ("serial", spec.serial.as_ref()),
         ("console", spec.console.as_ref().map(|console| &console.sink)),
         ("debug_console", spec.debug_console.as_ref().map(|console| &console.sink)),
     ];
-    for (name, sink) in consoles {
+    for (name, sink) in sinks {
         match sink {
             Some(Sink::File(path)) => faults.check(&format!("{name}.file"), writable(path)),
             Some(Sink::Socket(path)) => {

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
 
+use crate::exit::ExitCode;
 use crate::{console, lost_memory};
 
 /// What ends the VMM in an orderly way.
@@ -126,8 +127,7 @@ extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *con
         // SAFETY: a SIGBUS of the kernel's has an address.
         let address = unsafe { info.si_addr() };
         if let Some(status) = lost_memory::in_handler(address as usize) {
-            // SAFETY: ends the process; nothing of it is used any more.
-            unsafe { libc::_exit(status as i32) };
+            end_at_once(status);
         }
     }
     let former = CRASHES.iter().position(|crash| *crash == signal).and_then(|at| FORMER.get(at)?.get());
@@ -144,6 +144,13 @@ extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *con
             unsafe { libc::raise(signal) };
         }
     }
+}
+
+/// Ends the process, whatever its other threads wait for. The terminal is given back.
+pub(crate) fn end_at_once(status: ExitCode) -> ! {
+    console::restore_terminal_in_handler();
+    // SAFETY: ends the process; nothing of it is used any more.
+    unsafe { libc::_exit(status as i32) }
 }
 
 /// All threads allocate from one heap. The C library would give each a heap of its own, which costs the start of

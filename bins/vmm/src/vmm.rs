@@ -1,9 +1,11 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
 mod boot;
+mod freezing;
 mod guest;
 mod handlers;
 mod inputs;
+mod moving;
 mod receiving;
 mod restore;
 mod saving;
@@ -13,6 +15,7 @@ mod teardown;
 mod told;
 mod tracks;
 mod tree;
+mod waiting;
 pub(crate) mod writer;
 
 use std::collections::BTreeSet;
@@ -107,6 +110,7 @@ struct Jobs {
     saving: Saving,
     send: Option<sending::Job>,
     receive: receiving::Receiving,
+    moving: moving::Moving,
 }
 
 /// How the VMM behaves, for its whole life.

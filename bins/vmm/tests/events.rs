@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use vmm_api::client::{Client, EventReader};
 use vmm_api::events::{LINE_MOST, Received, StreamItem};
-use vmm_tests::harness::{LIMIT, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
+use vmm_tests::harness::{Api, LIMIT, Scratch, SerialFile, Vmm, vm_arguments, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
 /// The names of the monitor's events, each of which must have the contract's form.
@@ -148,6 +148,34 @@ fn a_monitors_reader_that_stops_loses_events_and_holds_nobody() {
     assert!(names.len() > 3000 && held.len() + names.len() < 6000, "{} and {}", held.len(), names.len());
     vmm.expect_exit(0);
     assert_eq!(vmm.stderr.text().matches("event monitor").count(), 1, "{}", vmm.stderr.text());
+}
+
+/// A guest that resets for ever is told of in bounded space, and nothing is left out in silence.
+#[test]
+fn a_guest_that_resets_in_a_loop_does_not_fill_the_monitors_file() {
+    let scratch = Scratch::new();
+    let path = scratch.path("events");
+    let (mut vmm, _) = created(&scratch, &path, Guest::Reset);
+    let mut api = vmm.api();
+    api.puts(&["vm.boot"]);
+    let boots = |api: &mut Api| api.get("vm.info").json()["boots"].as_u64().unwrap();
+    wait_until(LIMIT, || (boots(&mut api) >= 150).then_some(()), || "a guest that resets".to_owned());
+    api.puts(&["vm.shutdown"]);
+    let boots = boots(&mut api);
+    api.puts(&["vmm.shutdown"]);
+    vmm.expect_exit(0);
+    let text = fs::read_to_string(&path).unwrap();
+    let names = monitored(&text);
+    let repeats = ["vm/booting", "vm/booted", "vm/rebooting", "vm/rebooted"];
+    let told = names.iter().filter(|name| repeats.contains(&name.as_str())).count() as u64;
+    let counts = text.lines().filter_map(|line| {
+        let event: Value = serde_json::from_str(line).unwrap();
+        event["properties"]["events"].as_str().map(|count| count.parse::<u64>().unwrap())
+    });
+    let left_out: u64 = counts.sum();
+    assert!(left_out > 0, "{boots} boots");
+    assert_eq!(told + left_out, 4 * boots - 2, "{names:?}");
+    assert_eq!(names[names.len() - 3..], ["vm/shutdown", "vm/deleted", "vmm/shutdown"]);
 }
 
 #[test]

@@ -222,34 +222,37 @@ impl fmt::Display for Feature {
 /// # Errors
 /// The first thing that the host lacks.
 pub fn check(given: &[CpuidEntry], supported: &[CpuidEntry]) -> Result<(), Lacks> {
+    lacking(given, supported).into_iter().next().map_or(Ok(()), Err)
+}
+
+/// All that a host which supports `supported` lacks to give a guest what it was given. Of another maker's processor that
+/// is all that is said.
+#[must_use]
+pub fn lacking(given: &[CpuidEntry], supported: &[CpuidEntry]) -> Vec<Lacks> {
     let (own, here) = (vendor(given), vendor(supported));
     if own != here {
-        return Err(Lacks::Vendor { given: own, here });
+        return vec![Lacks::Vendor { given: own, here }];
     }
+    let mut lacking = Vec::new();
     for Features { leaf, subleaf, register, always } in FEATURES {
         let word = |entries| find(entries, leaf, subleaf).map_or(0, |entry| register.of(entry));
         let missing = word(given) & !(word(supported) | always);
-        if missing != 0 {
-            let bit = missing.trailing_zeros();
-            return Err(Lacks::Feature(Feature { leaf, subleaf, register, bit }));
-        }
+        let bits = (0..u32::BITS).filter(|bit| missing >> bit & 1 == 1);
+        lacking.extend(bits.map(|bit| Lacks::Feature(Feature { leaf, subleaf, register, bit })));
     }
     let bits = |entries| find(entries, 0x8000_0008, 0).map_or(36, |entry| entry.eax & 0xff);
     if bits(given) > bits(supported) {
-        return Err(Lacks::PhysBits { given: bits(given), here: bits(supported) });
+        lacking.push(Lacks::PhysBits { given: bits(given), here: bits(supported) });
     }
-    check_xsave(given, supported)
+    let components = given.iter().filter(|entry| entry.function == 0xd && entry.index >= 2);
+    lacking.extend(components.filter_map(|entry| lacks_component(entry, supported)));
+    lacking
 }
 
-fn check_xsave(given: &[CpuidEntry], supported: &[CpuidEntry]) -> Result<(), Lacks> {
-    for entry in given.iter().filter(|entry| entry.function == 0xd && entry.index >= 2) {
-        let here = find(supported, 0xd, entry.index).map_or((0, 0), |entry| (entry.eax, entry.ebx));
-        let given = (entry.eax, entry.ebx);
-        if given != here {
-            return Err(Lacks::XsaveComponent { component: entry.index, given, here });
-        }
-    }
-    Ok(())
+fn lacks_component(entry: &CpuidEntry, supported: &[CpuidEntry]) -> Option<Lacks> {
+    let here = find(supported, 0xd, entry.index).map_or((0, 0), |entry| (entry.eax, entry.ebx));
+    let given = (entry.eax, entry.ebx);
+    (given != here).then_some(Lacks::XsaveComponent { component: entry.index, given, here })
 }
 
 fn find(entries: &[CpuidEntry], leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
@@ -325,6 +328,22 @@ mod tests {
             lacks(&|given| given.push(tiles)),
             "XSAVE component 18 had (8192, 2816) (size and offset), on this host it has (0, 0)"
         );
+    }
+
+    #[test]
+    fn all_that_is_lacking_is_listed() {
+        let mut given = supported();
+        assert_eq!(lacking(&given, &supported()), []);
+        let extended = CpuidEntry { function: 7, index_significant: true, ..CpuidEntry::default() };
+        given.push(CpuidEntry { ebx: 1 << 16 | 1 << 30, ..extended });
+        leaf(&mut given, 0x8000_0008).eax = 0x3034;
+        let names: Vec<String> = lacking(&given, &supported()).iter().map(ToString::to_string).collect();
+        assert_eq!(names.len(), 3, "{names:?}");
+        assert!(
+            names[0].contains("AVX512F") && names[1].contains("AVX512BW") && names[2].contains("52 bits")
+        );
+        leaf(&mut given, 0).ebx = 0x756e_6547;
+        assert!(matches!(lacking(&given, &supported())[..], [Lacks::Vendor { .. }]));
     }
 
     #[test]

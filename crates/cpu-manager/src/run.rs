@@ -11,7 +11,8 @@
 //! close together are one interruption, so the thread then obeys every order that has come.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::{Duration, Instant};
 
 use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{HypervisorError, Vcpu, VcpuExit};
@@ -33,6 +34,8 @@ pub(crate) enum Order {
     Restore(Box<VcpuV1>, Tsc, Sender<(u32, Result<Option<u64>, StateError>)>),
     /// Raise a non-maskable interrupt and tell.
     Nmi(Sender<(u32, Result<(), HypervisorError>)>),
+    /// Keep out of the guest for so long, if it runs.
+    Rest(Duration),
     /// End.
     Stop,
 }
@@ -96,7 +99,28 @@ impl Runner {
                 let _ = reply.send((self.index, self.vcpu.nmi()));
                 current
             }
+            Order::Rest(time) => match current {
+                Next::Run => self.rest(time),
+                other => other,
+            },
             Order::Stop => Next::Stop,
+        }
+    }
+
+    /// Stays out of the guest; other orders are obeyed meanwhile, and may end it.
+    fn rest(&mut self, time: Duration) -> Next {
+        let until = Instant::now() + time;
+        loop {
+            let next = match self.orders.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                // One that comes before the last is over adds nothing.
+                Ok(Order::Rest(_)) => Next::Run,
+                Ok(order) => self.obey(order, Next::Run),
+                Err(RecvTimeoutError::Timeout) => return Next::Run,
+                Err(RecvTimeoutError::Disconnected) => return Next::Stop,
+            };
+            if !matches!(next, Next::Run) {
+                return next;
+            }
         }
     }
 

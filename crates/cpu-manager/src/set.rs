@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_device_model::bus::Bus;
 use vmm_device_model::metrics::Sample;
 use vmm_device_model::thread::{ThreadHook, ThreadKind};
+use vmm_hypervisor::state::CpuidEntry;
 use vmm_hypervisor::{Hypervisor, HypervisorError, Kick, Vm};
 
 use crate::affinity::CoreScheduling;
@@ -112,6 +113,8 @@ pub struct VcpuSet {
     threads: Vec<VcpuThread>,
     apic_ids: Vec<u32>,
     msrs: Arc<[u32]>,
+    /// What the first was given.
+    cpuid: Vec<CpuidEntry>,
     running: bool,
 }
 
@@ -130,6 +133,7 @@ pub struct Unfinished {
     threads: Vec<Newborn>,
     apic_ids: Vec<u32>,
     msrs: Arc<[u32]>,
+    cpuid: Vec<CpuidEntry>,
 }
 
 impl Unfinished {
@@ -139,16 +143,37 @@ impl Unfinished {
     /// # Errors
     /// A vCPU could not be had; those that could are gone again.
     pub fn finish(self, entry: Option<Entry>) -> Result<VcpuSet, VcpuError> {
-        let Self { threads: newborn, apic_ids, msrs } = self;
+        let Self { threads: newborn, apic_ids, msrs, cpuid } = self;
         for (index, thread) in newborn.iter().enumerate() {
             thread.enter_at(entry.filter(|_| index == 0));
         }
-        let mut set = VcpuSet { threads: Vec::new(), apic_ids, msrs, running: false };
+        let mut set = VcpuSet { threads: Vec::new(), apic_ids, msrs, cpuid, running: false };
         for thread in newborn {
             let (orders, kick, exits, end) = thread.wait()?;
             set.threads.push(VcpuThread { orders, kick, exits, end });
         }
         Ok(set)
+    }
+}
+
+/// Keeps vCPUs out of the guest for a while, from any thread. It may outlive them.
+pub struct Brake(Vec<(Sender<Order>, Arc<dyn Kick>)>);
+
+impl Brake {
+    /// Keeps every vCPU that runs out of the guest for `time`, from now on. All else that is asked of it is done meanwhile.
+    pub fn rest(&self, time: Duration) {
+        for (orders, kick) in &self.0 {
+            // A thread that has ended needs no rest.
+            if orders.send(Order::Rest(time)).is_ok() {
+                kick.kick();
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Brake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Brake of {} vCPUs", self.0.len())
     }
 }
 
@@ -191,7 +216,8 @@ impl VcpuSet {
             None => saved_msrs(hypervisor.msr_indices()?).into(),
         };
         let apic_ids = (0..spec.boot).map(|index| spec.topology.apic_id(index)).collect();
-        let mut unfinished = Unfinished { threads: Vec::new(), apic_ids, msrs };
+        let cpuid = spec.cpuid.of(0);
+        let mut unfinished = Unfinished { threads: Vec::new(), apic_ids, msrs, cpuid };
         let mut turn = Turn::first();
         for index in 0..spec.boot {
             let (next, after) = turn.then();
@@ -220,6 +246,17 @@ impl VcpuSet {
     /// The MSRs that make up a vCPU's state.
     pub fn msrs(&self) -> &[u32] {
         &self.msrs
+    }
+
+    /// What CPUID tells the first vCPU. Others differ in what says which one they are.
+    pub fn cpuid(&self) -> &[CpuidEntry] {
+        &self.cpuid
+    }
+
+    /// What slows them down.
+    pub fn brake(&self) -> Brake {
+        let of = |thread: &VcpuThread| (thread.orders.clone(), Arc::clone(&thread.kick));
+        Brake(self.threads.iter().map(of).collect())
     }
 
     /// Local APIC IDs, by vCPU.

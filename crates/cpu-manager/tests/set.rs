@@ -181,6 +181,36 @@ fn pause_and_resume_a_thousand_times_lose_no_exit() {
 }
 
 #[test]
+fn a_brake_keeps_vcpus_out_of_the_guest_and_nothing_else_from_them() {
+    let (fake, world) = (Fake::new(), world());
+    let mut set = create(&fake, 2, &world.targets).unwrap();
+    let written = || world.log.lock().unwrap().0.len();
+    let write = |vcpu| fake.script(vcpu, [Exit::PioWrite { port: 0x80, data: vec![1] }]);
+    let brake = set.brake();
+    // Who is parked needs no rest.
+    brake.rest(Duration::from_secs(3600));
+    write(0);
+    set.run();
+    wait_for(|| written() == 1);
+    brake.rest(Duration::from_secs(3600));
+    // Orders are obeyed in their turn, so both rest now.
+    set.nmi().unwrap();
+    (0..2).for_each(write);
+    brake.rest(Duration::from_secs(3600));
+    set.nmi().unwrap();
+    assert_eq!(written(), 1, "it is out of the guest");
+    set.pause().unwrap();
+    set.save().unwrap();
+    set.run();
+    wait_for(|| written() == 3);
+    brake.rest(Duration::from_millis(1));
+    (0..2).for_each(write);
+    wait_for(|| written() == 5);
+    drop(set);
+    brake.rest(Duration::from_millis(1));
+}
+
+#[test]
 fn state_moves_to_another_set() {
     let (fake, world) = (Fake::new(), world());
     let first = create(&fake, 2, &world.targets).unwrap();

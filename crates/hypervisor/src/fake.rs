@@ -1,11 +1,10 @@
 //! A hypervisor without hardware: it plays scripted exits and fails calls on demand.
 //!
-//! Managers are tested against it. [`Fake::fail_nth`] fails the n-th call of all; run an operation once to
-//! learn how many calls it makes ([`Fake::calls`]), then once for every n, and compare [`Fake::live`] with
-//! what it was before: nothing may be left behind.
+//! Managers are tested against it. [`Fake::fail_each`] runs an operation once for every call that it makes, which then fails; compare
+//! [`Fake::live`] with what it was before: nothing may be left behind.
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -41,8 +40,8 @@ struct State {
     routes: Vec<MsiRoute>,
     signalled: Vec<Msi>,
     dirty: BTreeMap<u32, Vec<u64>>,
-    /// Memory slots, by VM and number: a slot that is set again is no second one.
-    slots: BTreeSet<(usize, u32)>,
+    /// Memory slots, by VM and number: a slot that is set again is no second one. Whether writes to it are logged.
+    slots: BTreeMap<(usize, u32), bool>,
     clock: ClockData,
     host_tsc: u64,
     guesses_tsc: bool,
@@ -67,6 +66,8 @@ pub struct Live {
     pub vcpus: usize,
     /// Memory slots.
     pub slots: usize,
+    /// Those of them whose writes are logged.
+    pub logged: usize,
     /// irqfds.
     pub irqfds: usize,
     /// ioeventfds.
@@ -144,6 +145,30 @@ impl Fake {
         self.lock().failures.push(Failure { call: None, left: nth, errno: libc::ENOMEM });
     }
 
+    /// Does `work` once for each call that it makes, which then fails, and at last once more. `look` gets what failed, what `ready`
+    /// made, and what came of it. Gives how many calls there are.
+    pub fn fail_each<S, T>(
+        &self,
+        mut ready: impl FnMut() -> S,
+        mut work: impl FnMut(&mut S) -> T,
+        mut look: impl FnMut(Option<&'static str>, S, T),
+    ) -> usize {
+        let mut nth = 1;
+        loop {
+            let mut state = ready();
+            let before = self.calls().len();
+            self.fail_nth(nth);
+            let result = work(&mut state);
+            self.heal();
+            let failed = self.calls().get(before + nth - 1).copied();
+            look(failed, state, result);
+            if failed.is_none() {
+                return nth - 1;
+            }
+            nth += 1;
+        }
+    }
+
     /// Fails the `nth` call of `call` from now (1 is the next) with ENOMEM.
     pub fn fail_nth_of(&self, call: &'static str, nth: usize) {
         self.lock().failures.push(Failure { call: Some(call), left: nth, errno: libc::ENOMEM });
@@ -172,7 +197,8 @@ impl Fake {
     /// What exists now.
     pub fn live(&self) -> Live {
         let state = self.lock();
-        Live { slots: state.slots.len(), ..state.live }
+        let logged = state.slots.values().filter(|logged| **logged).count();
+        Live { slots: state.slots.len(), logged, ..state.live }
     }
 
     /// Answers to scripted reads so far.
@@ -293,7 +319,7 @@ impl Drop for FakeVm {
         // What a VM holds goes with it.
         let mut state = self.fake.lock();
         state.live.vms -= 1;
-        state.slots.retain(|(vm, _)| *vm != self.number);
+        state.slots.retain(|(vm, _), _| *vm != self.number);
         if state.live.vms == 0 {
             (state.live.irqfds, state.live.ioeventfds) = (0, 0);
             state.routes.clear();
@@ -320,7 +346,7 @@ impl Vm for FakeVm {
 
     #[expect(unsafe_code, reason = "the trait's; this one never touches the memory")]
     unsafe fn set_memory_slot(&self, slot: &MemorySlot) -> Result<()> {
-        self.fake.enter("KVM_SET_USER_MEMORY_REGION")?.slots.insert((self.number, slot.slot));
+        self.fake.enter("KVM_SET_USER_MEMORY_REGION")?.slots.insert((self.number, slot.slot), slot.log_dirty);
         Ok(())
     }
 
@@ -687,6 +713,7 @@ mod tests {
                 // SAFETY: the fake never touches the memory.
                 unsafe { vm.set_memory_slot(&MemorySlot { log_dirty, ..slot }) }.unwrap();
                 assert_eq!(fake.live().slots, slots);
+                assert_eq!(fake.live().logged, slots - usize::from(!log_dirty));
             }
         }
         first.remove_memory_slot(&slot).unwrap();

@@ -10,6 +10,7 @@ use vmm_device_model::dma::{DmaMemory, GuestRam};
 use vmm_hypervisor::{MemorySlot, Vm};
 use vmm_snapshot::RecordError;
 
+use crate::fill::{FillError, FillThreads};
 use crate::layout::{Layout, Range};
 use crate::zone::{Backing, ZoneConfig, ZoneError, check_host};
 
@@ -24,6 +25,10 @@ pub struct MemoryMap {
     dma: DmaMemory,
     /// Per region the snapshot's file that it is a private mapping of; empty where nothing was restored.
     files: Vec<Option<PathBuf>>,
+    /// What is being filled while the guest runs.
+    filling: Option<FillThreads>,
+    /// Another process that maps it, too.
+    shared_with: Option<String>,
 }
 
 /// RAM that no VM has yet: a migration fills it before there is a machine.
@@ -108,7 +113,17 @@ impl MemoryMap {
         files: Vec<Option<PathBuf>>,
     ) -> Result<Self, ZoneError> {
         let dma = DmaMemory::from(Arc::clone(&memory));
-        let mut map = Self { vm, layout, zones, slots: Vec::new(), memory, dma, files };
+        let mut map = Self {
+            vm,
+            layout,
+            zones,
+            slots: Vec::new(),
+            memory,
+            dma,
+            files,
+            filling: None,
+            shared_with: None,
+        };
         map.give_to_guest()?;
         Ok(map)
     }
@@ -144,6 +159,36 @@ impl MemoryMap {
     /// The handle that devices get.
     pub fn dma(&self) -> DmaMemory {
         self.dma.clone()
+    }
+
+    /// It is filled from now on.
+    pub(crate) fn filled_by(&mut self, threads: FillThreads) {
+        self.filling = Some(threads);
+    }
+
+    /// Whether some of it is still to be filled from the snapshot that it was restored from.
+    pub fn is_filling(&self) -> bool {
+        self.filling.as_ref().is_some_and(|threads| !threads.filling().is_over())
+    }
+
+    /// The guest is there, and may run: whatever could not be read until now is told here, and from now on to whom it
+    /// concerns then.
+    ///
+    /// # Errors
+    /// Memory that was to be filled cannot be; the guest is of no use.
+    pub fn settle(&self) -> Result<(), FillError> {
+        self.filling.as_ref().map_or(Ok(()), |threads| threads.filling().settle())
+    }
+
+    /// Another process has mapped this memory, on behalf of `who`: it writes into it as it likes, unseen by the page
+    /// tables of this one.
+    pub fn share_with(&mut self, who: &str) {
+        self.shared_with = Some(who.to_owned());
+    }
+
+    /// On whose behalf another process has mapped it.
+    pub fn shared_with(&self) -> Option<&str> {
+        self.shared_with.as_deref()
     }
 
     /// The snapshot's files that RAM is a mapping of; for a handler of SIGBUS.

@@ -18,18 +18,29 @@ const SLICE: u64 = 8192;
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const FILE: u64 = 1 << 61;
+const PROTECTED: u64 = 1 << 57;
+
+/// Which of a process's own pages are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// All.
+    All,
+    /// Those that a userfaultfd protects from writes.
+    Protected,
+}
 
 /// This process's pagemap.
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
+    which: Own,
     /// The kernel has the ioctl that scans (Linux 6.7).
     scans: AtomicBool,
 }
 
 impl Pagemap {
-    pub(crate) fn open() -> io::Result<Self> {
-        Ok(Self { file: File::open("/proc/self/pagemap")?, scans: AtomicBool::new(true) })
+    pub(crate) fn open(which: Own) -> io::Result<Self> {
+        Ok(Self { file: File::open("/proc/self/pagemap")?, which, scans: AtomicBool::new(true) })
     }
 
     /// Runs of pages in `range` (host addresses, whole pages) that belong to this process alone, in memory or
@@ -43,7 +54,7 @@ impl Pagemap {
             return Ok((Vec::new(), range.end));
         }
         if self.scans.load(Ordering::Relaxed) {
-            match sys::scan_pages(&self.file, range.clone(), most) {
+            match sys::scan_pages(&self.file, range.clone(), most, self.which) {
                 // An older kernel knows no ioctl here.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
                     self.scans.store(false, Ordering::Relaxed);
@@ -68,7 +79,7 @@ impl Pagemap {
             for entry in bytes.as_chunks::<8>().0 {
                 let page = at..at + PAGE_SIZE;
                 at = page.end;
-                if !own(u64::from_ne_bytes(*entry)) {
+                if !own(u64::from_ne_bytes(*entry), self.which) {
                     continue;
                 }
                 match runs.last_mut() {
@@ -85,8 +96,9 @@ impl Pagemap {
     }
 }
 
-fn own(entry: u64) -> bool {
-    entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0
+fn own(entry: u64, which: Own) -> bool {
+    let meant = which == Own::All || entry & PROTECTED != 0;
+    entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 && meant
 }
 
 #[cfg(test)]
@@ -127,8 +139,8 @@ mod tests {
     #[test]
     fn scanned_and_read_page_tables_say_the_same() {
         let (memory, host) = memory();
-        let scanned = Pagemap::open().unwrap();
-        let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open().unwrap() };
+        let scanned = Pagemap::open(Own::All).unwrap();
+        let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open(Own::All).unwrap() };
         for pagemap in [&scanned, &read] {
             assert_eq!(walk(pagemap, host, 512), (vec![], 0));
         }
@@ -153,7 +165,11 @@ mod tests {
 
     #[test]
     fn swapped_pages_are_there_and_files_are_not() {
-        assert!(own(PRESENT) && own(SWAPPED) && own(SWAPPED | 0x1234));
-        assert!(!own(0) && !own(PRESENT | FILE) && !own(SWAPPED | FILE) && !own(0x1234));
+        for (bit, which) in [(0, Own::All), (PROTECTED, Own::All), (PROTECTED, Own::Protected)] {
+            let own = |entry| own(entry | bit, which);
+            assert!(own(PRESENT) && own(SWAPPED) && own(SWAPPED | 0x1234));
+            assert!(!own(0) && !own(PRESENT | FILE) && !own(SWAPPED | FILE) && !own(0x1234));
+        }
+        assert!(!own(PRESENT, Own::Protected) && !own(SWAPPED, Own::Protected), "written since");
     }
 }

@@ -8,8 +8,9 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
 use vmm_hypervisor::Vm;
 use vmm_snapshot::RecordError;
-use vmm_snapshot::directory::{Chain, MAX_REGIONS, Piece, Place, ReadError, Work};
+use vmm_snapshot::directory::{CHUNK, Chain, MAX_REGIONS, Piece, Place, ReadError, Work};
 
+use crate::fill::{Behind, FillThreads, Filling};
 use crate::layout::{HIGH_RAM_START, HOLE_START, Layout, PAGE_SIZE, Placement};
 use crate::map::{MemoryLayoutV1, MemoryMap, PieceV1};
 use crate::sys::{self, Advice};
@@ -55,6 +56,33 @@ impl MemoryMap {
         saved: &Saved<'_>,
         work: &Work<'_>,
     ) -> Result<Self, RestoreError> {
+        Self::restore_with(vm, zones, saved, work, None)
+    }
+
+    /// As [`restore`](Self::restore); shared memory and huge pages, which cannot be mappings of a snapshot, are filled by
+    /// threads while the guest runs, where `Fill::Lazy` is wanted and this host can: not if they are of more than 2 MiB, and
+    /// not a file that has a name, which other processes may map. Nobody may give this memory to another process before it
+    /// is [filled](Self::is_filling).
+    ///
+    /// # Errors
+    /// As `restore`.
+    pub fn restore_behind(
+        vm: Arc<dyn Vm>,
+        zones: &[ZoneConfig],
+        saved: &Saved<'_>,
+        work: &Work<'_>,
+        behind: &Behind<'_>,
+    ) -> Result<Self, RestoreError> {
+        Self::restore_with(vm, zones, saved, work, Some(behind))
+    }
+
+    fn restore_with(
+        vm: Arc<dyn Vm>,
+        zones: &[ZoneConfig],
+        saved: &Saved<'_>,
+        work: &Work<'_>,
+        behind: Option<&Behind<'_>>,
+    ) -> Result<Self, RestoreError> {
         let layout = layout_of(saved.layout, zones)?;
         let places = saved.layout.ram.iter().map(place_of);
         if !saved.chain.regions().iter().map(vmm_snapshot::directory::Region::place).eq(places) {
@@ -63,14 +91,27 @@ impl MemoryMap {
         check_host(layout.ram_size())?;
         let zones: Vec<_> = zones.iter().map(restored).collect();
         let lazy: Vec<_> = zones.iter().map(|zone| is_lazy(zone, saved.fill)).collect();
-        for (zone, _) in zones.iter().zip(&lazy).filter(|(_, lazy)| saved.fill == Fill::Lazy && !**lazy) {
-            log::info!(zone = zone.id.as_str(); "memory of this kind is filled before the guest runs");
-        }
         let (regions, files) = map_all(&layout, &zones, &lazy, saved.chain)?;
         let memory = Arc::new(GuestRam::from_regions(regions).map_err(ZoneError::from)?);
-        fill(&memory, &files, saved.chain, work)?;
+        let later = |piece: &Placement| zones.get(piece.zone).is_some_and(|zone| can_wait(zone, saved.fill));
+        let later: Vec<_> = layout.ram.iter().map(later).collect();
+        let filling = behind.filter(|_| later.contains(&true)).and_then(|behind| {
+            let prepared = Filling::new(Arc::clone(&memory), &later, behind);
+            prepared.inspect_err(|why| log::info!("shared memory is not filled behind the guest: {why}")).ok()
+        });
+        let now = |region: usize| filling.is_none() || later.get(region) != Some(&true);
+        let unmapped = files.iter().enumerate().any(|(region, file)| file.is_none() && now(region));
+        if saved.fill == Fill::Lazy && unmapped {
+            log::info!("memory that is shared or in huge pages is filled before the guest runs");
+        }
+        fill(&memory, &files, &now, saved.chain, work)?;
+        let threads = filling.zip(behind).map(|(filling, behind)| FillThreads::start(filling, behind));
         let zones = zones.into_iter().map(|zone| zone.id).collect();
-        Ok(Self::assemble(vm, layout, zones, memory, files)?)
+        let mut map = Self::assemble(vm, layout, zones, memory, files)?;
+        if let Some(threads) = threads {
+            map.filled_by(threads?);
+        }
+        Ok(map)
     }
 }
 
@@ -131,6 +172,13 @@ fn is_lazy(zone: &ZoneConfig, fill: Fill) -> bool {
     fill == Fill::Lazy && !zone.shared && zone.huge_page.is_none() && !zone.options.prefault
 }
 
+/// Whether a zone can be filled while the guest runs.
+fn can_wait(zone: &ZoneConfig, fill: Fill) -> bool {
+    let is_named = zone.file.as_ref().is_some_and(|path| !path.is_dir());
+    let is_small = zone.huge_page.is_none_or(|size| size <= CHUNK);
+    fill == Fill::Lazy && !is_lazy(zone, fill) && !zone.options.prefault && is_small && !is_named
+}
+
 fn map_all(
     layout: &Layout,
     zones: &[ZoneConfig],
@@ -174,9 +222,16 @@ fn snapshot_file(
     Ok((file.try_clone().map_err(failed)?, path))
 }
 
-/// Puts in what the mappings of `files` do not show.
-fn fill(memory: &GuestRam, files: &Files, chain: &Chain, work: &Work<'_>) -> Result<(), RestoreError> {
+/// Puts in what the mappings of `files` do not show, where it is to be there `now`.
+fn fill(
+    memory: &GuestRam,
+    files: &Files,
+    now: &(dyn Fn(usize) -> bool + Sync),
+    chain: &Chain,
+    work: &Work<'_>,
+) -> Result<(), RestoreError> {
     let is_mapped = |region: usize| files.get(region).is_some_and(Option::is_some);
+    let is_wanted = |region: usize| !is_mapped(region) && now(region);
     let gpa = |piece: &Piece<'_>| {
         let region = chain.regions().get(piece.region);
         region.map(|region| region.gpa + piece.offset).ok_or(io::ErrorKind::NotFound)
@@ -186,9 +241,9 @@ fn fill(memory: &GuestRam, files: &Files, chain: &Chain, work: &Work<'_>) -> Res
         let put = |piece: Piece<'_>| put(memory, gpa(&piece)?, piece.bytes);
         chain.load_overlay_of(&is_mapped, work, &put)?;
     }
-    if !(0..files.len()).all(is_mapped) {
+    if (0..files.len()).any(is_wanted) {
         let put_used = |piece: Piece<'_>| put_used(memory, gpa(&piece)?, piece.bytes);
-        chain.load_of(&|region| !is_mapped(region), work, &put_used)?;
+        chain.load_of(&is_wanted, work, &put_used)?;
     }
     Ok(())
 }
@@ -244,6 +299,9 @@ pub enum RestoreError {
     /// The snapshot cannot be read.
     #[error("cannot read guest memory from the snapshot")]
     Read(#[from] ReadError),
+    /// There are no threads that fill it.
+    #[error("cannot start a thread that fills guest memory")]
+    Threads(#[source] io::Error),
     /// The host or the hypervisor refuses.
     #[error("cannot get guest memory")]
     Memory(#[from] ZoneError),

@@ -22,7 +22,7 @@ use vmm_snapshot::directory::{CHUNK, MemorySource, Place};
 use crate::dirty::Changed;
 use crate::layout::PAGE_SIZE;
 use crate::map::MemoryMap;
-use crate::pagemap::Pagemap;
+use crate::pagemap::{Own, Pagemap};
 
 /// Pages that a look at the page tables for the next data finds at most: a writer of few pages asks for each anew.
 const NEXT_PAGES: u64 = 64;
@@ -53,9 +53,18 @@ impl MemoryMap {
     /// The RAM for a snapshot's writer, a region per piece of the layout.
     ///
     /// # Errors
-    /// The page tables cannot be asked (/proc/self/pagemap).
+    /// The page tables cannot be asked (/proc/self/pagemap), or [it is being filled](Self::is_filling).
     pub fn source(&self) -> io::Result<GuestMemorySource> {
-        let pagemap = Pagemap::open()?;
+        self.source_of(Own::All)
+    }
+
+    /// The same; of private memory only `which` pages are there.
+    pub(crate) fn source_of(&self, which: Own) -> io::Result<GuestMemorySource> {
+        if self.is_filling() {
+            let what = "it is still being read from the snapshot that it was restored from";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
+        }
+        let pagemap = Pagemap::open(which)?;
         let regions = self.places().into_iter().zip(self.memory().iter()).map(|(place, region)| {
             let mapping = region.get_mmap();
             Region {
@@ -113,6 +122,16 @@ impl GuestMemorySource {
     /// Guest physical address of a region's first byte.
     pub fn gpa(&self, region: usize) -> Option<u64> {
         self.regions.get(region).map(|region| region.place.gpa)
+    }
+
+    /// Whether all of it is private memory without files.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        self.regions.iter().all(|region| !region.shared && region.file.is_none())
+    }
+
+    /// Whether a region shows a file where nothing was written.
+    pub(crate) fn is_overlay(&self, region: usize) -> bool {
+        self.regions.get(region).is_some_and(|at| !at.shared && !at.huge && at.file.is_some())
     }
 
     fn region(&self, region: usize) -> io::Result<&Region> {

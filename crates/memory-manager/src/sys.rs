@@ -6,6 +6,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+use crate::pagemap::Own;
+
 /// A memory file named `name`, which can be sealed; with `huge_page` (bytes, a power of two) in huge pages of that size.
 pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
@@ -97,6 +99,7 @@ const MOST_RUNS: usize = 64;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610_u32 as libc::Ioctl;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
@@ -106,7 +109,17 @@ const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// file's, not the zero page; at most `most` pages. And where it stopped to look, or the end of the range.
 ///
 /// `pagemap` is /proc/self/pagemap.
-pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+pub(crate) fn scan_pages(
+    pagemap: &File,
+    range: Range<u64>,
+    most: u64,
+    which: Own,
+) -> io::Result<(Vec<Range<u64>>, u64)> {
+    let protected = match which {
+        Own::All => 0,
+        // What is protected counts as not written since.
+        Own::Protected => PAGE_IS_WRITTEN,
+    };
     let mut found = [PageRegion::default(); MOST_RUNS];
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
@@ -115,8 +128,8 @@ pub(crate) fn scan_pages(pagemap: &File, range: Range<u64>, most: u64) -> io::Re
         vec: found.as_mut_ptr() as u64,
         vec_len: found.len() as u64,
         max_pages: most,
-        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO,
-        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO | protected,
+        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO | protected,
         category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         // Any one: runs are split where it differs, and this one does not.
         return_mask: PAGE_IS_FILE,

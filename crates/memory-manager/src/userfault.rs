@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vm_memory::GuestMemoryBackend;
 use vmm_device_model::dma::GuestRam;
@@ -273,6 +274,18 @@ impl Userfault {
             len = len.saturating_sub(done);
         }
         Ok(())
+    }
+
+    /// Waits until there is something to be told by [`faults`](Self::faults), or until `over`, an eventfd, is readable.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn wait(&self, over: impl AsFd) -> io::Result<()> {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN), PollFd::new(&over, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What waits, at most 16 accesses and perhaps none: poll for [`as_fd`](Self::as_fd) to be readable.

@@ -111,6 +111,16 @@ commands! {
     Committed = 80, Destination, SESSION..=SESSION;
     /// A range of guest memory and its bytes, compressed.
     Packed = 81, Source, BULK;
+    /// The destination is to run without this range, and to ask for it.
+    Absent = 96, Source, 20..=20;
+    /// A range that is wanted before all others.
+    Want = 97, Destination, 16..=16;
+    /// All of memory is there: the source can drop it.
+    Whole = 98, Destination, SESSION..=SESSION;
+    /// First frame of a connection that takes a lost one's place after Commit.
+    Rejoin = 99, Source, 8 + SESSION..=8 + SESSION;
+    /// A range that is still absent; Ack of Rejoin follows the last.
+    Lacks = 100, Destination, 16..=16;
 }
 
 impl Command {
@@ -136,7 +146,7 @@ impl Command {
     /// Whether it is about guest memory on its way, and so for the receiver of memory and not for a state machine.
     #[must_use]
     pub const fn is_data(self) -> bool {
-        self.is_bulk() || matches!(self, Self::Zero | Self::Mark)
+        self.is_bulk() || matches!(self, Self::Zero | Self::Mark | Self::Absent)
     }
 }
 
@@ -155,7 +165,7 @@ mod tests {
         let found: Vec<Command> = (0..=u16::MAX).filter_map(Command::from_number).collect();
         assert_eq!(found, Command::ALL);
         let numbers = Command::ALL.map(Command::number);
-        let expected: Vec<u16> = (1..=6).chain(64..=81).collect();
+        let expected: Vec<u16> = (1..=6).chain(64..=81).chain(96..=100).collect();
         assert_eq!(numbers.to_vec(), expected);
     }
 }

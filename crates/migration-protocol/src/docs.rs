@@ -2,7 +2,10 @@
 
 use std::fmt::{Debug, Write as _};
 
-use crate::{Cell, DestinationKind, DestinationState, SourceKind, SourceState};
+use crate::{
+    Cell, DestinationKind, DestinationState, FillerKind, FillerState, SourceKind, SourceState, SupplierKind,
+    SupplierState,
+};
 
 /// Both machines as Markdown: a state diagram and a table each. `docs/machines.md` is this text.
 #[must_use]
@@ -17,8 +20,16 @@ pub fn machines_markdown() -> String {
     machine(&mut page, "Source", (&SourceState::ALL, &SourceKind::ALL), source);
     let destination = |state: DestinationState, kind| cell(state.cell(kind), &[]);
     machine(&mut page, "Destination", (&DestinationState::ALL, &DestinationKind::ALL), destination);
+    page.push_str("\nPost-copy goes on after Commit with these two; there is nothing to undo.\n");
+    let supplier = |state: SupplierState, kind| cell(state.cell(kind), &[]);
+    machine(&mut page, "Supplier", (&SupplierState::ALL, &SupplierKind::ALL), supplier);
+    let filler = |state: FillerState, kind| cell(state.cell(kind), &[]);
+    machine(&mut page, "Filler", (&FillerState::ALL, &FillerKind::ALL), filler);
     page
 }
+
+/// A cell of a migration that has failed.
+const UNDO: &str = "undo";
 
 /// How a cell is written, and where its arrows go.
 fn cell<S: Copy + Debug>(cell: Cell<S>, ask: &[S]) -> (String, Vec<S>) {
@@ -27,7 +38,7 @@ fn cell<S: Copy + Debug>(cell: Cell<S>, ask: &[S]) -> (String, Vec<S>) {
             let names: Vec<String> = to.iter().map(|state| format!("{state:?}")).collect();
             (names.join(" / "), to.to_vec())
         }
-        Cell::GiveUp => ("undo".to_owned(), Vec::new()),
+        Cell::GiveUp => (UNDO.to_owned(), Vec::new()),
         Cell::Ask => ("ask".to_owned(), ask.to_vec()),
         Cell::Ignore => ("-".to_owned(), Vec::new()),
     }
@@ -49,10 +60,13 @@ fn machine<S: Copy + Debug + PartialEq, K: Copy + Debug>(
             let _ = writeln!(page, "    {from:?} --> {to:?} : {}", names.join(", "));
         }
     }
-    let _ = write!(
-        page,
-        "```\n\nBefore Commit each state also leads to Stopping, Undoing or Ended by what says `undo` below.\n\n"
-    );
+    page.push_str("```\n\n");
+    let undoes = |from: &S| kinds.iter().any(|kind| cell(*from, *kind).0 == UNDO);
+    if states.iter().any(undoes) {
+        page.push_str(
+            "Before Commit each state also leads to Stopping, Undoing or Ended by what says `undo` below.\n\n",
+        );
+    }
     page.push_str("| state |");
     for kind in kinds {
         let _ = write!(page, " {kind:?} |");

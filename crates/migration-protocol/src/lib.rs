@@ -14,6 +14,7 @@ mod message;
 mod negotiate;
 mod pacer;
 mod policy;
+mod postcopy;
 mod source;
 
 pub use command::{Command, Sender};
@@ -30,8 +31,8 @@ pub use frame::{
 };
 pub use machine::{Cell, Limits, Outcomes, Output, REMEMBERED};
 pub use memory::{
-    Barrier, DescriptorRange, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout, MemoryRange, PAGE,
-    Region, Zero,
+    Absent, Barrier, DescriptorRange, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout, MemoryRange,
+    PAGE, Region, Zero,
 };
 pub use message::{Join, MAGIC, Message, MessageError, Progress, SessionOutcome};
 pub use negotiate::{
@@ -39,6 +40,10 @@ pub use negotiate::{
 };
 pub use pacer::Pacer;
 pub use policy::{Decision, Goals, Pass, Policy, Stop, TimeoutStrategy};
+pub use postcopy::{
+    Filler, FillerAction, FillerInput, FillerKind, FillerOutcome, FillerState, FillerStep, Supplier,
+    SupplierAction, SupplierInput, SupplierKind, SupplierOutcome, SupplierState, SupplierStep,
+};
 pub use source::{
     Source, SourceAction, SourceInput, SourceKind, SourceOutcome, SourceProgress, SourceSetup, SourceState,
     SourceStep, SourceUndo, What,

@@ -188,6 +188,14 @@ impl<'a> Intake<'a> {
         self.take(zero.range, zero.pass)
     }
 
+    /// Whether `range` may be made absent.
+    ///
+    /// # Errors
+    /// [`MemoryError`]: the peer breaks the protocol.
+    pub fn absent(&mut self, absent: Absent) -> Result<(), MemoryError> {
+        self.take(absent.range, absent.pass)
+    }
+
     /// Whether the pass may end here.
     ///
     /// # Errors
@@ -281,6 +289,15 @@ pub struct Zero {
     /// The range; of any length.
     pub range: MemoryRange,
     /// The pass it belongs to.
+    pub pass: u32,
+}
+
+/// A range of guest memory that the destination is to run without: it drops what it has of it, and asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Absent {
+    /// The range; of any length.
+    pub range: MemoryRange,
+    /// The pass it belongs to, which is the last.
     pub pass: u32,
 }
 

@@ -1,11 +1,11 @@
 //! What frames say: [`Message`], one variant for each command, read from a [`Frame`] and written into one.
 
 use crate::{
-    Accept, Command, DescriptorRange, Fault, Frame, FrameError, Hello, Mark, MemoryError, MemoryRange,
-    Missing, Reason, SessionId, Zero,
+    Absent, Accept, Command, DescriptorRange, Fault, Frame, FrameError, Hello, Mark, MemoryError,
+    MemoryRange, Missing, Reason, SessionId, Zero,
 };
 
-/// What the payload of a connection's first frame begins with, whichever of Hello, Join and Query it is.
+/// What the payload of a connection's first frame begins with, whichever of Hello, Join, Query and Rejoin it is.
 pub const MAGIC: [u8; 8] = *b"VMMigrat";
 
 /// How far a sender is.
@@ -49,8 +49,15 @@ pub struct Join {
     pub session: SessionId,
     /// Which connection it is; the one with Hello is 0.
     pub index: u16,
-    /// What it carries: 0 is memory. Other roles are for post-copy.
+    /// What it carries: [`MEMORY`](Self::MEMORY) or [`WANTED`](Self::WANTED).
     pub role: u16,
+}
+
+impl Join {
+    /// Role of a connection that carries passes over memory.
+    pub const MEMORY: u16 = 0;
+    /// Role of the connection on which a destination asks for ranges, and gets them, in post-copy.
+    pub const WANTED: u16 = 1;
 }
 
 /// What a frame says. Bulk frames are [`Bulk`](crate::Bulk).
@@ -106,6 +113,16 @@ pub enum Message {
     Cancel(Fault),
     /// [`Command::Committed`].
     Committed(SessionId),
+    /// [`Command::Absent`].
+    Absent(Absent),
+    /// [`Command::Want`].
+    Want(MemoryRange),
+    /// [`Command::Whole`].
+    Whole(SessionId),
+    /// [`Command::Rejoin`].
+    Rejoin(SessionId),
+    /// [`Command::Lacks`].
+    Lacks(MemoryRange),
 }
 
 /// What Nack carries.
@@ -155,6 +172,11 @@ impl Message {
                     Command::from_number(about).ok_or_else(|| fields.invalid("a command that is none"))?;
                 Self::Nack(about, Fault::new(reason, &text).with_missing(missing))
             }
+            Command::Absent => Self::Absent(Absent { range: fields.range()?, pass: fields.u32()? }),
+            Command::Want => Self::Want(fields.range()?),
+            Command::Whole => Self::Whole(fields.session()?),
+            Command::Rejoin => Self::Rejoin(fields.magic()?.session()?),
+            Command::Lacks => Self::Lacks(fields.range()?),
             Command::Ready => Self::Ready(fields.session()?),
             Command::Committed => Self::Committed(fields.session()?),
             Command::Commit => Self::Commit { session: fields.session()?, run: fields.flag()? },
@@ -216,6 +238,11 @@ impl Message {
             Self::Keepalive(_) => Command::Keepalive,
             Self::Cancel(_) => Command::Cancel,
             Self::Committed(_) => Command::Committed,
+            Self::Absent(_) => Command::Absent,
+            Self::Want(_) => Command::Want,
+            Self::Whole(_) => Command::Whole,
+            Self::Rejoin(_) => Command::Rejoin,
+            Self::Lacks(_) => Command::Lacks,
         }
     }
 
@@ -242,9 +269,11 @@ impl Message {
                 text: fault.text().to_owned(),
                 missing: fault.missing().to_vec(),
             }),
-            Self::Ready(session) | Self::Committed(session) => drop(out.put(&session.0)),
+            Self::Ready(session) | Self::Committed(session) | Self::Whole(session) => {
+                out.put(&session.0);
+            }
             Self::Commit { session, run } => drop(out.put(&session.0).put(&[u8::from(run)])),
-            Self::Query(session) => drop(out.put(&MAGIC).put(&session.0)),
+            Self::Query(session) | Self::Rejoin(session) => drop(out.put(&MAGIC).put(&session.0)),
             Self::Outcome(session, outcome) => drop(out.put(&session.0).put(&[outcome.code()])),
             Self::Join(Join { session, index, role }) => {
                 out.put(&MAGIC).put(&session.0).put(&index.to_le_bytes()).put(&role.to_le_bytes());
@@ -253,8 +282,10 @@ impl Message {
                 out.put(&pass.to_le_bytes()).put(&[u8::from(last)]).put(&bytes.to_le_bytes());
             }
             Self::Landed(pass) => drop(out.put(&pass.to_le_bytes())),
-            Self::Zero(Zero { range, pass }) => drop(out.range(range).put(&pass.to_le_bytes())),
-            Self::Again(range) => drop(out.range(range)),
+            Self::Zero(Zero { range, pass }) | Self::Absent(Absent { range, pass }) => {
+                out.range(range).put(&pass.to_le_bytes());
+            }
+            Self::Again(range) | Self::Want(range) | Self::Lacks(range) => drop(out.range(range)),
             Self::Descriptors(list) => {
                 for DescriptorRange { range, offset, descriptor } in list {
                     out.range(range).put(&offset.to_le_bytes()).put(&descriptor.to_le_bytes());

@@ -61,6 +61,9 @@ impl Features {
     pub const ZSTD: Self = Self(1 << 2);
     /// Memory is handed over by its descriptors instead of its bytes. Both ends are on one host.
     pub const LOCAL_MEMORY: Self = Self(1 << 3);
+    /// The guest runs at the destination before all of its memory is there. Never with
+    /// [`LOCAL_MEMORY`](Self::LOCAL_MEMORY).
+    pub const POST_COPY: Self = Self(1 << 4);
 
     /// Both sets.
     #[must_use]
@@ -192,6 +195,7 @@ impl Accept {
             && hello.features.contains(self.features)
             && self.features.contains(hello.required)
             && !self.features.contains(Features::LZ4.and(Features::ZSTD))
+            && !self.features.contains(Features::LOCAL_MEMORY.and(Features::POST_COPY))
             && (1..=hello.connections.min(MAX_CONNECTIONS)).contains(&self.connections)
     }
 }
@@ -227,6 +231,10 @@ impl Offer {
         if !features.contains(hello.required) {
             let text = format!("required {:#x}, common {:#x}", hello.required.bits(), features.bits());
             return Err(Fault::new(Reason::Features, &text));
+        }
+        if features.contains(Features::LOCAL_MEMORY.and(Features::POST_COPY)) {
+            let text = "memory that is handed over is there at once: no post-copy";
+            return Err(Fault::new(Reason::Features, text));
         }
         if !(1..=MAX_REQUESTED_CONNECTIONS).contains(&hello.connections) {
             let text =

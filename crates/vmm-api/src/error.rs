@@ -182,7 +182,8 @@ impl Code {
             | Reason::AlreadyPaused
             | Reason::NotPaused
             | Reason::NoJob
-            | Reason::Migrating => Self::WrongPhase,
+            | Reason::Migrating
+            | Reason::NotMigrating => Self::WrongPhase,
         }
     }
 

@@ -8,6 +8,7 @@
 //! - [`error`]: stable error codes and their forms on the wire.
 //! - [`http`]: the server. [`client`]: the client.
 //! - [`info`]: replies about the VMM and the VM. [`metrics`]: what it counts, as OpenMetrics text.
+//! - [`progress`]: how far a migration is.
 //! - [`socket`]: listening UNIX sockets with a path.
 //! - [`openapi`]: the document of all this, and the page of error codes.
 
@@ -22,6 +23,7 @@ pub mod info;
 pub mod metrics;
 pub mod openapi;
 pub mod options;
+pub mod progress;
 pub mod socket;
 pub mod spec;
 

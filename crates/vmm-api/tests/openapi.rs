@@ -12,6 +12,7 @@ use vmm_api::config::{CpusConfig, FaultKind, UnknownFields, VmConfig};
 use vmm_api::error::{ApiError, Code, ErrorForm, FaultReport, Problem};
 use vmm_api::info::{DeviceNode, PingReply, RestoredFrom, ValidateReply, VmInfo, VmState};
 use vmm_api::openapi::{document, errors_markdown};
+use vmm_api::progress::{MigrationProgressReply, MigrationRole};
 use vmm_api::spec::parse_and_check;
 use vmm_state::{Action, Admission, Phase, admit};
 
@@ -91,6 +92,19 @@ fn replies_are_what_their_schemas_say() {
     let origin = &write(&full)["restored_from"];
     describes("RestoredFrom", origin, origin);
     assert_eq!(schema("VmState")["enum"], json!(VmState::ALL));
+    let bare = MigrationProgressReply::default();
+    let full = MigrationProgressReply {
+        role: Some(MigrationRole::Source),
+        step: Some("Copying".into()),
+        bandwidth: Some(1),
+        dirty_rate: Some(1),
+        expected_blackout_ms: Some(1),
+        blackout_us: Some(1),
+        causes: vec!["a".into()],
+        ..bare.clone()
+    };
+    let write = |reply: &MigrationProgressReply| serde_json::from_slice(&reply.encode().unwrap()).unwrap();
+    describes("MigrationProgress", &write(&full), &write(&bare));
     let (valid, faults, warnings) = (true, Vec::new(), Vec::new());
     let bare = ValidateReply { valid, faults, warnings, config: None };
     let full = ValidateReply { config: Some(VmConfig::default()), ..bare.clone() };

@@ -88,6 +88,7 @@ const fn short(reason: Reason) -> &'static str {
         Reason::NotPaused => "not paused",
         Reason::NoJob => "no job",
         Reason::Migrating => "migration",
+        Reason::NotMigrating => "no migration",
         Reason::NotBuilt => "not built",
     }
 }

@@ -23,6 +23,8 @@ pub enum Reason {
     NoJob,
     /// A migration is under way, which this would disturb.
     Migrating,
+    /// No VM is being given away.
+    NotMigrating,
     /// It would be possible, but its work is not built yet.
     NotBuilt,
 }
@@ -40,6 +42,7 @@ impl Reason {
             Self::NotPaused => "the VM is not paused, and a live snapshot was not asked for",
             Self::NoJob => "there is nothing to cancel",
             Self::Migrating => "a migration is under way",
+            Self::NotMigrating => "no VM is being given away",
             Self::NotBuilt => "this build does not support it yet",
         }
     }
@@ -134,6 +137,7 @@ mod cells {
     pub(super) const IS_PAUSED: Cell = Cell::Refuse(Reason::AlreadyPaused);
     pub(super) const NO_JOB: Cell = Cell::Refuse(Reason::NoJob);
     pub(super) const MOVING: Cell = Cell::Refuse(Reason::Migrating);
+    pub(super) const STAYS: Cell = Cell::Refuse(Reason::NotMigrating);
     pub(super) const LATER: Cell = Cell::Refuse(Reason::NotBuilt);
 
     pub(super) const fn go(done: Phase, failed: Phase) -> Cell {
@@ -161,6 +165,10 @@ mod cells {
     /// Without a VM.
     pub(super) const fn without_vm(cell: Cell) -> [Cell; COUNT] {
         [cell, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, EXISTS, MOVING, EXISTS]
+    }
+    /// While it is in doubt where the VM is.
+    pub(super) const fn in_doubt(done: Phase) -> [Cell; COUNT] {
+        [NO_VM, STAYS, STAYS, STAYS, STAYS, STAYS, go(done, MIGRATING), STAYS, STAYS]
     }
     /// With a VM, without changing it. One that arrives is nobody's to see yet.
     pub(super) const WITH_VM: [Cell; COUNT] = [
@@ -201,8 +209,8 @@ mod cells {
 }
 use cells::{
     ALWAYS, BOOTED, CREATED, EDIT, EMPTY, IS_PAUSED, IS_RUNNING, LATER_BOOTED, LATER_WITH_VM, LOOK,
-    MIGRATING, MOVING, NO_JOB, NO_VM, NOT_BOOTED, OFF, PAUSED, RECEIVING, RUNNING, WAIT, WITH_VM, go, stay,
-    without_vm,
+    MIGRATING, MOVING, NO_JOB, NO_VM, NOT_BOOTED, OFF, PAUSED, RECEIVING, RUNNING, WAIT, WITH_VM, go,
+    in_doubt, stay, without_vm,
 };
 
 /// Declares the actions and their table in one go.
@@ -323,6 +331,12 @@ actions! {
     ReceiveMigration "vm.receive-migration" without_vm(go(RUNNING, EMPTY));
     /// `vm.send-migration`
     SendMigration "vm.send-migration" [NO_VM,         NOT_BOOTED,           WAIT,        go(EMPTY, RUNNING),  go(EMPTY, PAUSED),   WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
+    /// `vm.migration-progress`: of the migration under way, or of the last.
+    MigrationProgress "vm.migration-progress" ALWAYS;
+    /// `vm.migration-keep`: it is in doubt where the VM is, and the operator says that it is here.
+    MigrationKeep "vm.migration-keep" in_doubt(RUNNING);
+    /// `vm.migration-yield`: the same, and it is at the destination.
+    MigrationYield "vm.migration-yield" in_doubt(EMPTY);
 }
 
 impl Action {

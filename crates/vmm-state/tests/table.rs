@@ -48,6 +48,9 @@ vm.resize-zone            novm      later     later     later     later     late
 vm.coredump               novm      notbooted later     later     later     later     later     later     notbooted
 vm.receive-migration      RE        exists    exists    exists    exists    exists    exists    moves     exists
 vm.send-migration         novm      notbooted wait      ER        EP        wait      moves     moves     notbooted
+vm.migration-progress     EE        CC        BB        RR        PP        VV        MM        AA        SS
+vm.migration-keep         novm      stays     stays     stays     stays     stays     RM        stays     stays
+vm.migration-yield        novm      stays     stays     stays     stays     stays     EM        stays     stays
 ";
 
 const GOLDEN_EVENTS: &str = "
@@ -94,6 +97,7 @@ fn action_cell(phase: Phase, action: Action) -> String {
                 Reason::NotPaused => "notpaused",
                 Reason::NoJob => "nojob",
                 Reason::Migrating => "moves",
+                Reason::NotMigrating => "stays",
                 Reason::NotBuilt => "later",
             }
             .to_owned()

@@ -36,7 +36,9 @@ pub fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
 /// When the request cannot be sent.
 #[must_use]
 pub fn receive_at(vmm: &Vmm, address: &str, serial: &SerialFile) -> Pending {
-    let body = json!({ "receiver_url": address, "serial": { "mode": "File", "file": serial.path() } });
+    // Over TCP the source may name no file unless it is allowed to.
+    let serial = json!({ "mode": "File", "file": serial.path() });
+    let body = json!({ "receiver_url": address, "paths": ["/"], "serial": serial });
     pending(vmm, "vm.receive-migration", &body)
 }
 

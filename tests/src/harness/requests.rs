@@ -68,8 +68,15 @@ impl Requests {
     #[must_use]
     pub fn method(name: &str) -> Method {
         match name {
-            "vmm.ping" | "vmm.openapi" | "vmm.metrics" | "vmm.events" | "vmm.log-level" | "vm.info"
-            | "vm.counters" | "vm.boot-trace" => Method::Get,
+            "vmm.ping"
+            | "vmm.openapi"
+            | "vmm.metrics"
+            | "vmm.events"
+            | "vmm.log-level"
+            | "vm.info"
+            | "vm.counters"
+            | "vm.boot-trace"
+            | "vm.migration-progress" => Method::Get,
             _ => Method::Put,
         }
     }

@@ -29,7 +29,8 @@ pub(crate) fn migrations_survived(bench: &Bench) {
         let serial = json!({ "mode": "File", "file": console.path() });
         let disk = |(number, path)| json!({ "id": format!("_disk{number}"), "path": path });
         let disks: Vec<_> = worker.disks.iter().enumerate().map(disk).collect();
-        let body = json!({ "receiver_url": url, "disks": disks, "serial": serial }).to_string();
+        let body =
+            json!({ "receiver_url": url, "paths": ["/"], "disks": disks, "serial": serial }).to_string();
         let mut received = Pending::send(vmm.socket(), "vm.receive-migration", body.as_bytes());
         let body = json!({ "destination_url": url, "downtime_ms": 2000 });
         let begun =

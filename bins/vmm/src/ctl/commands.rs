@@ -15,6 +15,7 @@ use vmm_api::config::{
 };
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::options::FromOptions;
+use vmm_api::progress::MigrationProgressReply;
 
 use super::rows::{Ask, Shown, Subcommand};
 use super::show;
@@ -57,6 +58,9 @@ plain! {
     vm::Info: "info" => info;
     vm::Counters: "counters" => counters;
     vm::BootTrace: "boot-trace" => document;
+    vm::MigrationProgress: "migration-progress" => migration;
+    vm::MigrationKeep: "migration-keep" => done;
+    vm::MigrationYield: "migration-yield" => done;
     vm::Pause: "pause" => done;
     vm::Resume: "resume" => done;
     vm::Cancel: "cancel" => done;
@@ -372,6 +376,10 @@ impl Subcommand for vm::SendMigration {
         vec![
             url_or_options::<SendMigrationData>("Where to, unix:/PATH or tcp:HOST:PORT"),
             local.help("Pass memory by descriptors to a VMM on this host"),
+            flag("check", "Only ask whether the destination would take the VM"),
+            flag("detach", "Answer at once; migration-progress and events tell how it ends"),
+            flag("preserve-source", "The VMM stays, without a VM, when the VM is elsewhere"),
+            flag("auto-converge", "Slow vCPUs down while memory changes faster than the link carries it"),
         ]
     }
 
@@ -383,6 +391,10 @@ impl Subcommand for vm::SendMigration {
         let of_url = |destination_url| SendMigrationData { destination_url, ..SendMigrationData::default() };
         let mut request = made::<SendMigrationData>(Self::WORD, given, of_url)?;
         request.local |= given.get_flag("local");
+        request.check |= given.get_flag("check");
+        request.detach |= given.get_flag("detach");
+        request.preserve_source |= given.get_flag("preserve-source");
+        request.auto_converge |= given.get_flag("auto-converge");
         Ok(Ask::Made(request, Vec::new()))
     }
 
@@ -469,6 +481,14 @@ impl Subcommand for vmm::SetLogLevel {
     fn show(_before: LogLevelConfig) -> Shown {
         Shown::text(String::new())
     }
+}
+
+fn flag(name: &'static str, help: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+}
+
+fn migration(reply: &MigrationProgressReply) -> Shown {
+    Shown::text(show::migration(reply))
 }
 
 fn done((): &()) -> Shown {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use vmm_api::client::{Client, EventReader};
 use vmm_api::events::{Received, StreamItem};
 
-use super::show::plain;
+use super::show::{about, plain};
 use crate::progress::{PERIOD, Progress};
 
 /// How long an event that is there already may take to arrive.
@@ -55,6 +55,17 @@ fn how_far(event: &Received) -> Option<String> {
             (done, Some(total @ 1..)) => format!("{} %", done.saturating_mul(100) / total),
             (done, _) => done.to_string(),
         }),
+        ("vm", "migration-progress") => {
+            let mut text = format!("pass {}, {}", number("passes")?, about(number("sent_bytes")?));
+            let rates = [("bandwidth", ""), ("dirty_rate", " dirtied")];
+            for (rate, what) in rates.into_iter().filter_map(|(name, what)| Some((number(name)?, what))) {
+                text.push_str(&format!(", {}/s{what}", about(rate)));
+            }
+            if let Some(ms) = number("expected_blackout_ms") {
+                text.push_str(&format!(", blackout {ms} ms"));
+            }
+            Some(text)
+        }
         ("vm", "boot-stage") => Some(format!("{} done", plain(event.properties.get("stage")?.as_str()?))),
         _ => None,
     }
@@ -80,5 +91,10 @@ mod tests {
         assert_eq!(far("job/progress", r#"{"job":1,"done":3,"total":0}"#).as_deref(), Some("3"));
         assert_eq!(far("vm/boot-stage", r#"{"stage":"memory"}"#).as_deref(), Some("memory done"));
         assert_eq!(far("vm/booted", "{}"), None);
+        let young = r#"{"job":1,"passes":1,"sent_bytes":900,"throttle":0}"#;
+        assert_eq!(far("vm/migration-progress", young).as_deref(), Some("pass 1, 900 B"));
+        let old = r#"{"passes":3,"sent_bytes":3670016,"bandwidth":2097152,"dirty_rate":1024,"expected_blackout_ms":7}"#;
+        let text = "pass 3, 3.5 MiB, 2.0 MiB/s, 1.0 KiB/s dirtied, blackout 7 ms";
+        assert_eq!(far("vm/migration-progress", old).as_deref(), Some(text));
     }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use vmm_api::config::{Bytes, VmConfig};
 use vmm_api::info::{CountersReply, DeviceNode, RestoredFrom, VmInfo};
+use vmm_api::progress::MigrationProgressReply;
 
 use crate::logger::time::rfc3339;
 
@@ -68,6 +69,38 @@ fn boots_what(config: &VmConfig) -> impl Iterator<Item = (&'static str, String)>
 fn device(node: &DeviceNode) -> [String; 3] {
     let or_dash = |text: &Option<String>| text.as_deref().map_or("-".to_owned(), plain);
     [plain(&node.id), or_dash(&node.pci_bdf), or_dash(&node.parent)]
+}
+
+/// `vm.migration-progress`: one fact a line.
+pub(super) fn migration(reply: &MigrationProgressReply) -> String {
+    let seconds = |micros: u64| format!("{}.{:03} s", micros / 1_000_000, micros / 1000 % 1000);
+    let rate = |bytes: u64| format!("{}/s", about(bytes));
+    let mut facts = vec![("status", format!("{:?}", reply.status))];
+    let mut add = |name, fact: Option<String>| facts.extend(fact.map(|fact| (name, fact)));
+    let begun = reply.role.is_some();
+    add("end", reply.role.map(|role| format!("{role:?}")));
+    add("check only", reply.check.then(|| "yes".to_owned()));
+    add("step", reply.step.as_deref().map(plain));
+    add("time", begun.then(|| seconds(reply.elapsed_us)));
+    add("memory", (reply.memory_bytes > 0).then(|| about(reply.memory_bytes)));
+    add("sent", begun.then(|| format!("{}, passes {}", about(reply.sent_bytes), reply.passes)));
+    add("bandwidth", reply.bandwidth.map(rate));
+    add("dirtied", reply.dirty_rate.map(rate));
+    add("vCPUs slowed", (reply.throttle > 0).then(|| format!("{} %", reply.throttle)));
+    add("blackout expected", reply.expected_blackout_ms.map(|ms| format!("{ms} ms")));
+    add("blackout", reply.blackout_us.map(seconds));
+    add("because", (!reply.causes.is_empty()).then(|| plain(&reply.causes.join(": "))));
+    table(&facts.into_iter().map(|(name, fact)| [name.to_owned(), fact]).collect::<Vec<_>>())
+}
+
+/// Bytes in a unit that leaves few digits.
+pub(super) fn about(bytes: u64) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.into_iter().find(|(shift, _)| bytes >> shift > 0);
+    unit.map_or_else(
+        || format!("{bytes} B"),
+        |(shift, unit)| format!("{}.{} {unit}", bytes >> shift, (bytes >> (shift - 10)) % 1024 * 10 / 1024),
+    )
 }
 
 /// `vm.counters`: one counter a line.

@@ -1,12 +1,14 @@
 //! Where the VMM's events go: into the journal of the API's stream, and into the contract's event monitor.
 
 mod monitor;
+mod pace;
 
 use std::time::{Instant, SystemTime};
 
-use vmm_api::events::{Event, Journal, Stamp, monitor_line, stream_line};
+use vmm_api::events::{Event, Journal, Stamp, stream_line};
 
 pub use monitor::{Monitor, MonitorError, MonitorTarget};
+use pace::Line;
 
 /// An event that is about no machine.
 pub const NO_MACHINE: u64 = 0;
@@ -37,7 +39,7 @@ impl Events {
         if let Some(monitor) = &self.monitor
             && event.kind().monitor.is_some()
         {
-            monitor.push(|_| monitor_line(self.start.elapsed(), event).unwrap_or_default());
+            monitor.push(|_| Line::of(self.start.elapsed(), event).map(Line::packed).unwrap_or_default());
         }
         self.stream.push(|seq| {
             // Before 1970 there is no time to tell.

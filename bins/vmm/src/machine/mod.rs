@@ -18,7 +18,7 @@ use vmm_cpu_manager::affinity::CoreScheduling;
 use vmm_cpu_manager::compat::Lacks;
 use vmm_cpu_manager::cpuid::{Cpuid, CpuidOptions};
 use vmm_cpu_manager::entry::Entry;
-use vmm_cpu_manager::set::{ExitTargets, Unfinished, VcpuError, VcpuSet, VcpuSpec};
+use vmm_cpu_manager::set::{Brake, ExitTargets, Unfinished, VcpuError, VcpuSet, VcpuSpec};
 use vmm_cpu_manager::state::TimeBase;
 use vmm_cpu_manager::topology::Topology;
 use vmm_device_manager::machine::{Machine as DeviceResources, Parts};
@@ -180,6 +180,16 @@ impl Machine {
     /// Guest memory, to track what changes in it.
     pub fn memory_mut(&mut self) -> &mut MemoryMap {
         &mut self.memory
+    }
+
+    /// What CPUID tells its first vCPU.
+    pub fn cpuid(&self) -> &[CpuidEntry] {
+        self.vcpus.cpuid()
+    }
+
+    /// What slows its vCPUs down.
+    pub fn brake(&self) -> Brake {
+        self.vcpus.brake()
     }
 
     /// The guest's generation ID.
@@ -507,6 +517,9 @@ pub enum MachineError {
     /// Guest memory cannot be had with what was in it.
     #[error("cannot restore guest memory")]
     SavedMemory(#[from] vmm_memory_manager::restore::RestoreError),
+    /// Guest memory cannot be had with all that was in it.
+    #[error("cannot restore guest memory")]
+    NotFilled(#[source] vmm_memory_manager::fill::FillError),
     /// The host's default huge page size is not known.
     #[error("cannot tell the host's huge page size")]
     HugePages(#[source] std::io::Error),

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -14,14 +13,15 @@ use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
     DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits,
-    MAX_CONNECTIONS, Message, Missing, MissingKind, Offer, Outcomes, Output, Reason, SessionId,
+    MAX_CONNECTIONS, Message, Missing, MissingKind, Offer, Outcomes, Output, Progress, Reason, SessionId,
     SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
-use super::{Clock, LINGER, THREAD, descriptors};
+use super::outgoing::PERIOD;
+use super::{Clock, Host, LINGER, THREAD, descriptors, fit};
 use crate::exit::chain;
 use crate::machine;
 
@@ -49,6 +49,8 @@ pub enum ReceiveStep {
     Discard,
     /// Give the locks back; answer likewise.
     ReleaseLocks,
+    /// So far it is: what this end does, how much memory there is, what the source says.
+    Progress(DestinationState, u64, Progress),
     /// It is over.
     Over(Result<DestinationOutcome, ReceiveError>),
 }
@@ -94,6 +96,8 @@ pub(crate) enum Heard {
     Answer(DestinationInput),
     /// An operator wants it to end.
     Cancel,
+    /// It is not wanted any more, and nobody answers.
+    Gone,
 }
 
 /// What came on which connection.
@@ -109,12 +113,10 @@ impl From<(u64, Said)> for Heard {
 /// All that the thread needs.
 pub(crate) struct Incoming {
     pub(crate) spec: ReceiveSpec,
-    pub(crate) most_vcpus: u32,
+    pub(crate) host: Host,
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
-    /// It is not wanted any more.
-    pub(crate) gone: Arc<AtomicBool>,
 }
 
 impl Incoming {
@@ -139,7 +141,7 @@ impl Incoming {
         let mut driver = Driver {
             clock: Clock::start(),
             spec: self.spec,
-            most_vcpus: self.most_vcpus,
+            host: self.host,
             desk: self.desk,
             ground,
             outcomes: Outcomes::new(),
@@ -148,7 +150,7 @@ impl Incoming {
             queries: BTreeMap::new(),
             told: false,
         };
-        driver.run(&heard, &self.gone);
+        driver.run(&heard);
         listener.close();
         driver.ground.close();
         driver.live.iter().for_each(Live::shutdown);
@@ -202,6 +204,12 @@ struct Live {
 }
 
 impl Live {
+    /// Whether all is undone, and nobody has anything to say any more.
+    fn is_over(&self) -> bool {
+        let ended = self.machine.state() == DestinationState::Ended;
+        ended && self.until.is_some_and(|until| until <= Instant::now())
+    }
+
     /// Connection 0 goes first, so that what is said there comes before the others are seen to be gone.
     fn shutdown(&self) {
         self.socket.shutdown(Shutdown::Both);
@@ -223,7 +231,7 @@ struct Vm {
 struct Driver {
     clock: Clock,
     spec: ReceiveSpec,
-    most_vcpus: u32,
+    host: Host,
     desk: Box<dyn Fn(ReceiveStep) + Send>,
     ground: Arc<Ground>,
     outcomes: Outcomes,
@@ -236,8 +244,9 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(&mut self, heard: &Receiver<Heard>, gone: &AtomicBool) {
-        while !gone.load(Ordering::SeqCst) && !self.is_done() {
+    fn run(&mut self, heard: &Receiver<Heard>) {
+        let mut last = Instant::now();
+        while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
@@ -247,19 +256,26 @@ impl Driver {
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
                 Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
-                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if last.elapsed() >= PERIOD {
+                last = Instant::now();
+                self.tell();
             }
         }
     }
 
+    fn tell(&self) {
+        let Some(machine) = self.live.as_ref().map(|live| &live.machine).filter(|_| !self.told) else {
+            return;
+        };
+        let memory = machine.hello().map_or(0, |hello| hello.memory.bytes());
+        (self.desk)(ReceiveStep::Progress(machine.state(), memory, machine.progress()));
+    }
+
     /// Whether nobody needs the thread any more.
     fn is_done(&mut self) -> bool {
-        let is_over = |live: &mut Live| {
-            // A step under way still wants to be answered.
-            let ended = live.machine.state() == DestinationState::Ended;
-            ended && live.until.is_some_and(|until| until <= Instant::now())
-        };
-        if let Some(live) = self.live.take_if(is_over) {
+        if let Some(live) = self.live.take_if(|live| live.is_over()) {
             live.shutdown();
         }
         let now = self.clock.now();
@@ -330,6 +346,8 @@ impl Driver {
             Command::Join => return self.join(number, socket, frame),
             _ => {}
         }
+        // One that only asked is done with.
+        self.live.take_if(|live| !self.told && live.machine.state() == DestinationState::Ended);
         if self.live.is_some() || self.told {
             let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
             if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
@@ -439,12 +457,14 @@ impl Driver {
                     live.until = Some(Instant::now() + if live.lost { Duration::ZERO } else { LINGER });
                 }
             }
-            DestinationAction::Report(DestinationOutcome::Checked) => {}
+            // The next may be the VM.
+            DestinationAction::Report(DestinationOutcome::Checked) => self.vm = Vm::default(),
             DestinationAction::Report(outcome) => self.over(Ok(outcome)),
         }
     }
 
     fn over(&mut self, result: Result<DestinationOutcome, ReceiveError>) {
+        self.tell();
         if !std::mem::replace(&mut self.told, true) {
             (self.desk)(ReceiveStep::Over(result));
         }
@@ -499,29 +519,8 @@ impl Driver {
 
     /// Whether a VM of this configuration can run here.
     fn check(&self, config: &[u8]) -> Result<Checked, Fault> {
-        let checked = self.spec.configure(config).map_err(|faults| {
-            let texts: Vec<_> =
-                faults.iter().map(|fault| format!("{}: {}", fault.path, fault.message)).collect();
-            Fault::new(Reason::Incompatible, &format!("the configuration is refused: {}", texts.join("; ")))
-        })?;
         let hello = self.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
-        let mut missing = Vec::new();
-        if checked.spec.cpus.max > self.most_vcpus {
-            let name = format!("{} vCPUs, {} are possible", checked.spec.cpus.max, self.most_vcpus);
-            missing.push(Missing::new(MissingKind::Cpu, &name));
-        }
-        let zones: u64 = checked.spec.memory.total().get();
-        if zones != hello.memory.bytes() {
-            let name = format!("{} bytes, the configuration has {zones}", hello.memory.bytes());
-            missing.push(Missing::new(MissingKind::Memory, &name));
-        }
-        for disk in &checked.spec.disks {
-            if let Err(error) = std::fs::metadata(&disk.image.path) {
-                let name = format!("{}: {error}", disk.image.path.display());
-                missing.push(Missing::new(MissingKind::Resource, &name));
-            }
-        }
-        if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
+        fit::check(&self.spec, &self.host, hello, config)
     }
 
     fn hello(&self) -> Option<&Hello> {

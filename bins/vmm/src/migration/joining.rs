@@ -1,9 +1,9 @@
 //! Opens the further connections of a source, which carry memory only.
 
 use std::net::Shutdown;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use vmm_api::spec::MigrationAddress;
@@ -24,6 +24,8 @@ pub(super) struct Session {
     pub(super) shared: Arc<Shared>,
     pub(super) answers: Sender<SourceInput>,
     pub(super) threads: Arc<dyn ThreadHook>,
+    /// The further connections: open for as long as connection 0, where the ends say why they close.
+    pub(super) sockets: Arc<Mutex<Vec<Arc<Socket>>>>,
 }
 
 impl Session {
@@ -45,6 +47,8 @@ impl Session {
             }
             joined(socket).map_err(|text| cannot(*index, &text))?;
         }
+        let mut all = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        all.extend(sockets.iter().map(|(_, socket)| Arc::clone(socket)));
         sockets.into_iter().map(|(index, socket)| self.start(index, socket)).collect()
     }
 

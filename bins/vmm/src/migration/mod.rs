@@ -8,6 +8,8 @@
 //! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
+//! | `fit` | | whether a VM can be this host's |
+//! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `link` | | sockets, and frames out of them |
 //! | `descriptors` | | memory that is handed over instead of being sent |
 //!
@@ -16,12 +18,15 @@
 mod aside;
 mod course;
 mod descriptors;
+mod fit;
 pub(crate) mod incoming;
 mod joining;
 mod landing;
 mod link;
 pub(crate) mod outgoing;
+mod pace;
 mod sender;
+mod slowing;
 
 use std::time::{Duration, Instant};
 
@@ -29,8 +34,10 @@ use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
 pub(crate) use descriptors::ranges;
+pub(crate) use fit::{Host, needs};
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
+pub(crate) use slowing::Slowing;
 
 /// The threads of a migration.
 pub(crate) const THREAD: ThreadKind = ThreadKind("migration");

@@ -6,29 +6,29 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vmm_api::events::Event;
 use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
     Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
 };
 
 use super::course::Course;
 use super::joining::Session;
 use super::link::{ANSWER, End, Frames, Socket};
+use super::pace::Pace;
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
 use super::{Aside, Clock, LINGER, THREAD};
-use crate::events::Events;
 
 /// How long a failure to open a connection waits for what the other end says of it.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// The least time between two events of progress.
-const PERIOD: Duration = Duration::from_millis(100);
+/// The least time between two tellings of progress.
+pub(super) const PERIOD: Duration = Duration::from_millis(100);
 
 /// What the driver tells the control thread, and asks of it.
 #[derive(Debug)]
@@ -37,6 +37,10 @@ pub enum SendStep {
     Run(SourceStep),
     /// Undo it, and answer likewise.
     Undo(SourceUndo),
+    /// So far it is.
+    Progress(Box<SourceProgress>),
+    /// The destination has taken the VM; the end follows.
+    Given,
     /// Nobody knows where the VM is.
     InDoubt(Failure),
     /// It is over, and what is left of it is the thread. `Ok`: the VM is elsewhere.
@@ -94,24 +98,18 @@ pub(crate) type Desk = Box<dyn Fn(SendStep) + Send>;
 /// All that the thread needs.
 pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
+    /// Bytes per second; 0 is no limit.
+    pub(crate) max_bandwidth: u64,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
     pub(crate) files: Vec<File>,
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
-    pub(crate) told: Told,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) inputs: (Sender<SourceInput>, Receiver<SourceInput>),
     /// The VM is gone, and nobody answers any more.
     pub(crate) gone: Arc<AtomicBool>,
-}
-
-/// Whom to tell of progress.
-pub(crate) struct Told {
-    pub(crate) job: u64,
-    pub(crate) machine: u64,
-    pub(crate) events: Events,
 }
 
 impl Outgoing {
@@ -131,7 +129,7 @@ impl Outgoing {
             Ok(machine) => machine,
             Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
         };
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { pace: Pace::new(self.max_bandwidth), ..Shared::default() });
         let (queue, queued) = channel();
         let (answers, inputs) = self.inputs;
         let (reads, read) = channel();
@@ -143,6 +141,7 @@ impl Outgoing {
             shared: Arc::clone(&shared),
             answers: answers.clone(),
             threads: self.threads,
+            sockets: Arc::default(),
         };
         let pen = Pen { index: 0, socket: Arc::clone(&socket), memory, shared, broken: None };
         let writer = Writer { pen, files: self.files, queue: queued, answers, read, lanes: Vec::new() };
@@ -154,13 +153,16 @@ impl Outgoing {
         let threads = &session.threads;
         let started = thread::spawn(threads, THREAD, "migration-in", reading)
             .and_then(|_| thread::spawn(threads, THREAD, "migration-out", move || writer.run()));
-        if let Err(error) = started {
-            socket.shutdown(Shutdown::Both);
-            return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
-        }
+        let writing = match started {
+            Ok(writing) => writing,
+            Err(error) => {
+                socket.shutdown(Shutdown::Both);
+                return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
+            }
+        };
         let (aside, desk) = (self.aside, self.desk);
         let driver = Driver { clock, machine, socket, queue, aside, desk, session };
-        driver.run(&inputs, &self.told, &self.gone);
+        driver.run(&inputs, writing, &self.gone);
     }
 }
 
@@ -191,7 +193,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, told: &Told, gone: &AtomicBool) {
+    fn run(mut self, inputs: &Receiver<SourceInput>, writing: JoinHandle<()>, gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -208,14 +210,18 @@ impl Driver {
                 self.take(input);
                 if last.elapsed() >= PERIOD {
                     last = Instant::now();
-                    self.tell(told);
+                    self.tell();
                 }
             }
         }
+        self.tell();
         match over {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
                 self.linger(inputs);
+                self.session.shared.over.store(true, Ordering::SeqCst);
+                // The last word is on the link, or the link takes nothing.
+                let _ = writing.join();
                 (self.desk)(SendStep::Over(Ok(())));
             }
             Some(error) => {
@@ -236,10 +242,8 @@ impl Driver {
         self.machine.handle(self.clock.now(), input);
     }
 
-    fn tell(&self, told: &Told) {
-        let sent = self.machine.progress().sent;
-        let event = Event::JobProgress { job: told.job, done: sent.bytes, total: None };
-        told.events.tell(told.machine, &event);
+    fn tell(&self) {
+        (self.desk)(SendStep::Progress(Box::new(self.machine.progress())));
     }
 
     /// Reads on until the other end has closed.
@@ -279,7 +283,11 @@ impl Driver {
 
     fn report(&self, outcome: SourceOutcome) -> Option<Result<(), SendError>> {
         match outcome {
-            SourceOutcome::Sent | SourceOutcome::Accepted => Some(Ok(())),
+            SourceOutcome::Sent => {
+                (self.desk)(SendStep::Given);
+                Some(Ok(()))
+            }
+            SourceOutcome::Accepted => Some(Ok(())),
             SourceOutcome::Failed { failure, stuck } => Some(Err(SendError::Failed { failure, stuck })),
             SourceOutcome::InDoubt(failure) => {
                 (self.desk)(SendStep::InDoubt(failure));

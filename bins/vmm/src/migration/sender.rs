@@ -18,6 +18,7 @@ use vmm_snapshot::directory::MemorySource;
 use super::LOOK;
 use super::course::{Course, Piece};
 use super::link::Socket;
+use super::pace::Pace;
 use crate::exit::chain;
 
 /// How long one write waits for the link before the thread looks whether it is to end.
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub(super) over: AtomicBool,
     /// Bytes of the pass on the link.
     pub(super) sent: AtomicU64,
+    /// How fast they may follow each other.
+    pub(super) pace: Pace,
 }
 
 impl Shared {
@@ -116,7 +119,7 @@ impl Writer {
                     }
                     let _ = self.answers.send(answer);
                 }
-                Out::Close => self.pen.socket.shutdown(Shutdown::Write),
+                Out::Close => return self.pen.socket.shutdown(Shutdown::Write),
             }
         }
     }
@@ -136,7 +139,7 @@ impl Writer {
             let _ = lane.work.send(Arc::clone(course));
         }
         let Self { pen, queue, lanes, .. } = self;
-        pen.share(course, &mut |pen| frames_between(pen, queue));
+        pen.share(course, &mut |pen, time| frames_between(pen, queue, time));
         for lane in lanes {
             wait(lane, course, pen, queue);
         }
@@ -144,14 +147,19 @@ impl Writer {
     }
 }
 
-/// Frames of the driver that are to go between those of memory.
-fn frames_between(pen: &mut Pen, queue: &Receiver<Out>) {
-    while let Ok(out) = queue.try_recv() {
+/// What a connection does between two frames of memory, for so long.
+type Between<'a> = &'a mut dyn FnMut(&mut Pen, Duration);
+
+/// Frames of the driver that are to go between those of memory, and those that come for so long.
+fn frames_between(pen: &mut Pen, queue: &Receiver<Out>, time: Duration) {
+    let mut next = if time.is_zero() { queue.try_recv().ok() } else { queue.recv_timeout(time).ok() };
+    while let Some(out) = next {
         match out {
             Out::Frame(frame) => pen.write(&[&frame.encode()]),
             // A machine gives one step at a time, and closes after that.
             Out::Pass(_) | Out::Lanes(_) | Out::Close => {}
         }
+        next = queue.try_recv().ok();
     }
 }
 
@@ -160,7 +168,7 @@ fn wait(lane: &Lane, course: &Course, pen: &mut Pen, queue: &Receiver<Out>) {
     loop {
         match lane.done.recv_timeout(PATIENCE) {
             Ok(()) => return,
-            Err(RecvTimeoutError::Timeout) => frames_between(pen, queue),
+            Err(RecvTimeoutError::Timeout) => frames_between(pen, queue, Duration::ZERO),
             Err(RecvTimeoutError::Disconnected) => {
                 return course.stop(Fault::new(Reason::Failed, "a connection is gone"));
             }
@@ -169,13 +177,12 @@ fn wait(lane: &Lane, course: &Course, pen: &mut Pen, queue: &Receiver<Out>) {
 }
 
 impl LaneWriter {
-    /// The connection is open for as long as connection 0, where the ends say why they close.
     pub(super) fn run(mut self) {
         loop {
             let before = self.pen.broken.is_some();
             match self.work.recv_timeout(LOOK) {
                 Ok(course) => {
-                    self.pen.share(&course, &mut |_| {});
+                    self.pen.share(&course, &mut |_, time| std::thread::park_timeout(time));
                     self.look(before);
                     if self.done.send(()).is_err() {
                         return;
@@ -204,13 +211,13 @@ impl LaneWriter {
 
 impl Pen {
     /// Sends a share of the memory, then Mark. Other connections take what this one does not.
-    fn share(&mut self, course: &Course, between: &mut dyn FnMut(&mut Self)) {
+    fn share(&mut self, course: &Course, between: Between<'_>) {
         if let Err(fault) = self.portions(course, between) {
             course.stop(fault);
         }
     }
 
-    fn portions(&mut self, course: &Course, between: &mut dyn FnMut(&mut Self)) -> Result<(), Fault> {
+    fn portions(&mut self, course: &Course, between: Between<'_>) -> Result<(), Fault> {
         let (mut described, mut pieces, mut buffer) = (0, Vec::new(), Vec::new());
         loop {
             course.take(&self.memory, &mut pieces).map_err(|error| unreadable(&error))?;
@@ -218,9 +225,7 @@ impl Pen {
                 break;
             }
             for piece in &pieces {
-                described += self.piece(piece, course, &mut buffer)?;
-                between(self);
-                self.check(course)?;
+                described += self.piece((piece, &mut buffer), course, between)?;
             }
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
@@ -228,7 +233,12 @@ impl Pen {
     }
 
     /// Sends a part of a region, and gives the bytes described.
-    fn piece(&mut self, piece: &Piece, course: &Course, buffer: &mut Vec<u8>) -> Result<u64, Fault> {
+    fn piece(
+        &mut self,
+        (piece, buffer): (&Piece, &mut Vec<u8>),
+        course: &Course,
+        between: Between<'_>,
+    ) -> Result<u64, Fault> {
         let Piece { region, range } = piece;
         let gpa = self.memory.gpa(*region).ok_or_else(|| unreadable(&ErrorKind::NotFound.into()))?;
         buffer.resize(usize::try_from(range.end - range.start).unwrap_or_default(), 0);
@@ -248,10 +258,26 @@ impl Pen {
             } else {
                 let checksum = contents_checksum([run.bytes]);
                 let bulk = Bulk::memory(range, course.number, checksum).map_err(|error| failed(&error))?;
+                self.wait_for(length, course, between)?;
                 self.counted(&[&bulk.header(), run.bytes]);
             }
+            between(self, Duration::ZERO);
+            self.check(course)?;
         }
         Ok(described)
+    }
+
+    /// Waits until the limit of bandwidth lets so many bytes go; frames do not wait.
+    fn wait_for(&mut self, bytes: u64, course: &Course, between: Between<'_>) -> Result<(), Fault> {
+        let until = self.shared.pace.take(bytes);
+        loop {
+            let rest = until.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Ok(());
+            }
+            between(self, rest.min(PATIENCE));
+            self.check(course)?;
+        }
     }
 
     fn check(&self, course: &Course) -> Result<(), Fault> {

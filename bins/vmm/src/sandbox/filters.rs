@@ -118,7 +118,7 @@ mod tests {
         let limits = [
             (CONTROL_THREAD, 86),
             (crate::migration::THREAD, 56),
-            (crate::vmm::writer::THREAD, 48),
+            (crate::vmm::writer::THREAD, 49),
             (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),

@@ -67,7 +67,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
     if path == Path::new(STANDARD_OUTPUT) && !is_named(path).map_err(failed)? {
         return Ok(());
     }
-    if rule.usage == Usage::ReadLater && !path.exists() {
+    if matches!(rule.usage, Usage::ReadLater | Usage::Faults) && !path.exists() {
         // The boot that wants it says so.
         return Ok(());
     }
@@ -91,7 +91,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
             | Usage::Granted(_),
         ) => rights(rule.usage),
         // It cannot be what it is for, which is told when it is opened.
-        (true, Usage::Read | Usage::ReadLater | Usage::Disk { .. } | Usage::Output) => {
+        (true, Usage::Read | Usage::ReadLater | Usage::Disk { .. } | Usage::Output | Usage::Faults) => {
             AccessFs::ReadDir.into()
         }
     };
@@ -114,6 +114,7 @@ fn rights(usage: Usage) -> BitFlags<AccessFs> {
         Usage::Disk { writable: true } => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Output => write,
         Usage::Terminal => read | write | AccessFs::IoctlDev,
+        Usage::Faults => read | AccessFs::WriteFile | AccessFs::IoctlDev,
         Usage::Sockets => AccessFs::MakeSock | AccessFs::RemoveFile,
         Usage::Memory => read | write | AccessFs::MakeReg | AccessFs::RemoveFile,
         Usage::Granted(PathAccess { read, write }) => {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use vmm_api::spec::{Backing, Hugepages, MachineSpec, PathAccess, PayloadSpec, Sink};
+use vmm_memory_manager::userfault;
 
 /// Standard output, where consoles that are a terminal write to.
 pub(super) const STANDARD_OUTPUT: &str = "/proc/self/fd/1";
@@ -38,6 +39,8 @@ pub enum Usage {
     Memory,
     /// The folder of a snapshot that the VM is restored from.
     Snapshot,
+    /// The device that handles faults of guest memory, if there is one.
+    Faults,
     /// What the process is told of itself, for metrics.
     Itself,
     /// What the configuration says.
@@ -88,6 +91,7 @@ pub fn rules(spec: &MachineSpec, beginning: &Beginning) -> Vec<PathRule> {
             rules.add("/proc/meminfo", Usage::Read);
         }
     }
+    rules.add(userfault::DEVICE, Usage::Faults);
     rules.add("/proc/self", Usage::Itself);
     rules.add("/proc/stat", Usage::Read);
     for granted in &spec.landlock.rules {
@@ -167,6 +171,7 @@ mod tests {
             (STANDARD_OUTPUT, Usage::Terminal),
             ("/dev/shm", Usage::Memory),
             ("/proc/meminfo", Usage::Read),
+            (userfault::DEVICE, Usage::Faults),
             ("/proc/self", Usage::Itself),
             ("/proc/stat", Usage::Read),
             ("/more", Usage::Granted(PathAccess { read: false, write: true })),
@@ -201,6 +206,7 @@ mod tests {
             (".", Usage::Sockets),
             ("/dev/ptmx", Usage::Terminal),
             ("/dev/pts", Usage::Terminal),
+            (userfault::DEVICE, Usage::Faults),
             ("/proc/self", Usage::Itself),
             ("/proc/stat", Usage::Read),
         ];

@@ -218,6 +218,10 @@ impl Vmm {
         // Without one of its paths the machine was not built, which said more of the reason.
         let confined = self.sandbox.confined();
         let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
+        let built = built.and_then(|machine| {
+            machine.memory().settle().map_err(MachineError::NotFilled)?;
+            Ok(machine)
+        });
         let machine = match built {
             Ok(machine) => machine,
             Err(error) => {
@@ -359,7 +363,7 @@ impl Build {
             generation: self.generation,
         };
         let result = match self.origin {
-            Some(origin) => Machine::restore(&plan, origin.saved(), stages),
+            Some(origin) => Machine::restore(&plan, origin.saved(&self.threads), stages),
             None => Machine::build(&plan, stages),
         };
         (result, self.stages)

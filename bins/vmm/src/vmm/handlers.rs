@@ -13,10 +13,12 @@ use vmm_api::config::{
 use vmm_api::error::{ApiError, Code};
 use vmm_api::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo};
 use vmm_api::openapi::document;
+use vmm_api::progress::MigrationProgressReply;
 use vmm_api::spec::{Checked, with_device, without_device};
 use vmm_state::Phase;
 
 use super::boot::Asker;
+use super::waiting::Verdict;
 use super::{Vmm, VmmError};
 use crate::exit::ExitCode;
 use crate::{logger, metrics, preflight};
@@ -108,6 +110,24 @@ impl Handle<vm::SendMigration> for Vmm {
 impl Handle<vm::ReceiveMigration> for Vmm {
     fn handle(&mut self, request: ReceiveMigrationData, replier: Replier<()>) {
         self.receive_for(&request, replier);
+    }
+}
+
+impl Handle<vm::MigrationProgress> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<MigrationProgressReply>) {
+        replier.reply(Ok(self.jobs.moving.reply()));
+    }
+}
+
+impl Handle<vm::MigrationKeep> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.decide_send(Verdict::Here, replier);
+    }
+}
+
+impl Handle<vm::MigrationYield> for Vmm {
+    fn handle(&mut self, (): (), replier: Replier<()>) {
+        self.decide_send(Verdict::Elsewhere, replier);
     }
 }
 

@@ -2,7 +2,6 @@
 //! VMM's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -11,6 +10,7 @@ use vmm_api::command::Replier;
 use vmm_api::config::ReceiveMigrationData;
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
+use vmm_api::progress::{MigrationRole, MigrationStatus};
 use vmm_api::spec::ReceiveSpec;
 use vmm_device_model::thread;
 use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
@@ -22,7 +22,7 @@ use crate::exit::chain;
 use crate::machine::stages::Stages;
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::incoming::{Heard, Incoming};
-use crate::migration::{Arrival, ReceiveError, ReceiveStep, THREAD};
+use crate::migration::{Arrival, Host, ReceiveError, ReceiveStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "receive";
@@ -60,15 +60,15 @@ pub(super) struct Held {
 /// Dropped, it is at its end.
 #[derive(Debug)]
 struct Thread {
-    gone: Arc<AtomicBool>,
+    to: Sender<Heard>,
     handle: Option<JoinHandle<()>>,
 }
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        self.gone.store(true, Ordering::SeqCst);
+        let _ = self.to.send(Heard::Gone);
         if let Some(handle) = self.handle.take() {
-            // It looks ten times a second, and waits for nobody.
+            // It waits for nobody.
             let _ = handle.join();
         }
     }
@@ -87,16 +87,17 @@ impl Vmm {
         self.jobs.saving.jobs += 1;
         let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
-        let gone = Arc::new(AtomicBool::new(false));
+        self.jobs.moving.begin(MigrationRole::Destination, number, false);
+        let cpuid = self.hypervisor.supported_cpuid();
+        let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
         let (to, heard) = channel();
         let post = EventPost::new(machine, self.post.clone());
         let incoming = Incoming {
             spec,
-            most_vcpus: self.hypervisor.max_vcpus(),
+            host: Host { most_vcpus: self.hypervisor.max_vcpus(), cpuid },
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
             threads: Arc::clone(self.sandbox.threads()),
             heard: (to.clone(), heard),
-            gone: Arc::clone(&gone),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker, cancels, start, to, held };
@@ -104,7 +105,7 @@ impl Vmm {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
-                self.jobs.receive.thread = Some(Thread { gone, handle: Some(handle) });
+                self.jobs.receive.thread = Some(Thread { to: job.to.clone(), handle: Some(handle) });
                 self.jobs.receive.job = Some(job);
             }
             Err(error) => self.not_received(job, ReceiveError::Thread(error)),
@@ -133,6 +134,10 @@ impl Vmm {
                 self.answer_receiver(result);
             }
             ReceiveStep::Discard => self.discard(),
+            ReceiveStep::Progress(state, memory, progress) => {
+                self.jobs.moving.memory(memory);
+                self.jobs.moving.goes_on(format!("{state:?}"), progress);
+            }
             ReceiveStep::Over(result) => self.received(result),
         }
     }
@@ -219,9 +224,11 @@ impl Vmm {
         match error {
             Some(error) => self.not_received(job, error),
             None => {
-                let duration = told::micros(job.start.elapsed());
+                let done = self.jobs.moving.done();
+                self.jobs.moving.end(MigrationStatus::Completed, None);
                 self.note(&Event::JobFinished { job: job.number, outcome: JobOutcome::Done });
-                log::info!("the VM is received, in {duration} us");
+                self.note(&done);
+                log::info!("the VM is received, in {} us", told::micros(job.start.elapsed()));
                 self.post_info();
                 job.cancels.into_iter().for_each(|cancel| {
                     cancel.reply(Err(super::saving::too_late(self.slot.phase())));
@@ -237,14 +244,16 @@ impl Vmm {
         // One that does not run is there all the same.
         let _ = self.slot.end_receive();
         let cancelled = error.is_cancelled();
-        let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
-        self.events.tell(job.machine, &Event::JobFinished { job: job.number, outcome });
+        self.events.tell(job.machine, &told::job_end(job.number, cancelled));
+        let reason = error.to_string().as_str().into();
+        self.events.tell(job.machine, &Event::MigrationFailed { reason });
         let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
         log::warn!("{}", chain(&error));
         self.post_info();
-        let code = if cancelled { Code::Cancelled } else { Code::MigrationFailed };
+        let reply = ApiError::from_error(told::code(cancelled), &error);
+        self.jobs.moving.end(told::status(cancelled), Some(&reply));
         job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
-        job.asker.reply(Err(ApiError::from_error(code, &error)));
+        job.asker.reply(Err(reply));
     }
 
     /// Cancels it. Gives the client back where there is none.

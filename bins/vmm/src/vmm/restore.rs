@@ -12,6 +12,8 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::events::Event;
 use vmm_api::info::RestoredFrom;
 use vmm_api::spec::{Checked, RestoreSpec};
+use vmm_device_model::thread::{self, ThreadHook};
+use vmm_memory_manager::fill::Behind;
 use vmm_memory_manager::map::{HostMemory, MemoryMap};
 use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
 use vmm_snapshot::RecordSet;
@@ -19,8 +21,9 @@ use vmm_snapshot::directory::{Chain, Manifest, ReadError, Work};
 
 use super::boot::{Asker, Job};
 use super::tracks::{TrackError, Tracks};
-use super::writer::{self, ARCHITECTURE, Watch};
+use super::writer::{self, ARCHITECTURE, THREAD, Watch};
 use super::{Configured, Vmm, VmmError};
+use crate::lost_memory;
 use crate::machine::{ClockChoice, EventPost, Locks, Machine, MachineEvent, Saved};
 
 /// What a thread found in a snapshot.
@@ -173,8 +176,8 @@ impl Origin {
         }
     }
 
-    /// In the form that a machine takes.
-    pub(super) fn saved(self) -> Saved<'static> {
+    /// In the form that a machine takes; threads that fill memory later begin with `hook`.
+    pub(super) fn saved(self, hook: &Arc<dyn ThreadHook>) -> Saved<'static> {
         let snapshot = match self {
             Self::Snapshot(snapshot) => snapshot,
             Self::Arrived { records, memory } => {
@@ -184,11 +187,16 @@ impl Origin {
             }
         };
         let Snapshot { chain, records, fill, clock, watch } = *snapshot;
+        let hook = Arc::clone(hook);
         let memory = Box::new(move |saved: crate::machine::SavedMemory| {
+            let chain = Arc::new(chain);
             let bytes = SavedBytes { layout: &saved.layout, chain: &chain, fill };
+            let start = |work| thread::spawn(&hook, THREAD, THREAD.0, work);
+            let behind =
+                Behind { chain: Arc::clone(&chain), start: &start, lost: Arc::new(lost_memory::not_filled) };
             watch.over(|told| {
                 let work = Work { threads: writer::threads(), watch: told };
-                MemoryMap::restore(saved.vm, &saved.zones, &bytes, &work)
+                MemoryMap::restore_behind(saved.vm, &saved.zones, &bytes, &work, &behind)
             })
         });
         Saved { records, memory, clock, another: true }

@@ -13,12 +13,13 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::spec::SnapshotSpec;
 use vmm_device_model::thread;
+use vmm_memory_manager::freeze::Frozen;
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
 use super::tracks::{TrackError, Tracks};
-use super::writer::{self, Answer, SaveError, SaveStep, Still, Watch, Writer};
-use super::{Vmm, VmmError, boot, told};
+use super::writer::{self, Answer, Memory, SaveError, SaveStep, Still, Watch, Writer};
+use super::{Vmm, VmmError, boot, freezing, told};
 use crate::exit::chain;
 use crate::machine::{EventPost, Machine};
 
@@ -58,11 +59,13 @@ struct Thread {
     cancelled: Arc<AtomicBool>,
     /// The snapshot is there.
     committed: Arc<AtomicBool>,
+    /// The guest may wait for it to read this.
+    frozen: Option<Arc<Frozen>>,
 }
 
 /// What the guest does meanwhile.
 #[derive(Debug, Clone, Copy)]
-enum Pace {
+pub(super) enum Pace {
     /// It is paused, and stays so.
     Paused,
     /// It runs on.
@@ -82,7 +85,7 @@ impl Vmm {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
-        let pace = if self.slot.phase() == Phase::Running { Pace::Live } else { Pace::Paused };
+        let mut pace = if self.slot.phase() == Phase::Running { Pace::Live } else { Pace::Paused };
         if matches!(pace, Pace::Live) && !spec.live {
             return asker.reply(Err(not_paused().into()));
         }
@@ -90,7 +93,7 @@ impl Vmm {
         let (number, start) = (self.jobs.saving.jobs, Instant::now());
         self.note(&Event::Snapshotting);
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
-        match self.begin_save(&spec, pace) {
+        match self.begin_save(&spec, &mut pace) {
             Ok(thread) => {
                 // There is a machine.
                 let _ = self.slot.begin_save();
@@ -107,7 +110,7 @@ impl Vmm {
     }
 
     /// Hands a thread all that it needs.
-    fn begin_save(&mut self, spec: &SnapshotSpec, pace: Pace) -> Result<Thread, SaveError> {
+    fn begin_save(&mut self, spec: &SnapshotSpec, pace: &mut Pace) -> Result<Thread, SaveError> {
         let Some((configured, machine)) = self.slot.parts_mut() else { return Err(SaveError::NoMachine) };
         // A restored VM would not know of it.
         let ends = |event: &&GuestEvent| ends(self.policy.reactions.to(**event));
@@ -115,25 +118,33 @@ impl Vmm {
             return Err(SaveError::Ended(*event));
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
-        let source = machine.memory().source().map_err(SaveError::Memory)?;
-        let since = spec.incremental.then(|| self.jobs.saving.tracks.since(machine.memory())).transpose()?;
-        let still = if matches!(pace, Pace::Live) {
-            self.jobs.saving.tracks.begin_live(machine.memory_mut())?;
-            None
-        } else {
-            let still = still(machine)?;
-            if spec.track {
-                self.jobs.saving.tracks.begin(machine.memory_mut())?;
+        let (tracks, hook) = (&mut self.jobs.saving.tracks, self.sandbox.threads());
+        let (memory, since, still) = match pace {
+            Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
+                Some(moment) => {
+                    told::changes(&self.events, machine);
+                    *pace = moment.pace();
+                    (Memory::Frozen(moment.memory), moment.since, Some(moment.still))
+                }
+                None => {
+                    let since = spec.incremental.then(|| tracks.since(machine.memory())).transpose()?;
+                    tracks.begin_live(machine.memory_mut())?;
+                    (as_is(machine)?, since, None)
+                }
+            },
+            _ => {
+                let since = tracks.at_rest(machine.memory_mut(), spec)?;
+                (as_is(machine)?, since, Some(still(machine)?))
             }
-            Some(still)
         };
+        let frozen = memory.frozen();
         let (cancelled, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let number = machine.number();
         let (job, events) = (self.jobs.saving.jobs, self.events.clone());
         let (answers, asked) = channel();
         let writer = Writer {
             folder: spec.folder.clone(),
-            source,
+            memory,
             config,
             since,
             still,
@@ -146,7 +157,7 @@ impl Vmm {
         let work = move || writer.run();
         let handle = thread::spawn(self.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
         let handle = handle.map_err(SaveError::Thread)?;
-        Ok(Thread { handle, answers: Some(answers), cancelled, committed })
+        Ok(Thread { handle, answers: Some(answers), cancelled, committed, frozen })
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -219,6 +230,10 @@ impl Vmm {
         job.failure.get_or_insert(error);
         job.thread.cancelled.store(true, Ordering::SeqCst);
         job.thread.answers = None;
+        // Whatever it does just now, the guest goes on.
+        if let Some(frozen) = &job.thread.frozen {
+            frozen.thaw();
+        }
     }
 
     /// The guest did something that ends it, or may: there is nothing to go on with from a snapshot of that moment.
@@ -363,8 +378,13 @@ impl Pace {
 }
 
 /// The state of a machine whose guest stands still.
-fn still(machine: &Machine) -> Result<Still, SaveError> {
+pub(super) fn still(machine: &Machine) -> Result<Still, SaveError> {
     Ok(Still { records: machine.save()?, at: SystemTime::now() })
+}
+
+/// Its memory.
+fn as_is(machine: &Machine) -> Result<Memory, SaveError> {
+    Ok(Memory::AsIs(machine.memory().source().map_err(SaveError::Memory)?))
 }
 
 /// Whether a guest is not the same afterwards.

@@ -9,21 +9,23 @@ use vmm_api::command::Replier;
 use vmm_api::config::{SendMigrationData, TimeoutStrategy as Wanted};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
+use vmm_api::progress::{MigrationRole, MigrationStatus};
 use vmm_api::spec::SendSpec;
 use vmm_device_model::thread;
 use vmm_migration_protocol::{
-    CpuNeeds, Fault, Features, Goals, Hello, Limits, MemoryLayout, Output, Purpose, Reason, Region,
-    SessionId, SourceInput, SourceSetup, SourceStep, SourceUndo, TimeoutStrategy, Versions,
+    Fault, Features, Goals, Hello, Limits, MemoryLayout, Output, Purpose, Reason, Region, SessionId,
+    SourceInput, SourceSetup, SourceStep, SourceUndo, TimeoutStrategy, Versions,
 };
 use vmm_snapshot::directory::Place;
 use vmm_snapshot::{Record, minicbor};
 use vmm_state::{Guest, GuestEvent, Phase, Reaction};
 
-use super::{Configured, Vmm, VmmError, boot, saving, told};
+use super::waiting::{Clients, Verdict};
+use super::{Configured, Vmm, VmmError, boot, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::{EventPost, Machine, MachineEvent};
-use crate::migration::outgoing::{DONE, Outgoing, Told};
-use crate::migration::{self, Aside, SendError, SendStep, THREAD};
+use crate::migration::outgoing::{DONE, Outgoing};
+use crate::migration::{self, Aside, SendError, SendStep, Slowing, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "migration";
@@ -32,17 +34,37 @@ const KIND: &str = "migration";
 #[derive(Debug)]
 pub(super) struct Job {
     number: u64,
-    /// `None`: it is in doubt where the VM is, and that has been said.
-    asker: Option<Replier<()>>,
-    cancels: Vec<Replier<()>>,
-    start: Instant,
-    /// The guest was paused before.
-    paused: bool,
-    /// The guest stands still for the migration.
-    stands: bool,
+    clients: Clients,
+    /// It only asks.
+    check: bool,
+    /// The VMM stays.
+    preserve: bool,
+    guest: Pace,
+    /// It is in doubt where the VM is, and that has been said.
+    in_doubt: bool,
+    slowing: Option<Slowing>,
     inputs: Sender<SourceInput>,
     aside: Arc<Aside>,
     gone: Arc<AtomicBool>,
+}
+
+/// What the guest does meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// It was paused before.
+    Paused,
+    Runs,
+    /// It stands still for the migration, since then.
+    Still(Instant),
+}
+
+impl Pace {
+    const fn guest(self) -> Guest {
+        match self {
+            Self::Runs => Guest::Runs,
+            Self::Paused | Self::Still(_) => Guest::Rests,
+        }
+    }
 }
 
 type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
@@ -57,11 +79,16 @@ impl Vmm {
         self.jobs.saving.jobs += 1;
         let number = self.jobs.saving.jobs;
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
+        self.jobs.moving.begin(MigrationRole::Source, number, spec.check);
         match self.begin_send(&spec) {
             Ok(mut job) => {
-                job.asker = Some(asker);
                 // There is a machine.
                 let _ = self.slot.begin_migrate();
+                if spec.detach {
+                    asker.reply(Ok(()));
+                } else {
+                    job.clients.asker = Some(asker);
+                }
                 self.jobs.send = Some(job);
             }
             Err(error) => asker.reply(Err(self.send_failed(number, error))),
@@ -88,31 +115,32 @@ impl Vmm {
             setup.descriptors =
                 migration::ranges(&shared.pieces).map_err(|error| SendError::Refused(error.into()))?;
         }
+        self.jobs.moving.memory(setup.hello.memory.bytes());
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
         let post = EventPost::new(machine.number(), self.post.clone());
         let outgoing = Outgoing {
             address: spec.address.clone(),
+            max_bandwidth: spec.max_bandwidth,
             setup,
             memory,
             files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
-            told: Told { job: self.jobs.saving.jobs, machine: machine.number(), events: self.events.clone() },
             threads: Arc::clone(self.sandbox.threads()),
             inputs: (inputs.clone(), queue),
             gone: Arc::clone(&gone),
         };
         thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
             .map_err(SendError::Thread)?;
-        let (asker, cancels, start) = (None, Vec::new(), Instant::now());
         Ok(Job {
             number: self.jobs.saving.jobs,
-            asker,
-            cancels,
-            start,
-            paused,
-            stands: false,
+            clients: Clients::default(),
+            check: spec.check,
+            preserve: spec.preserve,
+            guest: if paused { Pace::Paused } else { Pace::Runs },
+            in_doubt: false,
+            slowing: None,
             inputs,
             aside,
             gone,
@@ -124,6 +152,11 @@ impl Vmm {
         let answer = match step {
             SendStep::Run(step) => self.send_step(step),
             SendStep::Undo(undo) => self.send_undo(undo).map(|()| Output::Nothing),
+            SendStep::Progress(progress) => {
+                let events = self.jobs.moving.source_goes_on(&progress);
+                return events.iter().for_each(|event| self.note(event));
+            }
+            SendStep::Given => return self.given(),
             SendStep::InDoubt(failure) => return self.in_doubt(&SendError::InDoubt(failure)),
             SendStep::Over(result) => return self.sent(result),
         };
@@ -148,7 +181,7 @@ impl Vmm {
             }
             SourceStep::Pause => {
                 machine.pause()?;
-                job.stands = true;
+                job.guest = Pace::Still(Instant::now());
             }
             SourceStep::SaveState => {
                 return Ok(Output::State(minicbor::to_vec(Record::of(&machine.save()?))?));
@@ -161,10 +194,17 @@ impl Vmm {
                     return Err(format!("the guest has ended: {event}").into());
                 }
             }
-            SourceStep::Throttle { .. }
-            | SourceStep::Connect { .. }
-            | SourceStep::SendMemory { .. }
-            | SourceStep::Ask => return Err("that is not the control thread's".into()),
+            SourceStep::Throttle { percent } => {
+                let slowing = match job.slowing.take() {
+                    Some(slowing) => slowing,
+                    None => Slowing::start(self.sandbox.threads(), machine.brake())?,
+                };
+                slowing.set(percent);
+                job.slowing = Some(slowing);
+            }
+            SourceStep::Connect { .. } | SourceStep::SendMemory { .. } | SourceStep::Ask => {
+                return Err("that is not the control thread's".into());
+            }
         }
         Ok(Output::Nothing)
     }
@@ -179,71 +219,118 @@ impl Vmm {
                 let resumed = machine.resume();
                 told::changes(&self.events, machine);
                 resumed?;
-                job.stands = false;
+                job.guest = Pace::Runs;
             }
             SourceUndo::TakeLocks => machine.take_disks()?,
             // Who is given away is paused, and nobody is let at it before the end.
-            SourceUndo::TakeBack | SourceUndo::Unthrottle => {}
+            SourceUndo::TakeBack => {}
+            SourceUndo::Unthrottle => job.slowing = None,
         }
         Ok(())
+    }
+
+    /// The destination has taken it.
+    fn given(&mut self) {
+        let Some(job) = &self.jobs.send else { return };
+        let still = if let Pace::Still(since) = job.guest { Some(since) } else { None };
+        self.jobs.moving.arrived(still);
     }
 
     fn in_doubt(&mut self, error: &SendError) {
         let Some(job) = &mut self.jobs.send else { return };
         log::error!("{}", chain(error));
+        let number = job.number;
         let reply = ApiError::from_error(Code::MigrationFailed, error);
-        for waiting in job.cancels.drain(..).chain(job.asker.take()) {
-            waiting.reply(Err(reply.clone()));
-        }
+        job.in_doubt = true;
+        job.clients.doubt(&reply);
+        self.jobs.moving.doubt(&reply);
+        self.note(&Event::MigrationInDoubt { job: number });
     }
 
     /// The end: the VM is elsewhere, or as it was.
     fn sent(&mut self, result: Result<(), SendError>) {
         let Some(job) = self.jobs.send.take() else { return };
-        let Job { number, asker, cancels, start, paused, stands, .. } = job;
-        match result {
-            Ok(()) => {
-                self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
-                log::info!("the VM is given away, in {} us", told::micros(start.elapsed()));
-                cancels.into_iter().for_each(|cancel| cancel.reply(Err(saving::too_late(self.slot.phase()))));
-                asker.into_iter().for_each(|asker| asker.reply(Ok(())));
-                self.end(ExitCode::Success);
-            }
-            Err(error) => {
-                let guest = if paused || stands { Guest::Rests } else { Guest::Runs };
-                let _ = self.slot.end_migrate(guest);
+        let Job { number, clients, check, preserve, guest, .. } = job;
+        let error = match result {
+            Ok(()) if !check => return self.given_away(number, clients, preserve),
+            Ok(()) => None,
+            Err(error) => Some(error),
+        };
+        let _ = self.slot.end_migrate(guest.guest());
+        match error {
+            Some(error) => {
+                let stuck = matches!(&error, SendError::Failed { stuck, .. } if !stuck.is_empty());
                 let reply = self.send_failed(number, error);
                 self.post_info();
-                cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
-                asker.into_iter().for_each(|asker| asker.reply(Err(reply.clone())));
-                if guest == Guest::Runs {
-                    self.catch_up();
-                }
-                self.go_on();
+                clients.stays(&reply, stuck);
+            }
+            None => {
+                self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
+                self.jobs.moving.end(MigrationStatus::Completed, None);
+                log::info!("the destination would take the VM");
+                self.post_info();
+                clients.sent(self.slot.phase());
             }
         }
+        if guest == Pace::Runs {
+            self.catch_up();
+        }
+        self.go_on();
+    }
+
+    fn given_away(&mut self, number: u64, clients: Clients, preserve: bool) {
+        let done = self.jobs.moving.done();
+        self.jobs.moving.end(MigrationStatus::Completed, None);
+        self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
+        self.note(&done);
+        log::info!("the VM is given away, in {} us", self.jobs.moving.reply().elapsed_us);
+        if preserve {
+            self.remove();
+            self.post_info();
+            clients.sent(self.slot.phase());
+            return self.go_on();
+        }
+        clients.sent(self.slot.phase());
+        self.end(ExitCode::Success);
     }
 
     /// Tells of a migration that is not, and gives the reply.
-    fn send_failed(&self, job: u64, error: SendError) -> ApiError {
+    fn send_failed(&mut self, job: u64, error: SendError) -> ApiError {
         let cancelled = error.is_cancelled();
-        let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
-        self.note(&Event::JobFinished { job, outcome });
+        self.note(&told::job_end(job, cancelled));
+        // Its causes may hold paths, which are not for events.
+        self.note(&Event::MigrationFailed { reason: error.to_string().as_str().into() });
         let error = boot::explain(&self.sandbox, VmmError::Send(Box::new(error)));
         log::warn!("{}", chain(&error));
-        ApiError::from_error(if cancelled { Code::Cancelled } else { Code::MigrationFailed }, &error)
+        let reply = ApiError::from_error(told::code(cancelled), &error);
+        self.jobs.moving.end(told::status(cancelled), Some(&reply));
+        reply
     }
 
     /// Cancels it, as far as that is possible; in doubt, asks again. Gives the client back where there is none.
     pub(super) fn cancel_send(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
         let Some(job) = &mut self.jobs.send else { return Some(asker) };
-        job.cancels.push(asker);
-        let input = match job.asker {
-            Some(_) => SourceInput::Cancel("by this end's operator".to_owned()),
-            None => SourceInput::Ask,
+        job.clients.cancels.push(asker);
+        let input = if job.in_doubt {
+            SourceInput::Ask
+        } else {
+            SourceInput::Cancel("by this end's operator".to_owned())
         };
         let _ = job.inputs.send(input);
         None
+    }
+
+    /// In doubt where the VM is, the operator says it.
+    pub(super) fn decide_send(&mut self, verdict: Verdict, asker: Replier<()>) {
+        let Some(job) = self.jobs.send.as_mut().filter(|job| job.in_doubt) else {
+            return asker.reply(Err(ApiError::new(Code::WrongPhase, "it is not in doubt where the VM is")));
+        };
+        log::warn!("the operator says that the VM is {}", verdict.place());
+        job.clients.deciders.push((verdict, asker));
+        let _ = job.inputs.send(match verdict {
+            Verdict::Here => SourceInput::Keep,
+            Verdict::Elsewhere => SourceInput::Yield,
+        });
     }
 
     /// The guest did something that ends it: there is nothing to go on with elsewhere.
@@ -259,9 +346,8 @@ impl Vmm {
     pub(super) fn give_up_send(&mut self) {
         let Some(job) = self.jobs.send.take() else { return };
         job.gone.store(true, Ordering::SeqCst);
-        let gone = || ApiError::new(Code::Cancelled, "the VM was removed while it was given away");
-        job.asker.into_iter().for_each(|asker| asker.reply(Err(gone())));
-        job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+        self.jobs.moving.end(MigrationStatus::Cancelled, None);
+        job.clients.gone();
     }
 }
 
@@ -276,12 +362,11 @@ fn setup(
     getrandom::fill(&mut session).map_err(|error| SendError::Refused(error.into()))?;
     let region = |place: &Place| Region { gpa: place.gpa, length: place.size, zone: place.zone.clone() };
     let memory = MemoryLayout::new(places.iter().map(region).collect());
-    let cpu =
-        CpuNeeds { vcpus: configured.spec.cpus.boot, phys_bits: machine.phys_bits(), ..CpuNeeds::default() };
+    let cpu = migration::needs(configured.spec.cpus.boot, machine.phys_bits(), machine.cpuid());
     let hello = Hello {
         versions: Versions::OURS,
         session: SessionId(session),
-        purpose: Purpose::Migrate,
+        purpose: if spec.check { Purpose::Check } else { Purpose::Migrate },
         features: Features::NONE,
         required: Features::NONE,
         connections: spec.connections,
@@ -299,7 +384,13 @@ fn setup(
         config,
         descriptors: Vec::new(),
         paused,
-        goals: Goals { downtime: spec.downtime, timeout: spec.timeout, strategy, ..Goals::default() },
+        goals: Goals {
+            downtime: spec.downtime,
+            timeout: spec.timeout,
+            strategy,
+            auto_converge: spec.auto_converge,
+            ..Goals::default()
+        },
         limits: Limits::default(),
     })
 }

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia, Text};
+use vmm_api::error::Code;
+use vmm_api::events::{CrashReason, Event, ExitCause, ExitVia, JobOutcome, Text};
+use vmm_api::progress::MigrationStatus;
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_device_model::device::DeviceChange;
 use vmm_platform_devices::events::{Cause, SystemEvent};
@@ -47,6 +49,22 @@ fn failure(stages: &Stages, error: &VmmError) -> (Option<Text>, Text) {
     };
     let stage = stages.spans().last().map(|span| span.stage.name().into());
     (stage, reason.as_str().into())
+}
+
+/// The end of a migration that did not come off.
+pub(super) fn job_end(job: u64, cancelled: bool) -> Event {
+    let outcome = if cancelled { JobOutcome::Cancelled } else { JobOutcome::Failed };
+    Event::JobFinished { job, outcome }
+}
+
+/// What the client is told of it.
+pub(super) const fn code(cancelled: bool) -> Code {
+    if cancelled { Code::Cancelled } else { Code::MigrationFailed }
+}
+
+/// What is told of it later.
+pub(super) const fn status(cancelled: bool) -> MigrationStatus {
+    if cancelled { MigrationStatus::Cancelled } else { MigrationStatus::Failed }
 }
 
 pub(super) fn micros(time: Duration) -> u64 {

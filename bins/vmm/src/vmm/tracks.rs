@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use vmm_api::spec::SnapshotSpec;
 use vmm_memory_manager::dirty::{Changed, DirtyCollector, DirtyError};
 use vmm_memory_manager::map::MemoryMap;
 
@@ -22,6 +23,8 @@ pub(super) struct Tracks {
     taken: Changed,
     /// The tracker was started for it.
     fresh: bool,
+    /// What a live snapshot has to write again is tracked.
+    live: bool,
 }
 
 /// The snapshot that the next one may build on.
@@ -59,6 +62,20 @@ impl Tracks {
         };
         self.base = Some(Base { folder: folder.to_owned(), by });
         Ok(())
+    }
+
+    /// A guest that stands still is to be saved so: what an incremental snapshot holds; what changes from here on is tracked
+    /// if that is wanted.
+    pub(super) fn at_rest(
+        &mut self,
+        memory: &mut MemoryMap,
+        spec: &SnapshotSpec,
+    ) -> Result<Option<Since>, TrackError> {
+        let since = spec.incremental.then(|| self.since(memory)).transpose()?;
+        if spec.track {
+            self.begin(memory)?;
+        }
+        Ok(since)
     }
 
     /// What an incremental snapshot holds, so far.
@@ -111,7 +128,9 @@ impl Tracks {
 
     /// A live snapshot begins.
     pub(super) fn begin_live(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
-        Ok(self.collector.start(memory, LIVE)?)
+        self.collector.start(memory, LIVE)?;
+        self.live = true;
+        Ok(())
     }
 
     /// What changed since it began, or since the last call.
@@ -119,9 +138,12 @@ impl Tracks {
         Ok(self.collector.take_changed(memory, LIVE)?)
     }
 
-    /// It is over.
+    /// It is over, if it was tracked.
     pub(super) fn end_live(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
-        Ok(self.collector.stop(memory, LIVE)?)
+        match std::mem::take(&mut self.live) {
+            true => Ok(self.collector.stop(memory, LIVE)?),
+            false => Ok(()),
+        }
     }
 }
 

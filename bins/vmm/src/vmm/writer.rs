@@ -14,13 +14,15 @@ use serde_json::value::RawValue;
 use vmm_api::events::Event;
 use vmm_device_model::thread::ThreadKind;
 use vmm_memory_manager::dirty::Changed;
+use vmm_memory_manager::freeze::{FreezeError, Frozen};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_snapshot::RecordSet;
 use vmm_snapshot::directory::{
-    Contents, Draft, Filled, Hash, HostStorage, Increment, Progress, Work, WriteError,
+    Contents, Draft, Filled, Hash, HostStorage, Increment, MemorySource, Progress, Work, WriteError,
 };
 use vmm_state::GuestEvent;
 
+use super::freezing::ServedMemory;
 use super::tracks::TrackError;
 use crate::events::Events;
 use crate::machine::{EventPost, MachineError, MachineEvent};
@@ -94,14 +96,47 @@ pub(super) struct Watch {
     pub(super) cancelled: Arc<AtomicBool>,
 }
 
+/// Guest memory, to be written.
+#[derive(Debug)]
+pub(super) enum Memory {
+    /// As it is: of a guest that stands still, or that changes it meanwhile.
+    AsIs(GuestMemorySource),
+    /// As it was at one moment.
+    Frozen(ServedMemory),
+}
+
+impl Memory {
+    fn source(&self) -> &dyn MemorySource {
+        match self {
+            Self::AsIs(source) => source,
+            Self::Frozen(served) => &**served.frozen(),
+        }
+    }
+
+    /// What the guest may wait for.
+    pub(super) fn frozen(&self) -> Option<Arc<Frozen>> {
+        match self {
+            Self::AsIs(_) => None,
+            Self::Frozen(served) => Some(Arc::clone(served.frozen())),
+        }
+    }
+
+    /// It is read.
+    fn thaw(&self) {
+        if let Self::Frozen(served) = self {
+            served.frozen().thaw();
+        }
+    }
+}
+
 /// A snapshot, to be written by a thread.
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) folder: PathBuf,
-    pub(super) source: GuestMemorySource,
+    pub(super) memory: Memory,
     pub(super) config: Box<RawValue>,
     pub(super) since: Option<Since>,
-    /// `None`: the guest runs.
+    /// `None`: the guest runs, and its memory is as it is.
     pub(super) still: Option<Still>,
     pub(super) threads: NonZeroUsize,
     pub(super) watch: Watch,
@@ -134,12 +169,13 @@ impl Writer {
         let since = self.since.as_ref().map(|Since { parent, changed }| Increment { parent, changed });
         let filled = self.watch.over(|told| {
             let work = Work { threads: self.threads, watch: told };
-            Draft::begin(&HostStorage, &self.folder)?.memory(&self.source, since.as_ref(), &work)
+            Draft::begin(&HostStorage, &self.folder)?.memory(self.memory.source(), since.as_ref(), &work)
         })?;
         let (filled, still) = match still {
             Some(still) => (filled, still),
             None => self.catch_up(filled)?,
         };
+        self.memory.thaw();
         if self.watch.is_cancelled() {
             return Err(SaveError::Cancelled);
         }
@@ -165,7 +201,7 @@ impl Writer {
         for _ in 1..MOST_PASSES {
             let Answer::Changed(changed) = self.ask(SaveStep::Changed)? else { break };
             let left = bytes(&changed);
-            filled = filled.again(&self.source, &changed, &work)?;
+            filled = filled.again(self.memory.source(), &changed, &work)?;
             if left <= LITTLE || left > before / 4 * 3 {
                 break;
             }
@@ -174,7 +210,7 @@ impl Writer {
         let Answer::Still(still, changed) = self.ask(SaveStep::Still)? else {
             return Err(SaveError::Cancelled);
         };
-        let filled = filled.again(&self.source, &changed, &work)?;
+        let filled = filled.again(self.memory.source(), &changed, &work)?;
         self.tell(SaveStep::Written);
         Ok((filled, still))
     }
@@ -221,6 +257,9 @@ pub enum SaveError {
     /// Its memory cannot be read.
     #[error("guest memory")]
     Memory(#[source] io::Error),
+    /// Its memory cannot be kept as it was while it runs on.
+    #[error("guest memory cannot be frozen")]
+    Freeze(#[source] FreezeError),
     /// What changed since cannot be told.
     #[error("what changed in guest memory")]
     Changes(#[from] TrackError),

@@ -1,7 +1,7 @@
 //! One of each message and of each bulk frame: for golden bytes, and as the seeds of mutators.
 
 use vmm_migration_protocol::{
-    Accept, Bulk, Command, CpuNeeds, CpuidLeaf, DescriptorRange, Fault, Features, Hello, Join, Mark,
+    Absent, Accept, Bulk, Command, CpuNeeds, CpuidLeaf, DescriptorRange, Fault, Features, Hello, Join, Mark,
     MemoryLayout, MemoryRange, Message, Missing, MissingKind, Offer, PAGE, Progress, Purpose, Reason, Region,
     SessionId, SessionOutcome, Versions, Zero, contents_checksum,
 };
@@ -82,6 +82,11 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Keepalive(Progress { bytes: 7 * PAGE, pass: 2, blackout_ms: 12 }),
         Message::Cancel(Fault::new(Reason::Cancelled, "by the receiver's operator")),
         Message::Committed(SESSION),
+        Message::Absent(Absent { range: range(0x10_0000, 2 * PAGE), pass: 3 }),
+        Message::Want(range(0x10_0000, PAGE)),
+        Message::Whole(SESSION),
+        Message::Rejoin(SESSION),
+        Message::Lacks(range(PAGE, PAGE)),
     ];
     let commands: Vec<Command> = messages.iter().map(Message::command).collect();
     let expected: Vec<Command> = Command::ALL.into_iter().filter(|command| !command.is_bulk()).collect();

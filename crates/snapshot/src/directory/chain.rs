@@ -133,6 +133,23 @@ impl Chain {
         work.run(&self.sizes(), &find, &each).map_err(stopped)
     }
 
+    /// The first chunk from `from` on of a region that is not zero in some snapshot.
+    #[must_use]
+    pub fn next_chunk(&self, region: usize, from: u64) -> Option<u64> {
+        self.layers().filter_map(|layer| layer.table().regions.get(region)?.next(from)).min()
+    }
+
+    /// Reads chunk `chunk` of a region into `bytes`, which are as long afterwards, each snapshot's part of it verified.
+    ///
+    /// # Errors
+    /// As [`Snapshot::verify`]. What is in `bytes` is of no use then.
+    pub fn chunk(&self, region: usize, chunk: u64, bytes: &mut Vec<u8>) -> Result<(), ReadError> {
+        let mut buffers = Buffers { chunk: std::mem::take(bytes), scratch: Vec::new() };
+        let read = self.read_chunk(Job { region, chunk }, &mut buffers);
+        *bytes = buffers.chunk;
+        read
+    }
+
     /// Hands over what the newer snapshots hold over the base, in no order, each page once and verified.
     /// Pages that became zero are among them.
     ///
@@ -188,11 +205,6 @@ impl Chain {
 
     pub(super) fn sizes(&self) -> Vec<u64> {
         self.regions().iter().map(|region| region.size).collect()
-    }
-
-    /// The first chunk from `from` on that is not zero in some layer.
-    pub(super) fn next_chunk(&self, region: usize, from: u64) -> Option<u64> {
-        self.layers().filter_map(|layer| layer.table().regions.get(region)?.next(from)).min()
     }
 
     /// Which layers say something about a chunk; equal answers of two chains mean equal content.

@@ -33,6 +33,13 @@ impl Extents {
         Some(Self::joining(pages))
     }
 
+    /// What an incremental snapshot holds of a region of `size` bytes where `changed` did: those pages, and the smallest
+    /// gaps between them if they were more than [`MAX_EXTENTS`]; `None` as above.
+    #[must_use]
+    pub fn incremental(changed: &[Range<u64>], size: u64) -> Option<Self> {
+        Some(Self::covering(changed, size)?.at_most(MAX_EXTENTS))
+    }
+
     /// Takes `ranges` as they are; `None` unless they are as this type promises.
     pub(super) fn exact(ranges: Vec<Range<u64>>, size: u64) -> Option<Self> {
         let mut free = 0;
@@ -158,6 +165,10 @@ mod tests {
         let fewer = extents.at_most(3);
         assert!(fewer.ranges().len() <= 3);
         assert!(ranges.iter().all(|range| fewer.within(range.clone()).eq([range.clone()])));
+        let many: Vec<_> = (0..2 * MAX_EXTENTS as u64).map(|n| 2 * n * PAGE..(2 * n + 1) * PAGE).collect();
+        let extents = Extents::incremental(&many, 4 * MAX_EXTENTS as u64 * PAGE).unwrap();
+        assert!(extents.ranges().len() <= MAX_EXTENTS);
+        assert_eq!(Extents::incremental(extents.ranges(), u64::MAX), Some(extents), "and that is all");
     }
 
     #[test]

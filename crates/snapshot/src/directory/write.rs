@@ -19,8 +19,7 @@ use super::manifest::{
 use super::pages::Writer;
 use super::work::{Buffers, Job, Stop, sized};
 use super::{
-    Chain, Extents, Hash, MAX_DEPTH, MAX_EXTENTS, MemorySource, Storage, Table, Work, WriteError,
-    chunk_range, part_mut,
+    Chain, Extents, Hash, MAX_DEPTH, MemorySource, Storage, Table, Work, WriteError, chunk_range, part_mut,
 };
 use crate::{Record, RecordSet, minicbor};
 
@@ -132,15 +131,21 @@ fn regions_of(source: &dyn MemorySource) -> Result<Vec<Region>, WriteError> {
 fn extents_of(regions: &[Region], increment: Option<&Increment<'_>>) -> Result<Vec<Extents>, WriteError> {
     match increment {
         None => Ok(regions.iter().map(|region| Extents::whole(region.size)).collect()),
-        Some(increment) => {
-            let all = covering(regions, increment.changed)?;
-            Ok(all.into_iter().map(|extents| extents.at_most(MAX_EXTENTS)).collect())
-        }
+        Some(increment) => per_region(regions, increment.changed, Extents::incremental),
     }
 }
 
 /// The pages of each region that `changed` touches.
 fn covering(regions: &[Region], changed: &[Vec<Range<u64>>]) -> Result<Vec<Extents>, WriteError> {
+    per_region(regions, changed, Extents::covering)
+}
+
+/// What `extents` makes of the changes of each region.
+fn per_region(
+    regions: &[Region],
+    changed: &[Vec<Range<u64>>],
+    extents: impl Fn(&[Range<u64>], u64) -> Option<Extents>,
+) -> Result<Vec<Extents>, WriteError> {
     let invalid = |what: String| WriteError::Invalid { what };
     if changed.len() != regions.len() {
         return Err(invalid("a list of changes per memory region is needed".to_owned()));
@@ -148,8 +153,8 @@ fn covering(regions: &[Region], changed: &[Vec<Range<u64>>]) -> Result<Vec<Exten
     let pairs = regions.iter().zip(changed);
     pairs
         .map(|(region, changed)| {
-            let extents = Extents::covering(changed, region.size);
-            extents.ok_or_else(|| invalid(format!("changes outside the region at {:#x}", region.gpa)))
+            extents(changed, region.size)
+                .ok_or_else(|| invalid(format!("changes outside the region at {:#x}", region.gpa)))
         })
         .collect()
 }

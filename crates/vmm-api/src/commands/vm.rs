@@ -8,6 +8,7 @@ use crate::config::{
 };
 use crate::error::{ApiError, Code, FaultReport};
 use crate::info::{CountersReply, JsonText, ValidateReply, VmInfo};
+use crate::progress::MigrationProgressReply;
 use crate::spec::{Checked, MachineSpec, parse_and_check};
 use std::os::fd::OwnedFd;
 
@@ -119,6 +120,21 @@ command! {
 command! {
     /// Gives the VM to another VMM, and ends when it is there.
     SendMigration(SendMigrationData) -> (), Put "vm.send-migration", SendMigration, InvalidConfig, NotBuilt, MigrationFailed, Cancelled
+}
+
+command! {
+    /// Tells how far the migration under way is, or how the last one ended.
+    MigrationProgress(()) -> MigrationProgressReply, Get "vm.migration-progress", MigrationProgress
+}
+
+command! {
+    /// In doubt where the VM is: takes it that it is here, and lets it go on. If it runs at the destination too, both write to its disks.
+    MigrationKeep(()) -> (), Put "vm.migration-keep", MigrationKeep, WrongPhase, MigrationFailed
+}
+
+command! {
+    /// In doubt where the VM is: takes it that it is at the destination, and gives it up here. If it is not there, it is lost.
+    MigrationYield(()) -> (), Put "vm.migration-yield", MigrationYield, WrongPhase, MigrationFailed
 }
 
 /// The request of `vm.validate`: the document, read.

@@ -221,6 +221,9 @@ object! {
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
         [later] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,
+        /// Files and folders that the source's configuration may name. At a UNIX socket it may name any if none is given, elsewhere
+        /// none.
+        [current] paths: Option<Vec<PathBuf>> = None,
         /// Images of disks, by their ids; where none is given, the path is the source's.
         [current; key = ""] disks: Option<Vec<RestoredDiskConfig>> = None,
         /// Where the serial port goes.
@@ -251,6 +254,16 @@ object! {
         [later] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
+        /// Only ask whether the destination would take the VM. Nothing of it moves.
+        [current] check: bool = false,
+        /// Answer at once: how it ends, `vm.migration-progress` and the events tell.
+        [current] detach: bool = false,
+        /// Stay, without a VM, when the VM is elsewhere.
+        [current] preserve_source: bool = false,
+        /// Most bytes per second on the link; 0 is no limit.
+        [current] max_bandwidth: u64 = 0,
+        /// Slow vCPUs down, in steps, while the guest changes memory faster than the link carries it.
+        [current] auto_converge: bool = false,
     }
 }
 

@@ -44,7 +44,7 @@ paths; a text of more than 256 bytes is cut and ends in `...`. A line is under 4
 ```
 
 The timestamp is the time since the VMM started. `properties` is `null` where there are none; all values are texts.
-Braces within texts are escaped, for readers count them. Nothing else is ever written there.
+Braces within texts are escaped, for readers count them. Nothing else is ever written there but `left-out`, below.
 
 - A path is opened once, at the start. A file is made for this user only (0600), or emptied if it is there.
 - A FIFO is opened for both directions and without blocking: it needs no reader at the start, its reader may go and another
@@ -52,6 +52,14 @@ Braces within texts are escaped, for readers count them. Nothing else is ever wr
 - A descriptor must be one that was passed to this process, above standard error's. It is set to not blocking.
 - A reader that stops never stops the VMM: when pipe and journal are full, the oldest events are lost, and the log says
   so once. An event is written whole.
+- A guest that resets again and again does not fill a disk: of what guests can repeat (boots, reboots, panics, devices that are
+  activated and reset) 256 events are written at once, then 8 a second; the newest 16 wait for their time, older ones are left out.
+  Whatever else happens is written at once, after those that wait.
+- How many were left out, for either reason, is told before the next event:
+
+```json
+{"timestamp":{"secs":9,"nanos":81662330},"source":"vmm","event":"left-out","properties":{"events":"1204"}}
+```
 
 ## The stream
 
@@ -80,6 +88,6 @@ client leaves, sends something, or the VMM ends:
 
 ## Kinds
 
-All of them are in the stream; those that are not marked are in the event monitor, too. What is not built yet (snapshots,
-resizing, jobs) does not happen yet.
+All of them but `vmm/left-out` are in the stream; those that are not marked are in the event monitor, too. What is not built yet
+(resizing) does not happen yet.
 "#;

@@ -266,6 +266,12 @@ events! {
     VmmStarted = "vmm" "started";
     /// The VMM ends.
     VmmShutdown = "vmm" "shutdown" monitor [];
+    /// In the event monitor only: before the next event, others were left out. The guest brought them about too fast, or the reader
+    /// was too slow.
+    LeftOut {
+        /// How many.
+        events: u64,
+    } = "vmm" "left-out" monitor [events];
     /// The level of the log changed.
     LogLevelChanged {
         /// The least important level that is logged now.
@@ -343,6 +349,44 @@ events! {
         /// What failed, in short; the log and the reply to the client say more.
         reason: Text,
     } = "vm" "restore-failed";
+    /// A migration goes on, as its source sees it. With each comes a `job/progress`.
+    MigrationProgress {
+        /// Number of the job.
+        job: u64,
+        /// Passes over memory, the one under way included.
+        passes: u64,
+        /// Bytes on the link so far, those sent again included.
+        sent_bytes: u64,
+        /// Bytes per second on the link; absent while it is not known.
+        bandwidth: Option<u64>,
+        /// Bytes per second that the guest writes to; absent while it is not known.
+        dirty_rate: Option<u64>,
+        /// By how much vCPUs are slowed down, in percent of their time.
+        throttle: u64,
+        /// How long the guest would stand still if the last pass began now; absent while it is not known.
+        expected_blackout_ms: Option<u64>,
+    } = "vm" "migration-progress";
+    /// A VM was given away, or has arrived.
+    Migrated {
+        /// Microseconds since the migration began, or since the VM was waited for.
+        duration_us: u64,
+        /// Microseconds that the guest stood still, as the source saw it; absent at the destination, and if it was paused.
+        blackout_us: Option<u64>,
+        /// Bytes that were on the link.
+        sent_bytes: u64,
+        /// Passes over memory.
+        passes: u64,
+    } = "vm" "migrated";
+    /// Nobody knows where the VM is. It stays paused, until the other end answers or an operator decides.
+    MigrationInDoubt {
+        /// Number of the job.
+        job: u64,
+    } = "vm" "migration-in-doubt";
+    /// A migration failed or was cancelled, at either end.
+    MigrationFailed {
+        /// What failed, in short; the log and the reply to the client say more.
+        reason: Text,
+    } = "vm" "migration-failed";
     /// The VM is being resized.
     Resizing = "vm" "resizing" monitor [];
     /// The VM was resized.
@@ -414,6 +458,26 @@ events! {
         /// What became of it.
         outcome: JobOutcome,
     } = "job" "finished";
+}
+
+impl Event {
+    /// Whether a guest can have it happen again and again, without anybody else's doing.
+    #[must_use]
+    pub fn guest_repeats(&self) -> bool {
+        matches!(
+            self,
+            Self::Booting
+                | Self::BootStage { .. }
+                | Self::Booted { .. }
+                | Self::Rebooting { .. }
+                | Self::Rebooted
+                | Self::GuestPanic { .. }
+                | Self::GuestExit { .. }
+                | Self::DeviceActivated { .. }
+                | Self::DeviceReset { .. }
+                | Self::DeviceNeedsReset { .. }
+        )
+    }
 }
 
 #[cfg(test)]

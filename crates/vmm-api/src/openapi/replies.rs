@@ -10,6 +10,7 @@ use crate::config::{FaultKind, VmConfig};
 use crate::error::{Code, Problem};
 use crate::info::{CountersReply, JsonText, OpenMetrics, PingReply, ValidateReply, VmInfo, VmState};
 use crate::openapi::{Components, Described, Form, TABLE_FAULTS};
+use crate::progress::{MigrationProgressReply, MigrationRole, MigrationStatus};
 use serde_json::{Map, Value, json};
 use vmm_state::Phase;
 
@@ -147,6 +148,44 @@ fn device_node() -> Value {
             ("parent!", parent.clone(), "Id of the device this one belongs to."),
             ("children!", TEXTS(), "Ids of the devices that belong to this one."),
             ("pci_bdf!", parent, "The PCI address, `0000:00:01.0`."),
+        ],
+    )
+}
+
+impl Described for MigrationProgressReply {
+    fn form(components: &mut Components) -> Form {
+        Form::Always(components.schema("MigrationProgress", |_| migration_progress()))
+    }
+}
+
+fn migration_progress() -> Value {
+    let number = |format: &str| json!({ "type": "integer", "format": format, "minimum": 0 });
+    let (count, small) = (number("uint64"), number("uint32"));
+    let statuses = json!({ "type": "string", "enum": MigrationStatus::ALL });
+    let roles = json!({ "type": "string", "enum": MigrationRole::ALL });
+    let yes_no = json!({ "type": "boolean" });
+    object(
+        "How far a migration is, or how it ended.",
+        [
+            ("status!", statuses, "What became of it."),
+            ("role", roles, "Which end this is; absent where there was no migration."),
+            ("job!", count.clone(), "Its number, as in events."),
+            ("check!", yes_no, "It only asks whether the destination would take the VM."),
+            ("step", TEXT(), "What this end does: a state of the protocol, such as `Copying`."),
+            ("elapsed_us!", count.clone(), "Microseconds since it began, or that it took."),
+            ("memory_bytes!", count.clone(), "Bytes of guest memory there are."),
+            ("sent_bytes!", count.clone(), "Bytes on the link so far, those sent again included."),
+            ("passes!", small.clone(), "Passes over memory, the one under way included."),
+            ("bandwidth", count.clone(), "Bytes per second on the link; absent while it is not known."),
+            ("dirty_rate", count.clone(), "Bytes per second that the guest writes to; absent likewise."),
+            ("throttle!", small, "By how much vCPUs are slowed down, in percent of their time."),
+            (
+                "expected_blackout_ms",
+                count.clone(),
+                "How long the guest would stand still now; absent likewise.",
+            ),
+            ("blackout_us", count, "How long it stood still, as the source saw it; absent if it was paused."),
+            ("causes", TEXTS(), "Why it failed, outermost first."),
         ],
     )
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::Checked;
 use super::snapshot::Overrides;
+use super::{Checked, MachineSpec, foreign};
 use crate::config::wire::Walk;
 use crate::config::{
     Fault, FaultKind, MigrationMode, ReceiveMigrationData, SendMigrationData, TimeoutStrategy,
@@ -58,6 +58,16 @@ pub struct SendSpec {
     pub strategy: TimeoutStrategy,
     /// Connections to ask for, 1 to 128.
     pub connections: u16,
+    /// Only ask whether the destination would take it.
+    pub check: bool,
+    /// Who asks is not told of the end.
+    pub detach: bool,
+    /// The VMM goes on, without a VM.
+    pub preserve: bool,
+    /// Most bytes per second; 0 is no limit.
+    pub max_bandwidth: u64,
+    /// vCPUs may be slowed down.
+    pub auto_converge: bool,
 }
 
 impl SendSpec {
@@ -73,6 +83,13 @@ impl SendSpec {
             let message = format!("expected 1 to {MAX_CONNECTIONS}, found {}", config.connections);
             faults.push(Fault::new("connections", FaultKind::Invalid, message));
         }
+        if config.check && config.detach {
+            faults.push(Fault::new(
+                "detach",
+                FaultKind::Invalid,
+                "contradicts check, whose answer is all of it",
+            ));
+        }
         let address = MigrationAddress::parse("destination_url", &config.destination_url)
             .map_err(|fault| faults.push(fault));
         if config.local && matches!(address, Ok(MigrationAddress::Tcp(_))) {
@@ -87,6 +104,11 @@ impl SendSpec {
                 timeout: Duration::from_secs(config.timeout_s),
                 strategy: config.timeout_strategy,
                 connections,
+                check: config.check,
+                detach: config.detach,
+                preserve: config.preserve_source,
+                max_bandwidth: config.max_bandwidth,
+                auto_converge: config.auto_converge,
             }),
             _ => Err(faults),
         }
@@ -98,6 +120,8 @@ impl SendSpec {
 pub struct ReceiveSpec {
     /// Where to listen.
     pub address: MigrationAddress,
+    /// What the source may name; `None`: the default of the address.
+    paths: Option<Vec<PathBuf>>,
     overrides: Overrides,
 }
 
@@ -118,9 +142,37 @@ impl ReceiveSpec {
             debug_console: config.debug_console.clone(),
         };
         match address {
-            Ok(address) if faults.is_empty() => Ok(Self { address, overrides }),
+            Ok(address) if faults.is_empty() => Ok(Self { address, paths: config.paths.clone(), overrides }),
             _ => Err(faults),
         }
+    }
+
+    /// What the source of a VM of `spec` names without being allowed to: places in the document, and paths.
+    ///
+    /// Whoever connects to a UNIX socket is of this end's user, and so could open those files itself: if no paths are
+    /// given, it may name any. Elsewhere it may name none.
+    #[must_use]
+    pub fn foreign(&self, spec: &MachineSpec) -> Vec<(String, PathBuf)> {
+        let allowed = match (&self.paths, &self.address) {
+            (Some(paths), _) => paths.as_slice(),
+            (None, MigrationAddress::Tcp(_)) => &[],
+            (None, MigrationAddress::Unix(_)) => return Vec::new(),
+        };
+        let mut found = foreign::paths(spec);
+        let index = |id: &String| spec.disks.iter().position(|disk| disk.identity.id.as_str() == id.as_str());
+        let disks = self.overrides.disks.iter().filter_map(|disk| index(&disk.id));
+        let mut own: Vec<String> = disks.map(|index| format!("disks[{index}].path")).collect();
+        for (name, to) in [
+            ("serial", &self.overrides.serial),
+            ("console", &self.overrides.console),
+            ("debug_console", &self.overrides.debug_console),
+        ] {
+            if to.is_some() {
+                own.extend([format!("{name}.file"), format!("{name}.socket")]);
+            }
+        }
+        found.retain(|(place, path)| !own.contains(place) && !foreign::is_allowed(path, allowed));
+        found
     }
 
     /// The configuration of the VM here: `document` is what the source sent.
@@ -171,6 +223,8 @@ mod tests {
         let mut faults = faults.unwrap_err();
         faults.sort();
         assert_eq!(faults, ["connections", "destination_url", "memory_mode", "tls_dir"]);
+        let faults = send(r#"{"destination_url": "unix:/m", "check": true, "detach": true}"#);
+        assert_eq!(faults.unwrap_err(), ["detach"]);
     }
 
     #[test]

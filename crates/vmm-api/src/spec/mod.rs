@@ -9,6 +9,7 @@ mod consoles;
 mod cpus;
 mod disks;
 mod edit;
+mod foreign;
 mod ids;
 mod landlock;
 mod memory;

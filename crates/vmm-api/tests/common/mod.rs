@@ -133,7 +133,7 @@ macro_rules! refuse {
 }
 
 refuse!(vmm::OpenApi, vmm::Metrics, vmm::LogLevel, vmm::SetLogLevel);
-refuse!(vm::Cancel, vm::ReceiveMigration);
+refuse!(vm::Cancel, vm::ReceiveMigration, vm::MigrationProgress, vm::MigrationKeep, vm::MigrationYield);
 
 /// Nobody ever receives a toy.
 impl Handle<vm::SendMigration> for Toy {
