@@ -4,6 +4,7 @@ pub mod apt;
 pub mod base64;
 pub mod bridge;
 pub mod cache;
+pub mod certificates;
 pub mod confine;
 pub mod error;
 pub mod harness;

@@ -405,7 +405,7 @@ fn limit_memory(vmm: &Vmm, more: Option<u64>) {
     let limit = more.map_or("unlimited".to_owned(), |more| ((size + more) << 10).to_string());
     let (pid, limit) = (vmm.pid().to_string(), format!("--as={limit}:unlimited"));
     let status = Command::new("prlimit").args(["--pid", &pid, &limit]).status();
-    assert!(status.expect("prlimit(1)").success());
+    assert!(status.unwrap().success(), "prlimit(1)");
 }
 
 #[test]

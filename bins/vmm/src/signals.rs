@@ -7,6 +7,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use crate::exit::ExitCode;
 use crate::{console, lost_memory};
@@ -118,12 +120,19 @@ pub fn restore_terminal_in_crashes() {
     }
 }
 
+/// Some thread is in its handler of SIGBUS.
+static LOST: AtomicBool = AtomicBool::new(false);
+
 extern "C" fn crashed(signal: libc::c_int, info: *const libc::siginfo_t, _: *const libc::c_void) {
     console::restore_terminal_in_handler();
     // SAFETY: the kernel gives a valid one with SA_SIGINFO.
     let info = unsafe { &*info };
     let code = info.si_code;
     if signal == libc::SIGBUS && code > 0 {
+        // Another thread met it first, and ends the process in one way or the other.
+        while LOST.swap(true, Ordering::SeqCst) {
+            thread::yield_now();
+        }
         // SAFETY: a SIGBUS of the kernel's has an address.
         let address = unsafe { info.si_addr() };
         if let Some(status) = lost_memory::in_handler(address as usize) {

@@ -89,9 +89,8 @@ impl Told {
 /// The VMM's state, owned by the control thread.
 #[derive(Debug)]
 pub struct Vmm {
-    hypervisor: Arc<dyn Hypervisor>,
+    means: Means,
     slot: VmSlot<Configured, Machine>,
-    post: Mailbox<MachineMessage>,
     boot: Boot,
     jobs: Jobs,
     /// What the guest did while it was paused; its machine does not outlive that.
@@ -99,9 +98,17 @@ pub struct Vmm {
     inputs: Inputs,
     ending: Option<ExitCode>,
     policy: Policy,
-    sandbox: Sandbox,
     served: Served,
     events: Events,
+}
+
+/// What machines and threads are made with.
+#[derive(Debug)]
+struct Means {
+    hypervisor: Arc<dyn Hypervisor>,
+    /// Where they tell what happens.
+    post: Mailbox<MachineMessage>,
+    sandbox: Sandbox,
 }
 
 /// Work that goes on beside the control thread, and what it leaves behind.
@@ -134,16 +141,14 @@ impl Vmm {
         events: Events,
     ) -> Self {
         Self {
-            hypervisor,
+            means: Means { hypervisor, post, sandbox: Sandbox::default() },
             slot: VmSlot::Empty,
-            post,
             boot: Boot::default(),
             jobs: Jobs::default(),
             deferred: Vec::new(),
             inputs: Inputs::default(),
             ending: None,
             policy,
-            sandbox: Sandbox::default(),
             served: Served::default(),
             events,
         }
@@ -152,7 +157,7 @@ impl Vmm {
     /// The same, in a sandbox.
     #[must_use]
     pub fn confined(self, sandbox: Sandbox) -> Self {
-        Self { sandbox, ..self }
+        Self { means: Means { sandbox, ..self.means }, ..self }
     }
 
     /// Why the process is to end, if it is.

@@ -71,8 +71,11 @@ impl MemoryMap {
     /// write to it.
     ///
     /// # Errors
-    /// A zone is private, or there are more than [`MAX_FILES`].
+    /// A zone is private, or there are more than [`MAX_FILES`]; or it is still [being filled](Self::is_filling).
     pub fn share(&self) -> Result<SharedMemory, HandoverError> {
+        if self.is_filling() {
+            return Err(HandoverError::Filling);
+        }
         let zones = self.zones();
         if zones.len() > MAX_FILES {
             return Err(HandoverError::TooMany { zones: zones.len() });
@@ -225,6 +228,9 @@ fn own_file(path: &Path, handed: &Metadata) -> io::Result<Option<File>> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandoverError {
+    /// Not all of it is there.
+    #[error("guest memory is still being read from the snapshot that it was restored from")]
+    Filling,
     /// Memory of one process alone.
     #[error("memory zone {} is private: only shared memory can be handed over (shared=on)", zones.join(", "))]
     Private {

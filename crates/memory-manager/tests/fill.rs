@@ -76,7 +76,9 @@ fn restored(like: &MemoryMap, zone: &ZoneConfig, path: &Path) -> Restored {
         }),
     };
     let saved = Saved { layout: &like.save(), chain: &chain, fill: Fill::Lazy };
-    let map = MemoryMap::restore_behind(vm(&Fake::new()), &[zone.clone()], &saved, &work(), &behind).unwrap();
+    let map =
+        MemoryMap::restore_behind(vm(&Fake::new()), std::slice::from_ref(zone), &saved, &work(), &behind)
+            .unwrap();
     let threads = *count.borrow();
     Restored { map, go, lost, threads }
 }

@@ -119,7 +119,7 @@ impl Giver {
     fn send(&mut self, pass: u32, what: What, last: bool, to: &mut Vec<u8>) -> Result<Output> {
         let ranges: Vec<MemoryRange> = match what {
             What::All => MemoryRange::new(0, MEMORY)?.chunks().collect(),
-            What::Taken => {
+            What::Taken | What::Absent => {
                 let taken = std::mem::take(&mut self.taken);
                 taken
                     .into_iter()

@@ -13,6 +13,7 @@ mod memory;
 mod message;
 mod negotiate;
 mod pacer;
+mod packing;
 mod policy;
 mod postcopy;
 mod source;
@@ -39,6 +40,7 @@ pub use negotiate::{
     Accept, Features, Hello, MAX_CONNECTIONS, MAX_REQUESTED_CONNECTIONS, Offer, Purpose, SessionId, Versions,
 };
 pub use pacer::Pacer;
+pub use packing::{Packer, UnpackError, unpack};
 pub use policy::{Decision, Goals, Pass, Policy, Stop, TimeoutStrategy};
 pub use postcopy::{
     Filler, FillerAction, FillerInput, FillerKind, FillerOutcome, FillerState, FillerStep, Supplier,

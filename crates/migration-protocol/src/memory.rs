@@ -162,6 +162,8 @@ pub struct Intake<'a> {
     pass: u32,
     /// Bytes of guest memory that this pass described so far.
     bytes: u64,
+    /// The pass has left memory out.
+    absent: bool,
     ended: bool,
 }
 
@@ -169,7 +171,7 @@ impl<'a> Intake<'a> {
     /// For a guest with memory as in `layout`, before the first pass.
     #[must_use]
     pub fn new(layout: &'a MemoryLayout) -> Self {
-        Self { layout, pass: 0, bytes: 0, ended: false }
+        Self { layout, pass: 0, bytes: 0, absent: false, ended: false }
     }
 
     /// Whether `bulk` may land.
@@ -193,7 +195,9 @@ impl<'a> Intake<'a> {
     /// # Errors
     /// [`MemoryError`]: the peer breaks the protocol.
     pub fn absent(&mut self, absent: Absent) -> Result<(), MemoryError> {
-        self.take(absent.range, absent.pass)
+        self.take(absent.range, absent.pass)?;
+        self.absent = true;
+        Ok(())
     }
 
     /// Whether the pass may end here.
@@ -205,8 +209,11 @@ impl<'a> Intake<'a> {
         if mark.bytes != self.bytes {
             return Err(MemoryError::Missing { sent: mark.bytes, received: self.bytes });
         }
+        if self.absent && !mark.last {
+            return Err(MemoryError::Absent { pass: mark.pass });
+        }
         let next = self.pass.checked_add(1).ok_or(MemoryError::Pass { found: mark.pass, now: self.pass })?;
-        *self = Self { layout: self.layout, pass: next, bytes: 0, ended: mark.last };
+        *self = Self { layout: self.layout, pass: next, bytes: 0, absent: false, ended: mark.last };
         Ok(())
     }
 
@@ -368,6 +375,12 @@ pub enum MemoryError {
         found: u32,
         /// Pass that is going on.
         now: u32,
+    },
+    /// Memory is left out before the last pass.
+    #[error("pass {pass} leaves memory out and is not the last")]
+    Absent {
+        /// Which pass.
+        pass: u32,
     },
     /// Frames were lost.
     #[error("a pass of {sent} bytes ends after {received}")]

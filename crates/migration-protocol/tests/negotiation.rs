@@ -3,11 +3,11 @@
 
 use proptest::prelude::*;
 use vmm_migration_protocol::{
-    Accept, Barrier, Bulk, CHUNK, Features, Hello, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout,
-    MemoryRange, Offer, PAGE, Reason, Region, SessionId, Versions, Zero,
+    Absent, Accept, Barrier, Bulk, CHUNK, Features, Hello, Intake, MAX_REGIONS, Mark, MemoryError,
+    MemoryLayout, MemoryRange, Offer, PAGE, Reason, Region, SessionId, Versions, Zero,
 };
 
-use common::samples::{SESSION, hello, layout, offer, range};
+use common::samples::{self, SESSION, hello, layout, offer, range};
 
 mod common;
 
@@ -51,6 +51,17 @@ fn connections_are_bounded_by_both_and_by_sixteen() {
     assert_eq!(agreed(8, 2, Features::NONE), 2);
     assert_eq!(agreed(8, 0, Features::NONE), 1);
     assert_eq!(agreed(8, 8, Features::LOCAL_MEMORY), 1);
+}
+
+#[test]
+fn memory_is_handed_over_or_follows_later_and_not_both() {
+    let both = Features::LOCAL_MEMORY.and(Features::POST_COPY);
+    let fault = offer().answer(&Hello { features: both, required: both, ..hello() }).unwrap_err();
+    assert_eq!(fault.reason(), Reason::Features);
+    let said = Hello { features: both, ..hello() };
+    let accept = |features| Accept { features, ..samples::accept() };
+    assert!(accept(Features::POST_COPY).fits(&said) && accept(Features::LOCAL_MEMORY).fits(&said));
+    assert!(!accept(both).fits(&said));
 }
 
 #[test]
@@ -148,6 +159,18 @@ fn a_pass_is_bounded_counted_and_in_order() {
         "nothing after the last pass"
     );
     assert!(intake.mark(Mark { pass: 2, last: true, bytes: 0 }).is_err());
+}
+
+#[test]
+fn only_the_last_pass_leaves_memory_out() {
+    let layout = layout();
+    let absent = |gpa, pass| Absent { range: range(gpa, PAGE), pass };
+    let mut intake = Intake::new(&layout);
+    assert!(intake.absent(absent(8 * PAGE, 0)).is_err(), "no memory of the guest's");
+    intake.absent(absent(0, 0)).unwrap();
+    let mark = Mark { pass: 0, last: false, bytes: PAGE };
+    assert_eq!(intake.mark(mark), Err(MemoryError::Absent { pass: 0 }));
+    intake.mark(Mark { last: true, ..mark }).unwrap();
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -13,15 +14,16 @@ use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
     DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits,
-    MAX_CONNECTIONS, Message, Missing, MissingKind, Offer, Outcomes, Output, Progress, Reason, SessionId,
-    SessionOutcome, Versions,
+    MAX_CONNECTIONS, Message, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
+use super::making::Made;
 use super::outgoing::PERIOD;
-use super::{Clock, Host, LINGER, THREAD, descriptors, fit};
+use super::tls::{Server, TlsError};
+use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making};
 use crate::exit::chain;
 use crate::machine;
 
@@ -59,6 +61,9 @@ pub enum ReceiveStep {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReceiveError {
+    /// The certificates of this end cannot be used.
+    #[error("the migration's tls_dir")]
+    Tls(#[source] TlsError),
     /// It cannot be waited for there.
     #[error("cannot listen for the source")]
     Listen(#[source] std::io::Error),
@@ -94,6 +99,8 @@ pub(crate) enum Heard {
     Said(Spoken),
     /// The control thread's answer to a step.
     Answer(DestinationInput),
+    /// A step that may take long has been done.
+    Made(Box<Made>),
     /// An operator wants it to end.
     Cancel,
     /// It is not wanted any more, and nobody answers.
@@ -122,16 +129,22 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// Waits for a VM, and after that for sources that ask what became of it.
     pub(crate) fn run(self) {
+        let tls = match self.spec.tls_dir.as_deref().map(Server::load).transpose() {
+            Ok(tls) => tls,
+            Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Tls(error)))),
+        };
         let listener = match Listener::bind(&self.spec.address) {
             Ok(listener) => Arc::new(listener),
             Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Listen(error)))),
         };
-        let ground = Arc::new(Ground::default());
+        let (ground, gone) = (Arc::new(Ground::default()), Arc::new(AtomicBool::new(false)));
         let (to, heard) = self.heard;
         let accepting = Accepting {
             listener: Arc::clone(&listener),
+            tls,
+            gone: Arc::clone(&gone),
             ground: Arc::clone(&ground),
-            to,
+            to: to.clone(),
             threads: Arc::clone(&self.threads),
         };
         if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-all", move || accepting.run()) {
@@ -144,6 +157,8 @@ impl Incoming {
             host: self.host,
             desk: self.desk,
             ground,
+            to,
+            threads: self.threads,
             outcomes: Outcomes::new(),
             live: None,
             vm: Vm::default(),
@@ -151,6 +166,7 @@ impl Incoming {
             told: false,
         };
         driver.run(&heard);
+        gone.store(true, Ordering::SeqCst);
         listener.close();
         driver.ground.close();
         driver.live.iter().for_each(Live::shutdown);
@@ -161,6 +177,9 @@ impl Incoming {
 /// Takes connections, and starts a thread for each.
 struct Accepting {
     listener: Arc<Listener>,
+    tls: Option<Server>,
+    /// Nobody waits for a VM any more: handshakes are given up.
+    gone: Arc<AtomicBool>,
     ground: Arc<Ground>,
     to: Sender<Heard>,
     threads: Arc<dyn ThreadHook>,
@@ -171,16 +190,19 @@ impl Accepting {
         let alive = Arc::new(());
         let mut number = 0;
         while let Ok(socket) = self.listener.accept() {
-            if Arc::strong_count(&alive) > MOST_CONNECTIONS || socket.set_timeouts(None, Some(WRITE)).is_err()
-            {
+            if Arc::strong_count(&alive) > MOST_CONNECTIONS {
                 log::warn!("migration: too many connections, one more is closed");
                 continue;
             }
             number += 1;
-            let (to, socket, token) = (self.to.clone(), Arc::new(socket), Arc::clone(&alive));
-            let ground = Arc::clone(&self.ground);
+            let (to, token) = (self.to.clone(), Arc::clone(&alive));
+            let (ground, gone, tls) = (Arc::clone(&self.ground), Arc::clone(&self.gone), self.tls.clone());
             let work = move || {
-                read(number, &socket, &ground, &to);
+                let secured = socket.secured(tls.as_ref(), &mut || !gone.load(Ordering::SeqCst));
+                match secured.and_then(|socket| socket.set_timeouts(None, Some(WRITE)).map(|()| socket)) {
+                    Ok(socket) => read(number, &Arc::new(socket), &ground, &to),
+                    Err(error) => log::warn!("migration: a connection is refused: {}", chain(&error)),
+                }
                 drop(token);
             };
             if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-in", work) {
@@ -234,6 +256,8 @@ struct Driver {
     host: Host,
     desk: Box<dyn Fn(ReceiveStep) + Send>,
     ground: Arc<Ground>,
+    to: Sender<Heard>,
+    threads: Arc<dyn ThreadHook>,
     outcomes: Outcomes,
     live: Option<Live>,
     vm: Vm,
@@ -251,6 +275,7 @@ impl Driver {
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
                 Ok(Heard::Answer(input)) => self.handle(input),
+                Ok(Heard::Made(made)) => self.made(*made),
                 Ok(Heard::Cancel) if self.live.is_some() => {
                     self.handle(DestinationInput::Cancel("by this end's operator".to_owned()));
                 }
@@ -472,10 +497,8 @@ impl Driver {
 
     fn step(&mut self, step: DestinationStep) {
         let result = match step {
-            DestinationStep::Check(config) => {
-                self.check(&config).map(|checked| self.vm.checked = Some(checked))
-            }
-            DestinationStep::Build => self.build(),
+            DestinationStep::Check(config) => return self.check(config),
+            DestinationStep::Build => return self.build(),
             DestinationStep::Restore(state) => match self.arrival(&state) {
                 Ok(arrival) => {
                     self.vm.handed_over = true;
@@ -507,50 +530,63 @@ impl Driver {
 
     /// The answer to a step that is done here. Its actions come after those that are there.
     fn answer(&mut self, result: Result<(), Fault>) {
-        let input = match result {
-            Ok(()) => DestinationInput::Done(Output::Nothing),
-            Err(fault) => DestinationInput::Failed(fault),
-        };
         let now = self.clock.now();
         if let Some(live) = &mut self.live {
-            live.machine.handle(now, input);
+            live.machine.handle(now, input(result));
         }
     }
 
-    /// Whether a VM of this configuration can run here.
-    fn check(&self, config: &[u8]) -> Result<Checked, Fault> {
-        let hello = self.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
-        fit::check(&self.spec, &self.host, hello, config)
+    /// Looks whether a VM of this configuration can run here.
+    fn check(&mut self, config: Vec<u8>) {
+        let (spec, host) = (self.spec.clone(), self.host.clone());
+        let Some(hello) = self.hello().cloned() else {
+            return self.answer(Err(Fault::new(Reason::Violation, "no Hello")));
+        };
+        self.make(move || Made::Checked(fit::check(&spec, &host, &hello, &config).map(Box::new)));
+    }
+
+    fn build(&mut self) {
+        let (Some(checked), Some(live)) = (&self.vm.checked, &self.live) else {
+            return self.answer(Err(Fault::new(Reason::Failed, "there is no configuration")));
+        };
+        let Some(hello) = live.machine.hello().cloned() else {
+            return self.answer(Err(Fault::new(Reason::Violation, "no Hello")));
+        };
+        let (spec, local) = (checked.spec.clone(), is_local(live));
+        self.make(move || Made::Memory(making::memory(&spec, &hello, local)));
+    }
+
+    /// Does `work` beside this thread, which hears of its end.
+    fn make(&mut self, work: impl FnOnce() -> Made + Send + 'static) {
+        let to = self.to.clone();
+        let work = move || drop(to.send(Heard::Made(Box::new(work()))));
+        if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-make", work) {
+            self.answer(Err(Fault::new(Reason::Failed, &format!("a thread: {error}"))));
+        }
     }
 
     fn hello(&self) -> Option<&Hello> {
         self.live.as_ref().and_then(|live| live.machine.hello())
     }
 
-    /// Gets the memory, which is where the source says that it is, or not at all.
-    fn build(&mut self) -> Result<(), Fault> {
-        let (Some(checked), Some(live)) = (&self.vm.checked, &self.live) else {
-            return Err(Fault::new(Reason::Failed, "there is no configuration"));
+    /// A step that may take long has been done.
+    fn made(&mut self, made: Made) {
+        let result = match made {
+            Made::Checked(result) => result.map(|checked| self.vm.checked = Some(*checked)),
+            Made::Memory(result) => {
+                result.map(|memory| memory.into_iter().for_each(|memory| self.land(memory)))
+            }
         };
-        let failed = |error: &dyn std::error::Error| Fault::new(Reason::Failed, &chain(error));
-        let hello = live.machine.hello().ok_or_else(|| Fault::new(Reason::Violation, "no Hello"))?;
-        let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
-        let places = HostMemory::places(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
-        let there =
-            hello.memory.regions().iter().map(|region| (region.zone.clone(), region.gpa, region.length));
-        if !places.into_iter().eq(there) {
-            let missing = Missing::new(MissingKind::Memory, "memory where the guest has it");
-            return Err(Fault::incompatible(vec![missing]));
-        }
-        if is_local(live) {
-            // It is there already, and will be handed over.
-            return Ok(());
-        }
-        let memory = HostMemory::create(&zones, hello.cpu.phys_bits).map_err(|error| failed(&error))?;
+        self.handle(input(result));
+    }
+
+    /// The source's memory goes there.
+    fn land(&mut self, memory: HostMemory) {
+        let Some(live) = &self.live else { return };
+        let Some(hello) = live.machine.hello() else { return };
         let connections = live.machine.accept().map_or(1, |accept| accept.connections);
         self.ground.open(Arc::clone(memory.memory()), hello.memory.clone(), live.connection, connections);
         self.vm.memory = Some(memory);
-        Ok(())
     }
 
     /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
@@ -581,7 +617,112 @@ impl Driver {
     }
 }
 
+/// A step's result, for the machine.
+fn input(result: Result<(), Fault>) -> DestinationInput {
+    match result {
+        Ok(()) => DestinationInput::Done(Output::Nothing),
+        Err(fault) => DestinationInput::Failed(fault),
+    }
+}
+
 /// Whether memory is handed over by its descriptors.
 fn is_local(live: &Live) -> bool {
     live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LOCAL_MEMORY))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use vmm_api::config::ReceiveMigrationData;
+    use vmm_device_model::thread::Unconfined;
+    use vmm_migration_protocol::{CpuNeeds, Decoder, Item, MemoryLayout, Purpose, Region};
+
+    use super::*;
+
+    /// Long: only for what hangs.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn driver(to: &Sender<Heard>, live: Live) -> Driver {
+        let config = ReceiveMigrationData { receiver_url: "unix:/m".to_owned(), ..Default::default() };
+        Driver {
+            clock: Clock::start(),
+            spec: ReceiveSpec::check(&config).unwrap(),
+            host: Host { most_vcpus: 1, cpuid: None },
+            desk: Box::new(drop),
+            ground: Arc::default(),
+            to: to.clone(),
+            threads: Arc::new(Unconfined),
+            outcomes: Outcomes::new(),
+            live: Some(live),
+            vm: Vm::default(),
+            queries: BTreeMap::new(),
+            told: false,
+        }
+    }
+
+    /// A destination that has been asked to check a configuration.
+    fn checking(limits: Limits) -> Destination {
+        let region = Region { gpa: 0, length: 1 << 20, zone: "mem0".into() };
+        let hello = Hello {
+            versions: Versions::OURS,
+            session: SessionId([1; 16]),
+            purpose: Purpose::Migrate,
+            features: Features::NONE,
+            required: Features::NONE,
+            connections: 1,
+            memory: MemoryLayout::new(vec![region]).unwrap(),
+            cpu: CpuNeeds::default(),
+            program: String::new(),
+        };
+        let offer = Offer {
+            versions: Versions::OURS,
+            features: Features::NONE,
+            connections: 1,
+            program: String::new(),
+        };
+        let mut machine = Destination::new(Duration::ZERO, offer, limits, &Outcomes::new());
+        for message in [Message::Hello(Box::new(hello)), Message::Config(vec![1])] {
+            machine.handle(Duration::ZERO, DestinationInput::Frame(message.encode().unwrap()));
+        }
+        while machine.poll().is_some() {}
+        assert_eq!(machine.state(), DestinationState::Checking);
+        machine
+    }
+
+    #[test]
+    fn the_source_hears_of_a_destination_that_is_busy() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(LIMIT)).unwrap();
+        let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
+        let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
+        let (to, heard) = std::sync::mpsc::channel();
+        let live = Live { machine, connection: 1, socket, lost: false, until: None };
+        let mut driver = driver(&to, live);
+        let (done, busy) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            driver.make(move || {
+                let _ = busy.recv_timeout(LIMIT);
+                Made::Checked(Err(Fault::new(Reason::Failed, "at last")))
+            });
+            driver.run(&heard);
+        });
+        let mut decoder = Decoder::new();
+        let mut next = || {
+            let mut byte = [0];
+            loop {
+                std::io::Read::read_exact(&mut theirs, &mut byte).unwrap();
+                if let Some(Item::Frame(frame)) = decoder.push(&mut byte.as_slice()).unwrap() {
+                    return frame.command();
+                }
+            }
+        };
+        for _ in 0..3 {
+            assert_eq!(next(), Command::Keepalive, "while it works");
+        }
+        done.send(()).unwrap();
+        while next() != Command::Nack {}
+        to.send(Heard::Gone).unwrap();
+        thread.join().unwrap();
+    }
 }

@@ -6,19 +6,18 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{Command, Fault, Item, Join, Message, Reason, SessionId, SourceInput};
 
 use super::THREAD;
-use super::link::{ANSWER, End, Frames, Socket};
+use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::sender::{Lane, LaneWriter, PATIENCE, Pen, Shared};
 
 /// What the connections of a session have in common.
 #[derive(Clone)]
 pub(super) struct Session {
-    pub(super) address: MigrationAddress,
+    pub(super) way: Way,
     pub(super) id: SessionId,
     pub(super) memory: Arc<GuestMemorySource>,
     pub(super) shared: Arc<Shared>,
@@ -45,6 +44,8 @@ impl Session {
             while !socket.has_something() && since.elapsed() < ANSWER {
                 self.check()?;
             }
+            let timeouts = socket.set_timeouts(Some(ANSWER), Some(ANSWER));
+            timeouts.map_err(|error| cannot(*index, &error.to_string()))?;
             joined(socket).map_err(|text| cannot(*index, &text))?;
         }
         let mut all = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
@@ -60,7 +61,7 @@ impl Session {
     }
 
     fn connect(&self, index: u16) -> std::io::Result<Arc<Socket>> {
-        let socket = Socket::connect(&self.address)?;
+        let socket = self.way.connect(&mut || self.check().is_ok())?;
         socket.set_timeouts(Some(PATIENCE), Some(ANSWER))?;
         let join = Message::Join(Join { session: self.id, index, role: 0 });
         socket.send(&join.encode().map_err(std::io::Error::other)?)?;

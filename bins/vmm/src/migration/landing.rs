@@ -133,6 +133,11 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
                 return;
             }
         }
+        // Somebody looked whether this end is there, or did not come to speak.
+        Err(End::Lost(text)) => {
+            log::debug!("migration: a connection without a word: {text}");
+            return socket.shutdown(Shutdown::Both);
+        }
         other => {
             log::warn!("migration: a connection that does not begin as one: {other:?}");
             return socket.shutdown(Shutdown::Both);

@@ -17,6 +17,7 @@ use vmm_api::spec::MigrationAddress;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
 use super::descriptors;
+use super::tls::{Client, Server, TlsError, TlsStream};
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
@@ -29,17 +30,44 @@ pub(super) const ANSWER: Duration = Duration::from_secs(5);
 pub(super) enum Socket {
     Unix(UnixStream),
     Tcp(TcpStream),
+    Tls(Box<TlsStream>),
 }
 
-impl Socket {
-    pub(super) fn connect(address: &MigrationAddress) -> io::Result<Self> {
-        match address {
-            MigrationAddress::Unix(path) => UnixStream::connect(path).map(Self::Unix),
+/// The other end's address, and what is shown there.
+#[derive(Debug, Clone)]
+pub(super) struct Way {
+    address: MigrationAddress,
+    tls: Option<Client>,
+}
+
+impl Way {
+    /// With TLS, if there is a folder of certificates; they are read once.
+    pub(super) fn new(address: MigrationAddress, tls_dir: Option<&Path>) -> Result<Self, TlsError> {
+        Ok(Self { address, tls: tls_dir.map(Client::load).transpose()? })
+    }
+
+    /// A connection. A handshake ends when `wanted` says no.
+    pub(super) fn connect(&self, wanted: &mut dyn FnMut() -> bool) -> io::Result<Socket> {
+        match &self.address {
+            MigrationAddress::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
             MigrationAddress::Tcp(address) => {
                 let stream = connect_tcp(address)?;
                 stream.set_nodelay(true)?;
-                Ok(Self::Tcp(stream))
+                match &self.tls {
+                    Some(tls) => Ok(Socket::Tls(Box::new(tls.greet(stream, address, wanted)?))),
+                    None => Ok(Socket::Tcp(stream)),
+                }
             }
+        }
+    }
+}
+
+impl Socket {
+    /// The same as a receiver has it with `tls`: encrypted. A handshake ends when `wanted` says no.
+    pub(super) fn secured(self, tls: Option<&Server>, wanted: &mut dyn FnMut() -> bool) -> io::Result<Self> {
+        match (self, tls) {
+            (Self::Tcp(stream), Some(tls)) => Ok(Self::Tls(Box::new(tls.greet(stream, wanted)?))),
+            (socket, _) => Ok(socket),
         }
     }
 
@@ -60,21 +88,22 @@ impl Socket {
         let fd = match self {
             Self::Unix(stream) => stream.as_fd(),
             Self::Tcp(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.socket().as_fd(),
         };
         rustix::net::recv(fd, &mut [0], flags | RecvFlags::PEEK).map(|(_, bytes)| bytes)
     }
 
     pub(super) fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
-        match self {
+        let stream = match self {
             Self::Unix(stream) => {
                 stream.set_read_timeout(read)?;
-                stream.set_write_timeout(write)
+                return stream.set_write_timeout(write);
             }
-            Self::Tcp(stream) => {
-                stream.set_read_timeout(read)?;
-                stream.set_write_timeout(write)
-            }
-        }
+            Self::Tcp(stream) => stream,
+            Self::Tls(stream) => stream.socket(),
+        };
+        stream.set_read_timeout(read)?;
+        stream.set_write_timeout(write)
     }
 
     /// Where it is closed already, there is nothing to do.
@@ -82,6 +111,7 @@ impl Socket {
         let _ = match self {
             Self::Unix(stream) => stream.shutdown(how),
             Self::Tcp(stream) => stream.shutdown(how),
+            Self::Tls(stream) => stream.shutdown(how),
         };
     }
 
@@ -95,7 +125,7 @@ impl Socket {
     pub(super) fn write_with(&self, bytes: &[u8], files: &[File]) -> io::Result<usize> {
         match self {
             Self::Unix(stream) => descriptors::send(stream, bytes, files),
-            Self::Tcp(_) => Err(ErrorKind::Unsupported.into()),
+            Self::Tcp(_) | Self::Tls(_) => Err(ErrorKind::Unsupported.into()),
         }
     }
 
@@ -106,7 +136,7 @@ impl Socket {
                 let peer = sockopt::socket_peercred(stream)?.uid.as_raw();
                 Ok(peer == user || peer == 0)
             }
-            Self::Tcp(_) => Ok(true),
+            Self::Tcp(_) | Self::Tls(_) => Ok(true),
         }
     }
 }
@@ -116,20 +146,26 @@ impl Read for &Socket {
         match self {
             Socket::Unix(stream) => (&mut &*stream).read(bytes),
             Socket::Tcp(stream) => (&mut &*stream).read(bytes),
+            Socket::Tls(stream) => (&mut &**stream).read(bytes),
         }
     }
 }
 
 impl Write for &Socket {
+    /// What ends with [`ErrorKind::WouldBlock`] is to be called again with the same bytes.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Socket::Unix(stream) => (&mut &*stream).write(bytes),
             Socket::Tcp(stream) => (&mut &*stream).write(bytes),
+            Socket::Tls(stream) => (&mut &**stream).write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Socket::Unix(_) | Socket::Tcp(_) => Ok(()),
+            Socket::Tls(stream) => (&mut &**stream).flush(),
+        }
     }
 }
 
@@ -236,6 +272,8 @@ pub(super) enum End {
 pub(super) struct Frames {
     from: BufReader<Half>,
     decoder: Decoder,
+    /// Something has come.
+    begun: bool,
 }
 
 #[derive(Debug)]
@@ -258,7 +296,8 @@ impl Read for Half {
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
         let half = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
-        Self { from: BufReader::with_capacity(BUFFER, half), decoder: Decoder::new() }
+        let from = BufReader::with_capacity(BUFFER, half);
+        Self { from, decoder: Decoder::new(), begun: false }
     }
 
     /// Whether descriptors that come beside frames are wanted from now on.
@@ -290,6 +329,10 @@ impl Frames {
                 };
                 return Err(End::Lost(text));
             }
+            if !std::mem::replace(&mut self.begun, true) && is_tls(available) {
+                let text = "the other end speaks TLS: tls_dir is wanted at this one, too";
+                return Err(End::Garbage(text.to_owned()));
+            }
             let mut rest = available;
             let item = self.decoder.push(&mut rest);
             let taken = available.len() - rest.len();
@@ -306,6 +349,11 @@ impl Frames {
     pub(super) fn contents(&mut self, bytes: &mut [u8]) -> Result<(), End> {
         self.from.read_exact(bytes).map_err(|error| End::Lost(error.to_string()))
     }
+}
+
+/// Whether a stream begins as TLS does: with a record of an alert or a handshake (RFC 8446 section 5.1). No frame does.
+fn is_tls(bytes: &[u8]) -> bool {
+    matches!(bytes, [0x15 | 0x16, 0x03, ..])
 }
 
 #[cfg(test)]

@@ -10,8 +10,10 @@
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
+//! | `making` | `migration-make` | steps of a destination that may take long |
 //! | `link` | | sockets, and frames out of them |
 //! | `descriptors` | | memory that is handed over instead of being sent |
+//! | `tls` | | sockets that are encrypted, with the cargo feature of that name |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
@@ -23,13 +25,18 @@ pub(crate) mod incoming;
 mod joining;
 mod landing;
 mod link;
+mod making;
 pub(crate) mod outgoing;
 mod pace;
 mod sender;
 mod slowing;
+#[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
+mod tls;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use vmm_api::config::{self, FaultKind};
 use vmm_device_model::thread::ThreadKind;
 
 pub(crate) use aside::Aside;
@@ -38,6 +45,7 @@ pub(crate) use fit::{Host, needs};
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
 pub(crate) use slowing::Slowing;
+pub use tls::TlsError;
 
 /// The threads of a migration.
 pub(crate) const THREAD: ThreadKind = ThreadKind("migration");
@@ -47,6 +55,17 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// How long a closed connection is read on.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// Refuses certificates in a build that can do nothing with them.
+pub(crate) fn check_tls(tls_dir: Option<&Path>) -> Result<(), Vec<config::Fault>> {
+    match tls_dir {
+        Some(_) if cfg!(not(feature = "tls")) => {
+            let message = "this build has no TLS (cargo feature tls)";
+            Err(vec![config::Fault::new("tls_dir", FaultKind::NotBuilt, message)])
+        }
+        _ => Ok(()),
+    }
+}
 
 /// What the machines' time is counted from.
 #[derive(Debug, Clone, Copy)]
@@ -64,5 +83,20 @@ impl Clock {
     /// How long to wait for a machine that wants to be woken at `wake`.
     fn until(&self, wake: Option<Duration>) -> Duration {
         wake.map_or(LOOK, |wake| wake.saturating_sub(self.now()).min(LOOK))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_are_refused_by_name_where_there_is_no_tls() {
+        assert!(check_tls(None).is_ok());
+        let found = check_tls(Some(Path::new("/t")));
+        assert_eq!(found.is_ok(), cfg!(feature = "tls"));
+        if let Err(faults) = found {
+            assert_eq!((faults[0].path.as_str(), faults[0].kind), ("tls_dir", FaultKind::NotBuilt));
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::net::Shutdown;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -19,10 +20,11 @@ use vmm_migration_protocol::{
 
 use super::course::Course;
 use super::joining::Session;
-use super::link::{ANSWER, End, Frames, Socket};
+use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::pace::Pace;
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
-use super::{Aside, Clock, LINGER, THREAD};
+use super::{Aside, Clock, LINGER, THREAD, TlsError};
+use crate::exit::chain;
 
 /// How long a failure to open a connection waits for what the other end says of it.
 const GRACE: Duration = Duration::from_millis(250);
@@ -51,6 +53,9 @@ pub enum SendStep {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SendError {
+    /// The certificates of this end cannot be used.
+    #[error("the migration's tls_dir")]
+    Tls(#[source] TlsError),
     /// The other end is not to be reached.
     #[error("cannot connect to the receiver")]
     Connect(#[source] std::io::Error),
@@ -100,6 +105,7 @@ pub(crate) struct Outgoing {
     pub(crate) address: MigrationAddress,
     /// Bytes per second; 0 is no limit.
     pub(crate) max_bandwidth: u64,
+    pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) setup: SourceSetup,
     pub(crate) memory: GuestMemorySource,
     /// The files of memory that is handed over.
@@ -115,13 +121,13 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// Drives the migration to its end.
     pub(crate) fn run(self) {
-        let socket = Socket::connect(&self.address).and_then(|socket| {
-            socket.set_timeouts(None, Some(PATIENCE))?;
-            Ok(Arc::new(socket))
-        });
-        let socket = match socket {
+        let way = match Way::new(self.address, self.tls_dir.as_deref()) {
+            Ok(way) => way,
+            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Tls(error)))),
+        };
+        let socket = match connect(&way, &self.inputs.1, &self.gone) {
             Ok(socket) => socket,
-            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Connect(error)))),
+            Err(error) => return (self.desk)(SendStep::Over(Err(error))),
         };
         let clock = Clock::start();
         let id = self.setup.hello.session;
@@ -135,7 +141,7 @@ impl Outgoing {
         let (reads, read) = channel();
         let memory = Arc::new(self.memory);
         let session = Session {
-            address: self.address,
+            way,
             id,
             memory: Arc::clone(&memory),
             shared: Arc::clone(&shared),
@@ -163,6 +169,28 @@ impl Outgoing {
         let (aside, desk) = (self.aside, self.desk);
         let driver = Driver { clock, machine, socket, queue, aside, desk, session };
         driver.run(&inputs, writing, &self.gone);
+    }
+}
+
+/// The connection, unless the operator cancels or the VM goes.
+fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
+    let mut cancelled = None;
+    let mut wanted = || {
+        if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
+            cancelled = Some(text);
+        }
+        cancelled.is_none() && !gone.load(Ordering::SeqCst)
+    };
+    let connected = way.connect(&mut wanted).and_then(|socket| {
+        socket.set_timeouts(None, Some(PATIENCE))?;
+        Ok(Arc::new(socket))
+    });
+    match cancelled {
+        Some(text) => {
+            let failure = Failure::new(vmm_migration_protocol::End::Here, Reason::Cancelled, &text);
+            Err(SendError::Failed { failure, stuck: Vec::new() })
+        }
+        None => connected.map_err(SendError::Connect),
     }
 }
 
@@ -265,6 +293,11 @@ impl Driver {
                 let what = match what {
                     What::All => None,
                     What::Taken => Some(self.aside.take()),
+                    What::Absent => {
+                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
+                        self.answer(SourceInput::Failed(fault));
+                        return None;
+                    }
                 };
                 self.session.shared.sent.store(0, Ordering::Relaxed);
                 self.write(Out::Pass(Arc::new(Course::new(pass, what, last))));
@@ -323,7 +356,7 @@ impl Driver {
     /// Asks what became of the session, on another connection.
     fn ask(&self) {
         debug_assert_eq!(self.machine.state(), SourceState::Asking);
-        self.beside("migration-ask", |session| match outcome_of(&session.address, session.id) {
+        self.beside("migration-ask", |session| match outcome_of(&session.way, session.id) {
             Ok(frame) => SourceInput::Frame(frame),
             Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
         });
@@ -343,12 +376,9 @@ impl Driver {
 }
 
 /// The Outcome that the other end gives.
-fn outcome_of(
-    address: &MigrationAddress,
-    session: SessionId,
-) -> Result<vmm_migration_protocol::Frame, String> {
-    let failed = |error: std::io::Error| error.to_string();
-    let socket = Arc::new(Socket::connect(address).map_err(failed)?);
+fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::Frame, String> {
+    let failed = |error: std::io::Error| chain(&error).to_string();
+    let socket = Arc::new(way.connect(&mut || true).map_err(failed)?);
     socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
     let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
     socket.send(&query).map_err(failed)?;

@@ -116,8 +116,8 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 86),
-            (crate::migration::THREAD, 56),
+            (CONTROL_THREAD, 89),
+            (crate::migration::THREAD, 60),
             (crate::vmm::writer::THREAD, 49),
             (API_THREAD, 36),
             (set::THREAD, 30),

@@ -68,7 +68,7 @@ fn add(ruleset: &mut RulesetCreated, rule: &PathRule) -> Result<(), LandlockErro
         return Ok(());
     }
     if matches!(rule.usage, Usage::ReadLater | Usage::Faults) && !path.exists() {
-        // The boot that wants it says so.
+        // Who wants it says so.
         return Ok(());
     }
     if rule.usage == Usage::Output && !path.exists() {

@@ -172,12 +172,12 @@ impl Vmm {
         }
         let mut stages = told::stages(&self.events, self.boot.machines);
         let beginning = origin.as_ref().map_or(Beginning::Boot, |origin| Beginning::Saved(origin.folders()));
-        self.sandbox.confine_paths(&configured.spec, &beginning);
-        let hypervisor = Ahead::ask(&self.hypervisor);
+        self.means.sandbox.confine_paths(&configured.spec, &beginning);
+        let hypervisor = Ahead::ask(&self.means.hypervisor);
         let fresh = configured.consoles.is_none();
         let opened = stages.time(Stage::Console, || match configured.consoles.take() {
             Some(consoles) => Ok(consoles),
-            None => Consoles::open(&configured.spec, self.sandbox.threads()),
+            None => Consoles::open(&configured.spec, self.means.sandbox.threads()),
         });
         let consoles = match opened {
             Ok(consoles) => consoles,
@@ -198,9 +198,9 @@ impl Vmm {
             hypervisor,
             spec: Arc::clone(&configured.spec),
             ports,
-            post: EventPost::new(self.boot.machines, self.post.clone()),
+            post: EventPost::new(self.boot.machines, self.means.post.clone()),
             stages,
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             before: self.boot.before.take(),
             origin,
             generation: configured.generation,
@@ -216,7 +216,7 @@ impl Vmm {
         fresh: bool,
     ) -> Result<(), VmmError> {
         // Without one of its paths the machine was not built, which said more of the reason.
-        let confined = self.sandbox.confined();
+        let confined = self.means.sandbox.confined();
         let built = result.map_err(VmmError::from).and_then(|machine| Ok(confined.map(|()| machine)?));
         let built = built.and_then(|machine| {
             machine.memory().settle().map_err(MachineError::NotFilled)?;
@@ -277,7 +277,7 @@ impl Vmm {
         result: Result<T, VmmError>,
     ) -> Result<T, VmmError> {
         let restore = self.boot.restore.take();
-        let result = result.map_err(|error| explain(&self.sandbox, error));
+        let result = result.map_err(|error| explain(&self.means.sandbox, error));
         let event = match &restore {
             Some(restore) => told::restore_end(stages, restore.start(), result.as_ref().err()),
             None => told::boot_end(stages, result.as_ref().err()),

@@ -173,7 +173,7 @@ impl Handle<vm::Info> for Vmm {
 /// Files are looked at on a thread of its own: a kernel is loaded for trial.
 impl Handle<vm::Validate> for Vmm {
     fn handle(&mut self, request: vm::ValidateRequest, replier: Replier<ValidateReply>) {
-        let most_vcpus = self.hypervisor.max_vcpus();
+        let most_vcpus = self.means.hypervisor.max_vcpus();
         let work = move || replier.reply(Ok(preflight::report(request, most_vcpus)));
         // A replier that is dropped answers with an error.
         if let Err(error) = std::thread::Builder::new().name("validate".to_owned()).spawn(work) {

@@ -22,7 +22,7 @@ use crate::exit::chain;
 use crate::machine::stages::Stages;
 use crate::machine::{EventPost, Machine, MachineEvent};
 use crate::migration::incoming::{Heard, Incoming};
-use crate::migration::{Arrival, Host, ReceiveError, ReceiveStep, THREAD};
+use crate::migration::{self, Arrival, Host, ReceiveError, ReceiveStep, THREAD};
 
 /// The kind of the job, in events.
 const KIND: &str = "receive";
@@ -77,7 +77,9 @@ impl Drop for Thread {
 impl Vmm {
     /// Waits for a VM; `asker` is told when it is here.
     pub(super) fn receive_for(&mut self, request: &ReceiveMigrationData, asker: Replier<()>) {
-        let spec = match ReceiveSpec::check(request) {
+        let checked = ReceiveSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
@@ -88,20 +90,20 @@ impl Vmm {
         let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         self.jobs.moving.begin(MigrationRole::Destination, number, false);
-        let cpuid = self.hypervisor.supported_cpuid();
+        let cpuid = self.means.hypervisor.supported_cpuid();
         let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
         let (to, heard) = channel();
-        let post = EventPost::new(machine, self.post.clone());
+        let post = EventPost::new(machine, self.means.post.clone());
         let incoming = Incoming {
             spec,
-            host: Host { most_vcpus: self.hypervisor.max_vcpus(), cpuid },
+            host: Host { most_vcpus: self.means.hypervisor.max_vcpus(), cpuid },
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             heard: (to.clone(), heard),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker, cancels, start, to, held };
-        match thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
+        match thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
             Ok(handle) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
@@ -247,7 +249,7 @@ impl Vmm {
         self.events.tell(job.machine, &told::job_end(job.number, cancelled));
         let reason = error.to_string().as_str().into();
         self.events.tell(job.machine, &Event::MigrationFailed { reason });
-        let error = boot::explain(&self.sandbox, VmmError::Receive(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Receive(Box::new(error)));
         log::warn!("{}", chain(&error));
         self.post_info();
         let reply = ApiError::from_error(told::code(cancelled), &error);

@@ -118,7 +118,7 @@ impl Vmm {
         if !self.policy.serves_clients {
             return self.take_over(load(&spec, watch), asker);
         }
-        let post = EventPost::new(number, self.post.clone());
+        let post = EventPost::new(number, self.means.post.clone());
         let work = move || post.post(MachineEvent::Loaded(Box::new(load(&spec, watch))));
         match Builder::new().name("boot".to_owned()).spawn(work) {
             Ok(thread) => self.boot.job = Some(Job { asker, fresh: true, thread }),

@@ -118,7 +118,7 @@ impl Vmm {
             return Err(SaveError::Ended(*event));
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
-        let (tracks, hook) = (&mut self.jobs.saving.tracks, self.sandbox.threads());
+        let (tracks, hook) = (&mut self.jobs.saving.tracks, self.means.sandbox.threads());
         let (memory, since, still) = match pace {
             Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
                 Some(moment) => {
@@ -150,12 +150,12 @@ impl Vmm {
             still,
             threads: writer::threads(),
             watch: Watch { job, machine: number, events, cancelled: Arc::clone(&cancelled) },
-            post: EventPost::new(number, self.post.clone()),
+            post: EventPost::new(number, self.means.post.clone()),
             answers: asked,
             committed: Arc::clone(&committed),
         };
         let work = move || writer.run();
-        let handle = thread::spawn(self.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
+        let handle = thread::spawn(self.means.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
         let handle = handle.map_err(SaveError::Thread)?;
         Ok(Thread { handle, answers: Some(answers), cancelled, committed, frozen })
     }
@@ -324,7 +324,7 @@ impl Vmm {
             return vec![Fault::new("incremental", FaultKind::Invalid, TrackError::NoBase.to_string())]
                 .into();
         }
-        let error = boot::explain(&self.sandbox, VmmError::Snapshot(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Snapshot(Box::new(error)));
         log::warn!("{}", chain(&error));
         ApiError::from_error(if cancelled { Code::Cancelled } else { Code::SnapshotFailed }, &error)
     }

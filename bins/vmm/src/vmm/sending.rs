@@ -72,7 +72,9 @@ type StepResult = Result<Output, Box<dyn std::error::Error + Send + Sync>>;
 impl Vmm {
     /// Begins to give the VM away; `asker` is told of the end.
     pub(super) fn send_for(&mut self, request: &SendMigrationData, asker: Replier<()>) {
-        let spec = match SendSpec::check(request) {
+        let checked = SendSpec::check(request)
+            .and_then(|spec| migration::check_tls(spec.tls_dir.as_deref()).map(|()| spec));
+        let spec = match checked {
             Ok(spec) => spec,
             Err(faults) => return asker.reply(Err(faults.into())),
         };
@@ -118,20 +120,21 @@ impl Vmm {
         self.jobs.moving.memory(setup.hello.memory.bytes());
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
         let (inputs, queue) = channel();
-        let post = EventPost::new(machine.number(), self.post.clone());
+        let post = EventPost::new(machine.number(), self.means.post.clone());
         let outgoing = Outgoing {
             address: spec.address.clone(),
             max_bandwidth: spec.max_bandwidth,
+            tls_dir: spec.tls_dir.clone(),
             setup,
             memory,
             files: shared.map_or_else(Vec::new, |shared| shared.files),
             aside: Arc::clone(&aside),
             desk: Box::new(move |step| post.post(MachineEvent::Send(Box::new(step)))),
-            threads: Arc::clone(self.sandbox.threads()),
+            threads: Arc::clone(self.means.sandbox.threads()),
             inputs: (inputs.clone(), queue),
             gone: Arc::clone(&gone),
         };
-        thread::spawn(self.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
+        thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || outgoing.run())
             .map_err(SendError::Thread)?;
         Ok(Job {
             number: self.jobs.saving.jobs,
@@ -197,7 +200,7 @@ impl Vmm {
             SourceStep::Throttle { percent } => {
                 let slowing = match job.slowing.take() {
                     Some(slowing) => slowing,
-                    None => Slowing::start(self.sandbox.threads(), machine.brake())?,
+                    None => Slowing::start(self.means.sandbox.threads(), machine.brake())?,
                 };
                 slowing.set(percent);
                 job.slowing = Some(slowing);
@@ -300,7 +303,7 @@ impl Vmm {
         self.note(&told::job_end(job, cancelled));
         // Its causes may hold paths, which are not for events.
         self.note(&Event::MigrationFailed { reason: error.to_string().as_str().into() });
-        let error = boot::explain(&self.sandbox, VmmError::Send(Box::new(error)));
+        let error = boot::explain(&self.means.sandbox, VmmError::Send(Box::new(error)));
         log::warn!("{}", chain(&error));
         let reply = ApiError::from_error(told::code(cancelled), &error);
         self.jobs.moving.end(told::status(cancelled), Some(&reply));

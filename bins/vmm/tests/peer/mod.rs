@@ -158,7 +158,7 @@ impl Bench {
 
     fn run(&mut self, bytes: &[u8]) -> bool {
         self.addresses += 1;
-        if self.addresses % LIVES == 0 {
+        if self.addresses.is_multiple_of(LIVES) {
             self.fake = Fake::new();
             self.rig = Rig::with(self.fake.clone(), "Null", Reactions::default());
         }

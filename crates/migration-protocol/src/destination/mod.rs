@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::machine::{Link, Timer, Work};
 use crate::{
-    Accept, Cell, Command, DescriptorRange, End, Failure, Fault, Features, Frame, Hello, Limits, MemoryRange,
-    Message, Offer, Outcomes, Output, Progress, Purpose, Reason, SessionId, SessionOutcome,
+    Accept, Cell, Command, DescriptorRange, End, Failure, Fault, Features, Filler, Frame, Hello, Limits,
+    MemoryRange, Message, Offer, Outcomes, Output, Progress, Purpose, Reason, SessionId, SessionOutcome,
 };
 
 use read::Event;
@@ -127,6 +127,8 @@ struct Heard {
     damaged: bool,
     /// How far the source says it is.
     progress: Progress,
+    /// The guest is to run, and memory of it is at the source still.
+    owed: bool,
 }
 
 /// The end that gets the VM, as a machine: inputs in, actions out.
@@ -180,6 +182,9 @@ impl Destination {
         let kind = event.kind();
         // A result of nothing. Memory that could not land fails without having been asked for.
         let unasked = kind == DestinationKind::Done && self.work.is_none();
+        if kind == DestinationKind::Lost && self.state == DestinationState::Resuming {
+            self.link = Link::Lost;
+        }
         match self.state.cell(kind) {
             _ if unasked => {}
             Cell::Go(_) => self.go(event),
@@ -226,6 +231,14 @@ impl Destination {
     #[must_use]
     pub fn hello(&self) -> Option<&Hello> {
         self.heard.hello.as_ref()
+    }
+
+    /// In post-copy, once it has [received](DestinationOutcome::Received) the VM: the machine that goes on, for memory is at the source
+    /// still.
+    #[must_use]
+    pub fn filler(&self) -> Option<Filler> {
+        let session = self.session().filter(|_| self.heard.owed && self.state == DestinationState::Ended)?;
+        Some(Filler::new(self.timer.now, session, self.limits, self.link == Link::Up))
     }
 
     /// What both ends use.
@@ -385,6 +398,8 @@ impl Destination {
     fn commit(&mut self, run: bool) {
         let Some(session) = self.session() else { return };
         self.undo.clear();
+        let postcopy = self.accept().is_some_and(|accept| accept.features.contains(Features::POST_COPY));
+        self.heard.owed = run && postcopy;
         self.actions.push_back(DestinationAction::Remember(session, SessionOutcome::Committed));
         self.say(Message::Committed(session));
         if run {
@@ -396,7 +411,9 @@ impl Destination {
 
     fn received(&mut self, running: bool, trouble: Option<Fault>) {
         self.work = None;
-        self.close();
+        if !self.heard.owed {
+            self.close();
+        }
         self.end(DestinationOutcome::Received { running, trouble });
     }
 

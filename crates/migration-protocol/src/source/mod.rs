@@ -10,7 +10,7 @@ use crate::machine::{Link, Timer, Work};
 use crate::{
     Accept, Cell, Command, Decision, DescriptorRange, End, Failure, Fault, Features, Frame, FrameError,
     Goals, Hello, Limits, MemoryRange, Message, Output, Pass, Policy, Progress, Purpose, Reason,
-    SessionOutcome,
+    SessionOutcome, Supplier,
 };
 
 use read::Event;
@@ -65,6 +65,8 @@ pub enum What {
     All,
     /// What [`SourceStep::TakeDirty`] and [`SourceAction::Resend`] have put aside since the pass before.
     Taken,
+    /// The same, by Absent and without contents; it stays put aside, for the [`Supplier`] owes it. Post-copy only.
+    Absent,
 }
 
 /// Something that the driver does, and answers with Done or Failed.
@@ -126,7 +128,7 @@ pub enum SourceUndo {
 /// How a migration ended, for the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceOutcome {
-    /// The VM is the destination's; what is here can be dropped.
+    /// The VM is the destination's; what is here can be dropped, unless there is a [`supplier`](Source::supplier).
     Sent,
     /// A check-only run: the destination would take the VM.
     Accepted,
@@ -205,6 +207,8 @@ struct Ending {
     stuck: Vec<SourceUndo>,
     /// Until when asking, or taking locks, is tried again.
     until: Option<Duration>,
+    /// The VM is the destination's.
+    sent: bool,
 }
 
 /// The end that has the VM, as a machine: inputs in, actions out.
@@ -308,6 +312,14 @@ impl Source {
         self.state
     }
 
+    /// In post-copy, once it has [sent](SourceOutcome::Sent) the VM: the machine that goes on, for memory is here that is not there.
+    #[must_use]
+    pub fn supplier(&self) -> Option<Supplier> {
+        let (now, session) = (self.timer.now, self.plan.hello.session);
+        let owes = self.ending.sent && self.leaves_memory();
+        owes.then(|| Supplier::new(now, session, self.plan.limits, self.link == Link::Up))
+    }
+
     /// Features that both ends use, once they have agreed.
     #[must_use]
     pub fn features(&self) -> Features {
@@ -385,7 +397,9 @@ impl Source {
             }
             (SourceState::Committing, Event::Committed) => {
                 self.say(Message::Ack(Command::Committed));
-                self.close();
+                if !self.leaves_memory() {
+                    self.close();
+                }
                 self.sent();
             }
             (_, event) => self.go_after(event),
@@ -464,7 +478,8 @@ impl Source {
 
     fn next_pass(&mut self, last: bool) {
         self.pass.number = self.pass.number.saturating_add(1);
-        self.send_memory(What::Taken, last);
+        let what = if last && self.leaves_memory() { What::Absent } else { What::Taken };
+        self.send_memory(what, last);
     }
 
     fn copied(&mut self, output: &Output) {
@@ -481,6 +496,9 @@ impl Source {
     }
 
     fn measured(&mut self, output: &Output) {
+        if self.leaves_memory() {
+            return self.run(SourceState::Pausing, SourceStep::Pause);
+        }
         let took = self.timer.now.saturating_sub(self.pass.began);
         let pass = Pass { sent: self.pass.sent, took, dirty: output.bytes() };
         let slowed = self.policy.throttle();
@@ -615,6 +633,7 @@ impl Source {
 
     fn sent(&mut self) {
         self.undo.clear();
+        self.ending.sent = true;
         self.end(SourceOutcome::Sent);
     }
 
@@ -664,6 +683,11 @@ impl Source {
     /// Whether the link matters.
     fn is_live(&self) -> bool {
         self.state.is_before_commit() || self.state == SourceState::Committing
+    }
+
+    /// Whether the guest runs elsewhere before all of its memory is there. One that is paused need not.
+    fn leaves_memory(&self) -> bool {
+        self.agreed.0.contains(Features::POST_COPY) && !self.plan.paused
     }
 
     fn is_local(&self) -> bool {

@@ -4,7 +4,7 @@
 pub(crate) mod drive;
 pub(crate) mod samples;
 
-use vmm_migration_protocol::{Bulk, Decoder, Frame, FrameError, Item, Message, contents_checksum};
+use vmm_migration_protocol::{Bulk, Decoder, Frame, FrameError, Item, Message, contents_checksum, unpack};
 
 /// A frame of either kind, with all that belongs to it.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +51,21 @@ pub(crate) fn message(frame: Frame) {
         let again = message.clone().encode().unwrap();
         assert_eq!(Message::decode(again).unwrap(), message);
     }
+}
+
+/// Decompresses `bytes` into ranges of several lengths, of which at most one fits: gives whether one did.
+pub(crate) fn unpacked(bytes: &[u8]) -> bool {
+    let lengths = [1, 2, 4, 64].map(|pages| pages * 4096);
+    let fits = lengths.into_iter().filter(|length| {
+        // With what is before and behind it, which stays.
+        let mut room = vec![0x5a; length + 2];
+        let result = unpack(bytes, room.get_mut(1..=*length).unwrap());
+        assert_eq!((room.first(), room.last()), (Some(&0x5a), Some(&0x5a)));
+        result.is_ok()
+    });
+    let fits = fits.count();
+    assert!(fits <= 1, "a block has {fits} lengths");
+    fits == 1
 }
 
 /// The frames in a stream that arrives in `pieces`, and how it ended.

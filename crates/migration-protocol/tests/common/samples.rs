@@ -42,7 +42,7 @@ pub(crate) fn hello() -> Hello {
 pub(crate) fn offer() -> Offer {
     Offer {
         versions: Versions::OURS,
-        features: Features::LZ4.and(Features::LOCAL_MEMORY),
+        features: Features::LZ4.and(Features::LOCAL_MEMORY).and(Features::POST_COPY),
         connections: 4,
         program: "vmm 0.1.0".to_owned(),
     }

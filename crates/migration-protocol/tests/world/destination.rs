@@ -20,6 +20,9 @@ pub(crate) enum DestinationWork {
     Undo(DestinationUndo),
 }
 
+/// The content of a page that the guest has to ask for.
+pub(crate) const ABSENT: u64 = u64::MAX;
+
 /// A VM under construction, or more.
 #[derive(Debug)]
 pub(crate) struct Vm {
@@ -160,7 +163,7 @@ impl World {
             Item::Frame(frame) => Some(DestinationInput::Frame(frame)),
             // The other connections end with the first.
             Item::End => (connection == 0).then(|| DestinationInput::Lost("closed".to_owned())),
-            Item::Page(..) | Item::Mark(_) => self.memory_arrives(connection, &item),
+            Item::Page(..) | Item::Absent(_) | Item::Mark(_) => self.memory_arrives(connection, &item),
         };
         if let Some(input) = input {
             self.destination_input(input);
@@ -176,6 +179,7 @@ impl World {
         let intake = &mut destination.intakes[connection];
         let result = match item {
             Item::Page(bulk, _) => intake.bulk(bulk),
+            Item::Absent(absent) => intake.absent(*absent),
             Item::Mark(mark) => intake.mark(*mark),
             Item::Frame(_) | Item::End => panic!("no memory"),
         };
@@ -189,6 +193,11 @@ impl World {
             Item::Page(bulk, value) => {
                 let vm = destination.vm.as_mut().unwrap();
                 vm.memory[page(bulk.range().gpa())] = *value;
+                None
+            }
+            Item::Absent(absent) => {
+                let vm = destination.vm.as_mut().unwrap();
+                vm.memory[page(absent.range.gpa())] = ABSENT;
                 None
             }
             Item::Mark(mark) => {

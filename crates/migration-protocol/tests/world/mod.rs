@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use vmm_fuzzing::Random;
 use vmm_migration_protocol::{
-    Bulk, Cell, Destination, Features, Frame, Goals, Hello, Limits, Mark, Outcomes, PAGE, Purpose, SessionId,
-    Source, SourceOutcome, SourceSetup, SourceState, TimeoutStrategy,
+    Absent, Bulk, Cell, Destination, Features, Frame, Goals, Hello, Limits, Mark, Outcomes, PAGE, Purpose,
+    SessionId, Source, SourceOutcome, SourceSetup, SourceState, TimeoutStrategy,
 };
 
 use crate::common::samples;
@@ -44,6 +44,7 @@ pub(crate) struct Mode {
     pub(crate) name: &'static str,
     pub(crate) paused: bool,
     pub(crate) local: bool,
+    pub(crate) postcopy: bool,
     pub(crate) check: bool,
     pub(crate) connections: u16,
     /// Pages that a guest which is not slowed down writes to in each event.
@@ -61,6 +62,7 @@ impl Mode {
         name: "plain",
         paused: false,
         local: false,
+        postcopy: false,
         check: false,
         connections: 1,
         writes: 1,
@@ -72,11 +74,13 @@ impl Mode {
         passes: u32::MAX,
     };
 
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 11] = [
         Self::PLAIN,
         Self { name: "paused", paused: true, ..Self::PLAIN },
         Self { name: "local", local: true, ..Self::PLAIN },
         Self { name: "local and paused", local: true, paused: true, ..Self::PLAIN },
+        Self { name: "post-copy", postcopy: true, writes: 3, ..Self::PLAIN },
+        Self { name: "post-copy, paused", postcopy: true, paused: true, ..Self::PLAIN },
         Self { name: "several connections", connections: 4, ..Self::PLAIN },
         Self { name: "several connections, paused", connections: 3, paused: true, ..Self::PLAIN },
         Self { name: "check only", check: true, ..Self::PLAIN },
@@ -96,6 +100,7 @@ impl Mode {
 pub(crate) enum Item {
     Frame(Frame),
     Page(Bulk, u64),
+    Absent(Absent),
     Mark(Mark),
     /// The sender has closed.
     End,
@@ -353,7 +358,11 @@ impl World {
 
 /// The source's machine for a mode.
 fn machine(now: Duration, mode: &Mode, session: u8) -> Source {
-    let features = if mode.local { Features::LOCAL_MEMORY } else { Features::NONE };
+    let features = match mode {
+        Mode { local: true, .. } => Features::LOCAL_MEMORY,
+        Mode { postcopy: true, .. } => Features::POST_COPY,
+        _ => Features::NONE,
+    };
     let hello = Hello {
         session: SessionId([session; 16]),
         purpose: if mode.check { Purpose::Check } else { Purpose::Migrate },

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 use vmm_migration_protocol::{
-    Bulk, Command, Fault, Mark, Message, Output, PAGE, Reason, SessionOutcome, Source, SourceAction,
+    Absent, Bulk, Command, Fault, Mark, Message, Output, PAGE, Reason, SessionOutcome, Source, SourceAction,
     SourceInput, SourceKind, SourceOutcome, SourceState, SourceStep, SourceUndo, What,
 };
 
@@ -164,7 +164,7 @@ impl World {
             _ if self.source.closed => {}
             Item::Frame(frame) => drop(self.source_input(SourceInput::Frame(frame))),
             Item::End => drop(self.source_input(SourceInput::Lost("closed".to_owned()))),
-            Item::Page(..) | Item::Mark(_) => panic!("memory goes one way"),
+            Item::Page(..) | Item::Absent(_) | Item::Mark(_) => panic!("memory goes one way"),
         }
     }
 
@@ -222,13 +222,18 @@ impl World {
         let pages: Vec<usize> = match what {
             What::All => (0..PAGES).collect(),
             What::Taken => std::mem::take(&mut self.source.taken).into_iter().collect(),
+            What::Absent => self.source.taken.iter().copied().collect(),
         };
         let mut bytes = vec![0; connections];
         for page in &pages {
             let connection = page % connections;
             let bulk = Bulk::memory(range(address(*page), PAGE), pass, 0).unwrap();
             let value = self.source.memory[*page];
-            self.send_to_destination(connection, Item::Page(bulk, value));
+            let item = match what {
+                What::Absent => Item::Absent(Absent { range: bulk.range(), pass }),
+                What::All | What::Taken => Item::Page(bulk, value),
+            };
+            self.send_to_destination(connection, item);
             bytes[connection] += PAGE;
         }
         for (connection, bytes) in bytes.into_iter().enumerate() {

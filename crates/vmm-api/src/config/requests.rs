@@ -215,8 +215,8 @@ object! {
     pub struct ReceiveMigrationData {
         /// Where to listen: `unix:/path` or `tcp:host:port`.
         [current, required] receiver_url: String = String::new(),
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, server-cert.pem, server-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
@@ -250,8 +250,8 @@ object! {
         [current] timeout_strategy: TimeoutStrategy = TimeoutStrategy::Cancel,
         /// Number of TCP connections, 1 to 128.
         [current] connections: u64 = 1,
-        /// Folder of the certificates, for TLS.
-        [later] tls_dir: Option<PathBuf> = None,
+        /// Folder of the certificates, for TLS over TCP: ca-cert.pem, client-cert.pem, client-key.pem.
+        [current] tls_dir: Option<PathBuf> = None,
         /// When memory travels.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Only ask whether the destination would take the VM. Nothing of it moves.

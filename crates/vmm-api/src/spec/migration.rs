@@ -68,6 +68,8 @@ pub struct SendSpec {
     pub max_bandwidth: u64,
     /// vCPUs may be slowed down.
     pub auto_converge: bool,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
 }
 
 impl SendSpec {
@@ -96,9 +98,11 @@ impl SendSpec {
             let message = "memory passes by descriptors through UNIX sockets only".to_owned();
             faults.push(Fault::new("local", FaultKind::Invalid, message));
         }
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         match address {
             Ok(address) if faults.is_empty() => Ok(Self {
                 address,
+                tls_dir,
                 local: config.local,
                 downtime: Duration::from_millis(config.downtime_ms),
                 timeout: Duration::from_secs(config.timeout_s),
@@ -122,6 +126,8 @@ pub struct ReceiveSpec {
     pub address: MigrationAddress,
     /// What the source may name; `None`: the default of the address.
     paths: Option<Vec<PathBuf>>,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
     overrides: Overrides,
 }
 
@@ -135,6 +141,7 @@ impl ReceiveSpec {
         refuse_postcopy(config.memory_mode, &mut faults);
         let address =
             MigrationAddress::parse("receiver_url", &config.receiver_url).map_err(|fault| faults.push(fault));
+        let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
         let overrides = Overrides {
             disks: config.disks.clone().unwrap_or_default(),
             serial: config.serial.clone(),
@@ -142,7 +149,9 @@ impl ReceiveSpec {
             debug_console: config.debug_console.clone(),
         };
         match address {
-            Ok(address) if faults.is_empty() => Ok(Self { address, paths: config.paths.clone(), overrides }),
+            Ok(address) if faults.is_empty() => {
+                Ok(Self { address, tls_dir, paths: config.paths.clone(), overrides })
+            }
             _ => Err(faults),
         }
     }
@@ -184,6 +193,19 @@ impl ReceiveSpec {
     }
 }
 
+/// TLS is for TCP.
+fn check_tls(
+    folder: Option<&Path>,
+    address: Option<&MigrationAddress>,
+    faults: &mut Vec<Fault>,
+) -> Option<PathBuf> {
+    if let (Some(_), Some(MigrationAddress::Unix(_))) = (folder, address) {
+        let message = "TLS is for tcp:host:port; a UNIX socket is this host's";
+        faults.push(Fault::new("tls_dir", FaultKind::Invalid, message));
+    }
+    folder.map(Path::to_owned)
+}
+
 fn refuse_postcopy(mode: MigrationMode, faults: &mut Vec<Fault>) {
     if mode == MigrationMode::Postcopy {
         let message = "memory travels before the destination runs; post-copy is not built yet";
@@ -222,7 +244,7 @@ mod tests {
         );
         let mut faults = faults.unwrap_err();
         faults.sort();
-        assert_eq!(faults, ["connections", "destination_url", "memory_mode", "tls_dir"]);
+        assert_eq!(faults, ["connections", "destination_url", "memory_mode"]);
         let faults = send(r#"{"destination_url": "unix:/m", "check": true, "detach": true}"#);
         assert_eq!(faults.unwrap_err(), ["detach"]);
     }
@@ -231,5 +253,17 @@ mod tests {
     fn memory_passes_by_descriptors_through_unix_sockets_only() {
         assert!(send(r#"{"destination_url": "unix:/m", "local": true}"#).unwrap().local);
         assert_eq!(send(r#"{"destination_url": "tcp:a:1", "local": true}"#).unwrap_err(), ["local"]);
+    }
+
+    #[test]
+    fn tls_is_for_tcp() {
+        let spec = send(r#"{"destination_url": "tcp:h:1", "tls_dir": "/t"}"#).unwrap();
+        assert_eq!(spec.tls_dir.as_deref(), Some(Path::new("/t")));
+        assert_eq!(send(r#"{"destination_url": "tcp:h:1"}"#).unwrap().tls_dir, None);
+        let faults = send(r#"{"destination_url": "unix:/m", "tls_dir": "/t"}"#).unwrap_err();
+        assert_eq!(faults, ["tls_dir"]);
+        let config = r#"{"receiver_url": "unix:/m", "tls_dir": "/t"}"#;
+        let faults = ReceiveSpec::check(&serde_json::from_str(config).unwrap()).unwrap_err();
+        assert_eq!((faults.len(), faults[0].path.as_str()), (1, "tls_dir"));
     }
 }

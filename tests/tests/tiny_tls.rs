@@ -1,0 +1,223 @@
+//! Migrations of tiny guests over mutual TLS, and what stands against them. They run on any KVM.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::fs;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use vmm_state::Phase;
+use vmm_tests::certificates::{Authority, Good, write};
+use vmm_tests::harness::counting::{counting_guest, goes_on};
+use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+
+/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn with_tls(mut body: Value, tls_dir: Option<&Path>) -> Value {
+    if let Some(folder) = tls_dir {
+        body["tls_dir"] = json!(folder);
+    }
+    body
+}
+
+/// Begins to wait for a VM, and gives the port.
+fn receive(vmm: &Vmm, serial: &SerialFile, tls_dir: Option<&Path>) -> (Pending, u16) {
+    let port = free_port();
+    let body = json!({
+        "receiver_url": format!("tcp:127.0.0.1:{port}"), "serial": { "mode": "File", "file": serial.path() },
+    });
+    let body = with_tls(body, tls_dir).to_string();
+    let mut pending = Pending::send(vmm.socket(), "vm.receive-migration", body.as_bytes());
+    let listens = || (pending.is_answered() || is_listening(port)).then_some(());
+    wait_until(LIMIT, listens, || "a receiver".to_owned());
+    (pending, port)
+}
+
+/// Whether somebody listens at a port of this host, without a connection to it (proc_net_tcp(5)).
+fn is_listening(port: u16) -> bool {
+    let of = format!(":{port:04X} 00000000:0000 0A");
+    fs::read_to_string("/proc/net/tcp").unwrap().lines().any(|line| line.contains(&of))
+}
+
+fn to(host: &str, port: u16, tls_dir: Option<&Path>) -> Value {
+    with_tls(json!({ "destination_url": format!("tcp:{host}:{port}") }), tls_dir)
+}
+
+fn refused(answer: &Answer, status: u16, words: &str) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
+}
+
+#[test]
+fn a_guest_goes_over_tls_and_comes_back() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let tls = Authority::new("ours").folder(scratch.path("tls"), &["127.0.0.1", "localhost"]);
+    let (mut first, serial) = counting_guest(&scratch);
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, port) = receive(&second, &other, Some(&tls));
+    first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+
+    // Back, to a host that has a name.
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    let (mut received, port) = receive(&third, &last, Some(&tls));
+    second.api().done("vm.send-migration", &to("localhost", port, Some(&tls)));
+    assert_eq!(received.answer().status, 204);
+    second.expect_exit(0);
+    goes_on(&other, &last);
+}
+
+/// What is wrong at one end or both, and what both say of it.
+struct Wrong {
+    about: &'static str,
+    source: Option<PathBuf>,
+    receiver: Option<PathBuf>,
+    /// In the answer to the source's client.
+    said: &'static str,
+    /// In the receiver's log.
+    logged: &'static str,
+}
+
+fn everything_that_is_wrong(scratch: &Scratch) -> Vec<Wrong> {
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let here = &["127.0.0.1"];
+    let folder = |name: &str| ours.folder(scratch.path(name), here);
+    let good = folder("good");
+    let case = |about, source: &Path, receiver: &Path, said, logged| {
+        let (source, receiver) = (Some(source.to_owned()), Some(receiver.to_owned()));
+        Wrong { about, source, receiver, said, logged }
+    };
+    let strange_server = folder("strange-server");
+    write(&strange_server, "server", &theirs.issue(here, Good::Still));
+    let strange_client = folder("strange-client");
+    write(&strange_client, "client", &theirs.issue(here, Good::Still));
+    let old_server = folder("old-server");
+    write(&old_server, "server", &ours.issue(here, Good::Expired));
+    let old_client = folder("old-client");
+    write(&old_client, "client", &ours.issue(here, Good::Expired));
+    let other_host = ours.folder(scratch.path("other-host"), &["127.0.0.2", "host.example"]);
+    let no_key = folder("no-key");
+    fs::remove_file(no_key.join("client-key.pem")).unwrap();
+    let other_key = folder("other-key");
+    fs::copy(good.join("server-key.pem"), other_key.join("client-key.pem")).unwrap();
+    let no_pem = folder("no-pem");
+    fs::write(no_pem.join("ca-cert.pem"), "nothing").unwrap();
+    vec![
+        case("its issuer", &good, &strange_server, "certificate is refused: UnknownIssuer", "UnknownCA"),
+        case("the source's issuer", &strange_client, &good, "it does not know its issuer", "UnknownIssuer"),
+        case("its time", &good, &old_server, "certificate expired", "CertificateExpired"),
+        case("the source's time", &old_client, &good, "it is expired there", "certificate expired"),
+        case("its name", &good, &other_host, "not valid for name", "the other end refuses this one"),
+        Wrong {
+            receiver: None,
+            ..case("a plain receiver", &good, &good, "does it speak TLS?", "the other end speaks TLS")
+        },
+        Wrong {
+            source: None,
+            ..case("a plain source", &good, &good, "the other end speaks TLS", "does not speak TLS")
+        },
+        case("no key", &no_key, &good, "no-key/client-key.pem", ""),
+        case("another's key", &other_key, &good, "client-cert.pem", ""),
+        case("no issuers", &no_pem, &good, "no certificate to be read", ""),
+        case("no folder", &scratch.path("nothing"), &good, "nothing/client-cert.pem", ""),
+    ]
+}
+
+#[test]
+fn what_either_end_does_not_accept_is_told_at_both_and_changes_nothing() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, serial) = counting_guest(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    for Wrong { about, source, receiver, said, logged } in everything_that_is_wrong(&scratch) {
+        let (mut received, port) = receive(&second, &other, receiver.as_deref());
+        let before = second.stderr.text().len();
+        let body = to("127.0.0.1", port, source.as_deref());
+        let answer = first.api().put_json("vm.send-migration", &body);
+        assert_eq!(answer.status, 500, "{about}: {answer:?}");
+        assert!(answer.body.contains(said), "{about}: {answer:?} does not say {said:?}");
+        assert_eq!(first.api().phase(), Phase::Running, "{about}");
+        let log = || second.stderr.text().get(before..).is_some_and(|log| log.contains(logged)).then_some(());
+        wait_until(LIMIT, log, || format!("{about}: {logged:?} in {}", second.stderr.text()));
+        // Nobody was let in, and so the receiver still waits.
+        assert!(!received.is_answered(), "{about}");
+        second.api().puts(&["vm.cancel"]);
+        refused(&received.answer(), 409, "cancelled");
+        assert_eq!(second.api().phase(), Phase::Empty, "{about}");
+        serial.wait_longer_than(serial.text().len() + 20);
+    }
+    let tls = scratch.path("good");
+    let (mut received, port) = receive(&second, &other, Some(&tls));
+    first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+}
+
+#[test]
+fn a_receiver_without_its_files_says_which_and_tls_is_for_tcp() {
+    let scratch = Scratch::new();
+    let tls = Authority::new("ours").folder(scratch.path("tls"), &["127.0.0.1"]);
+    fs::remove_file(tls.join("server-cert.pem")).unwrap();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let (mut received, _) = receive(&vmm, &serial, Some(&tls));
+    refused(&received.answer(), 500, "tls/server-cert.pem");
+    assert_eq!(vmm.api().phase(), Phase::Empty);
+    let body = json!({ "receiver_url": format!("unix:{}", scratch.path("m").display()), "tls_dir": tls });
+    refused(&vmm.api().put_json("vm.receive-migration", &body), 422, "TLS is for tcp:host:port");
+}
+
+/// One who says nothing holds up neither a receiver nor, once cancelled, a source.
+#[test]
+fn a_handshake_that_stalls_holds_nobody() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let tls = Authority::new("ours").folder(scratch.path("tls"), &["127.0.0.1"]);
+    let (mut first, serial) = counting_guest(&scratch);
+
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let body = to("127.0.0.1", port, Some(&tls)).to_string();
+    let mut sent = Pending::send(first.socket(), "vm.send-migration", body.as_bytes());
+    let (held, _) = silent.accept().unwrap();
+    assert!(!sent.is_answered());
+    first.api().puts(&["vm.cancel"]);
+    refused(&sent.answer(), 409, "cancelled");
+    drop(held);
+    // And by itself, in time.
+    refused(&first.api().put_json("vm.send-migration", &to("127.0.0.1", port, Some(&tls))), 500, "in time");
+    assert_eq!(first.api().phase(), Phase::Running);
+
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let mut stalled: Vec<_> = (0..5).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+    first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    for stream in &mut stalled {
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+        assert!(rest.is_empty(), "it was greeted");
+    }
+}
