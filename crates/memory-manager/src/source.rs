@@ -114,6 +114,16 @@ impl MemoryMap {
 }
 
 impl GuestMemorySource {
+    /// Bytes of a region, if there is one of that number.
+    pub fn size(&self, region: usize) -> Option<u64> {
+        self.regions.get(region).map(|region| region.place.size)
+    }
+
+    /// Guest physical address of a region's first byte.
+    pub fn gpa(&self, region: usize) -> Option<u64> {
+        self.regions.get(region).map(|region| region.place.gpa)
+    }
+
     /// Whether a region shows a file where nothing was written.
     pub(crate) fn is_overlay(&self, region: usize) -> bool {
         self.regions.get(region).is_some_and(|at| !at.shared && !at.huge && at.file.is_some())

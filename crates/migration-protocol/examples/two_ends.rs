@@ -183,7 +183,7 @@ impl Taker<'_> {
             }
             Message::Mark(mark) => {
                 self.intake.mark(*mark)?;
-                if self.barrier.mark(0)? {
+                if self.barrier.mark(0, mark.last)? {
                     return Ok(Some(DestinationInput::Landed { pass: mark.pass, last: mark.last }));
                 }
             }

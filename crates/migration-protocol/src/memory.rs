@@ -239,24 +239,43 @@ impl<'a> Intake<'a> {
 }
 
 /// Waits until a pass has ended on every connection.
+///
+/// It also keeps connections together: memory of the next pass is refused until the pass has ended on all of them, so
+/// that an old page never lands on a new one.
 #[derive(Debug, Clone)]
 pub struct Barrier {
     /// For each connection, whether it has ended.
     ended: Vec<bool>,
+    pass: u32,
+    /// Whether the pass is the last, as the first Mark of it says.
+    last: Option<bool>,
 }
 
 impl Barrier {
     /// For a session with so many connections.
     #[must_use]
     pub fn new(connections: u16) -> Self {
-        Self { ended: vec![false; usize::from(connections)] }
+        Self { ended: vec![false; usize::from(connections)], pass: 0, last: None }
     }
 
-    /// The pass has ended on `connection`; `true` when it now has on all, and the next pass begins.
+    /// Whether memory of `pass` may land.
     ///
     /// # Errors
-    /// [`MemoryError::Connection`]: there is none, or it had ended there already.
-    pub fn mark(&mut self, connection: u16) -> Result<bool, MemoryError> {
+    /// [`MemoryError::Pass`]: the pass before has not ended on every connection.
+    pub fn check(&self, pass: u32) -> Result<(), MemoryError> {
+        if pass == self.pass { Ok(()) } else { Err(MemoryError::Pass { found: pass, now: self.pass }) }
+    }
+
+    /// The pass has ended on `connection`, which says that it is the last one or not; `true` when it now has on all,
+    /// and the next pass begins.
+    ///
+    /// # Errors
+    /// [`MemoryError::Connection`]: there is none, or it had ended there already. [`MemoryError::Last`]: another
+    /// connection said something else.
+    pub fn mark(&mut self, connection: u16, last: bool) -> Result<bool, MemoryError> {
+        if *self.last.get_or_insert(last) != last {
+            return Err(MemoryError::Last { connection });
+        }
         match self.ended.get_mut(usize::from(connection)) {
             Some(ended) if !*ended => *ended = true,
             _ => return Err(MemoryError::Connection { connection }),
@@ -264,6 +283,8 @@ impl Barrier {
         let all = self.ended.iter().all(|ended| *ended);
         if all {
             self.ended.fill(false);
+            self.pass = self.pass.saturating_add(1);
+            self.last = None;
         }
         Ok(all)
     }
@@ -372,6 +393,12 @@ pub enum MemoryError {
     /// A connection that is not there, or that is ahead.
     #[error("connection {connection} cannot end this pass")]
     Connection {
+        /// Index of the connection.
+        connection: u16,
+    },
+    /// Connections disagree on which pass is the last.
+    #[error("connection {connection} and another do not agree whether the pass is the last")]
+    Last {
         /// Index of the connection.
         connection: u16,
     },

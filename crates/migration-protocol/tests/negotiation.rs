@@ -176,13 +176,30 @@ fn only_the_last_pass_leaves_memory_out() {
 #[test]
 fn a_pass_ends_when_it_has_ended_everywhere() {
     let mut barrier = Barrier::new(3);
-    for _ in 0..2 {
-        assert_eq!(barrier.mark(1), Ok(false));
-        assert_eq!(barrier.mark(1), Err(MemoryError::Connection { connection: 1 }), "ahead of the others");
-        assert_eq!(barrier.mark(0), Ok(false));
-        assert_eq!(barrier.mark(2), Ok(true));
+    for pass in 0..2 {
+        assert_eq!(barrier.mark(1, false), Ok(false));
+        assert_eq!(
+            barrier.mark(1, false),
+            Err(MemoryError::Connection { connection: 1 }),
+            "ahead of the others"
+        );
+        assert_eq!(barrier.mark(0, false), Ok(false));
+        barrier.check(pass).unwrap();
+        let early = MemoryError::Pass { found: pass + 1, now: pass };
+        assert_eq!(barrier.check(pass + 1), Err(early), "memory on a connection that is ahead");
+        assert_eq!(barrier.mark(2, false), Ok(true));
+        barrier.check(pass + 1).unwrap();
+        assert!(barrier.check(pass).is_err(), "an old page");
     }
-    assert!(barrier.mark(3).is_err());
+    assert!(barrier.mark(3, false).is_err());
+}
+
+#[test]
+fn connections_agree_on_which_pass_is_the_last() {
+    let mut barrier = Barrier::new(2);
+    assert_eq!(barrier.mark(0, true), Ok(false));
+    assert_eq!(barrier.mark(1, false), Err(MemoryError::Last { connection: 1 }));
+    assert_eq!(barrier.mark(1, true), Ok(true));
 }
 
 proptest! {

@@ -13,12 +13,12 @@ use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
-    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Limits,
-    Message, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome, Versions,
+    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits,
+    MAX_CONNECTIONS, Message, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
-use super::landing::{Ground, Said, Target, read};
+use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::making::Made;
 use super::outgoing::PERIOD;
@@ -26,9 +26,6 @@ use super::tls::{Server, TlsError};
 use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making};
 use crate::exit::chain;
 use crate::machine;
-
-/// How long a frame may take to be written. They are small, and a socket has room for them.
-const WRITE: Duration = Duration::from_secs(1);
 
 /// Connections at one time.
 const MOST_CONNECTIONS: usize = 32;
@@ -172,9 +169,7 @@ impl Incoming {
         gone.store(true, Ordering::SeqCst);
         listener.close();
         driver.ground.close();
-        if let Some(live) = driver.live {
-            live.socket.shutdown(Shutdown::Both);
-        }
+        driver.live.iter().for_each(Live::shutdown);
         driver.queries.values().for_each(|(socket, _)| socket.shutdown(Shutdown::Both));
     }
 }
@@ -222,6 +217,8 @@ struct Live {
     machine: Destination,
     connection: u64,
     socket: Arc<Socket>,
+    /// The further connections, by number.
+    joined: BTreeMap<u64, (u16, Arc<Socket>)>,
     /// It has been read to its end.
     lost: bool,
     /// Read on until then, at most.
@@ -233,6 +230,12 @@ impl Live {
     fn is_over(&self) -> bool {
         let ended = self.machine.state() == DestinationState::Ended;
         ended && self.until.is_some_and(|until| until <= Instant::now())
+    }
+
+    /// Connection 0 goes first, so that what is said there comes before the others are seen to be gone.
+    fn shutdown(&self) {
+        self.socket.shutdown(Shutdown::Both);
+        self.joined.values().for_each(|(_, socket)| socket.shutdown(Shutdown::Both));
     }
 }
 
@@ -298,7 +301,7 @@ impl Driver {
     /// Whether nobody needs the thread any more.
     fn is_done(&mut self) -> bool {
         if let Some(live) = self.live.take_if(|live| live.is_over()) {
-            live.socket.shutdown(Shutdown::Both);
+            live.shutdown();
         }
         let now = self.clock.now();
         let known = |session| self.outcomes.answer(now, session) != SessionOutcome::Unknown;
@@ -307,6 +310,29 @@ impl Driver {
 
     fn said(&mut self, number: u64, said: Said) {
         let ours = self.live.as_ref().is_some_and(|live| live.connection == number);
+        let joined = self.live.as_ref().and_then(|live| live.joined.get(&number)).map(|(index, _)| *index);
+        match (said, joined) {
+            (said, Some(index)) => self.said_beside(index, said),
+            (said, None) => self.said_first(number, ours, said),
+        }
+    }
+
+    /// On connection `index` of the session, which is not the first.
+    fn said_beside(&mut self, index: u16, said: Said) {
+        let about = |text: &str| format!("connection {index}: {text}");
+        self.handle(match said {
+            Said::Lost(text) => DestinationInput::Lost(about(&text)),
+            Said::Garbage(text) => DestinationInput::Garbage(about(&text)),
+            Said::Frame(frame) | Said::First(_, frame) | Said::Files(frame, _) => {
+                DestinationInput::Garbage(about(&format!("{} frame, where memory goes", frame.command())))
+            }
+            Said::Landed { pass, last } => DestinationInput::Landed { pass, last },
+            Said::Damaged(range) => DestinationInput::Damaged(range),
+            Said::Failed(fault) => DestinationInput::Failed(fault),
+        });
+    }
+
+    fn said_first(&mut self, number: u64, ours: bool, said: Said) {
         match said {
             Said::First(socket, frame) => self.first(number, socket, frame),
             Said::Lost(text) if ours => {
@@ -340,8 +366,10 @@ impl Driver {
     }
 
     fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
-        if frame.command() == Command::Query {
-            return self.asked(number, socket, frame);
+        match frame.command() {
+            Command::Query => return self.asked(number, socket, frame),
+            Command::Join => return self.join(number, socket, frame),
+            _ => {}
         }
         // One that only asked is done with.
         self.live.take_if(|live| !self.told && live.machine.state() == DestinationState::Ended);
@@ -358,12 +386,38 @@ impl Driver {
                 MigrationAddress::Unix(_) => Features::LOCAL_MEMORY.and(Features::COMPRESSION),
                 MigrationAddress::Tcp(_) => Features::COMPRESSION,
             },
-            connections: 1,
+            connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
-        self.live = Some(Live { machine, connection: number, socket, lost: false, until: None });
+        let joined = BTreeMap::new();
+        self.live = Some(Live { machine, connection: number, socket, joined, lost: false, until: None });
         self.handle(DestinationInput::Frame(frame));
+    }
+
+    /// A further connection, if it is one of the session's: whoever knows its id was told by its source.
+    fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+        let index = match Message::decode(frame) {
+            Ok(Message::Join(join)) => self.expected(&join).filter(|index| self.ground.admit(number, *index)),
+            _ => None,
+        };
+        let (Some(index), Some(live)) = (index, &mut self.live) else {
+            log::warn!("migration: a connection that belongs to no session is closed");
+            return socket.shutdown(Shutdown::Both);
+        };
+        if let Ok(ack) = Message::Ack(Command::Join).encode() {
+            // If that fails, it is lost, and read so.
+            let _ = socket.send(&ack);
+        }
+        live.joined.insert(number, (index, socket));
+    }
+
+    /// The index of a connection that may come.
+    fn expected(&self, join: &Join) -> Option<u16> {
+        let machine = &self.live.as_ref()?.machine;
+        let connections = machine.accept()?.connections;
+        let ours = machine.hello()?.session == join.session && machine.state().takes_memory();
+        (ours && join.role == 0 && (1..connections).contains(&join.index)).then_some(join.index)
     }
 
     /// A source asks what became of its session.
@@ -530,13 +584,12 @@ impl Driver {
     fn land(&mut self, memory: HostMemory) {
         let Some(live) = &self.live else { return };
         let Some(hello) = live.machine.hello() else { return };
-        let target = Target {
-            memory: Arc::clone(memory.memory()),
-            layout: hello.memory.clone(),
-            connection: live.connection,
-            packed: live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LZ4)),
-        };
-        self.ground.open(target);
+        let (connections, packed) = live
+            .machine
+            .accept()
+            .map_or((1, false), |accept| (accept.connections, accept.features.contains(Features::LZ4)));
+        let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
+        self.ground.open(memory_too, layout, (live.connection, connections), packed);
         self.vm.memory = Some(memory);
     }
 
@@ -648,7 +701,7 @@ mod tests {
         let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
         let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
         let (to, heard) = std::sync::mpsc::channel();
-        let live = Live { machine, connection: 1, socket, lost: false, until: None };
+        let live = Live { machine, connection: 1, socket, joined: BTreeMap::new(), lost: false, until: None };
         let mut driver = driver(&to, live);
         let (done, busy) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {

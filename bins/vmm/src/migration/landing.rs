@@ -1,10 +1,12 @@
 //! The thread that reads a connection of a destination; memory lands from here.
 
+use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
@@ -15,33 +17,66 @@ use vmm_migration_protocol::{
 
 use super::link::{End, Frames, Socket};
 
+/// How long a frame may take to be written. They are small, and a socket has room for them.
+pub(super) const WRITE: Duration = Duration::from_secs(1);
+
+/// How long a connection may wait before it says something.
+const FIRST: Duration = Duration::from_secs(10);
+
 /// Where memory is to land.
 #[derive(Debug, Default)]
 pub(super) struct Ground {
     /// Empty while the destination takes none.
-    target: Mutex<Option<Arc<Target>>>,
+    open: Mutex<Option<Open>>,
     /// The connection on which descriptors of memory are to come; 0 for none.
     handed: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Open {
+    target: Arc<Target>,
+    /// The connections that it comes on, by their numbers here: their indices in the session.
+    connections: BTreeMap<u64, u16>,
 }
 
 /// The memory of a session.
 #[derive(Debug)]
 pub(super) struct Target {
-    pub(super) memory: Arc<GuestRam>,
-    pub(super) layout: MemoryLayout,
-    /// The connection that it comes on.
-    pub(super) connection: u64,
+    memory: Arc<GuestRam>,
+    layout: MemoryLayout,
     /// It may come compressed.
-    pub(super) packed: bool,
+    packed: bool,
+    barrier: Mutex<Barrier>,
 }
 
 impl Ground {
-    pub(super) fn open(&self, target: Target) {
-        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(target));
+    /// Takes memory, laid out as in `layout`, on connection `number` and as many more as the session has; compressed, too, where it is
+    /// `packed`.
+    pub(super) fn open(
+        &self,
+        memory: Arc<GuestRam>,
+        layout: MemoryLayout,
+        (number, connections): (u64, u16),
+        packed: bool,
+    ) {
+        let barrier = Mutex::new(Barrier::new(connections));
+        let target = Arc::new(Target { memory, layout, packed, barrier });
+        *self.lock() = Some(Open { target, connections: BTreeMap::from([(number, 0)]) });
+    }
+
+    /// Takes it on connection `number`, too, which is `index` of the session, unless that one is there already.
+    pub(super) fn admit(&self, number: u64, index: u16) -> bool {
+        let mut open = self.lock();
+        let Some(Open { connections, .. }) = &mut *open else { return false };
+        let is_free = !connections.values().any(|taken| *taken == index);
+        if is_free {
+            connections.insert(number, index);
+        }
+        is_free
     }
 
     pub(super) fn close(&self) {
-        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.lock() = None;
     }
 
     /// Descriptors of memory are to come on this connection, whose number is not 0.
@@ -58,9 +93,21 @@ impl Ground {
         self.handed.load(Ordering::SeqCst) == connection
     }
 
-    fn target(&self, connection: u64) -> Option<Arc<Target>> {
-        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        target.as_ref().filter(|target| target.connection == connection).map(Arc::clone)
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where memory of connection `number` lands, and which of the session's it is.
+    fn target(&self, number: u64) -> Option<(Arc<Target>, u16)> {
+        let open = self.lock();
+        let open = open.as_ref()?;
+        open.connections.get(&number).map(|index| (Arc::clone(&open.target), *index))
+    }
+}
+
+impl Target {
+    fn barrier(&self) -> MutexGuard<'_, Barrier> {
+        self.barrier.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -85,10 +132,13 @@ pub(super) enum Said {
 
 /// Reads `socket` to its end, and tells `to` as connection `number`.
 pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, ground: &Ground, to: &Sender<T>) {
+    // Who says nothing does not keep others out.
+    let _ = socket.set_timeouts(Some(FIRST), Some(WRITE));
     let mut frames = Frames::of(socket);
     let tell = |said: Said| to.send((number, said).into()).is_ok();
     match frames.next() {
         Ok(Item::Frame(frame)) if may_be_first(frame.command()) => {
+            let _ = socket.set_timeouts(None, Some(WRITE));
             if !tell(Said::First(Arc::clone(socket), frame)) {
                 return;
             }
@@ -106,7 +156,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
     // Before there is memory, and with it.
     let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
         Ok(Some(item)) => match ground.target(number) {
-            Some(target) => land(&mut frames, item, (ground, number, target), &tell),
+            Some((target, _)) => land(&mut frames, item, (ground, number, target), &tell),
             None => Err(End::Garbage("memory out of place".to_owned())),
         },
         Ok(None) => return,
@@ -120,7 +170,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
 }
 
 fn may_be_first(command: Command) -> bool {
-    matches!(command, Command::Hello | Command::Query)
+    matches!(command, Command::Hello | Command::Join | Command::Query)
 }
 
 /// Up to the first frame about memory. `None`: nobody listens.
@@ -157,7 +207,7 @@ fn land(
     let layout = target.layout.clone();
     // It does not keep memory that is given up.
     drop(target);
-    let (mut intake, mut barrier) = (Intake::new(&layout), Barrier::new(1));
+    let mut intake = Intake::new(&layout);
     let (mut buffer, mut unpacked, mut item) = (Vec::new(), Vec::new(), first);
     let garbage = |error: &dyn std::error::Error| End::Garbage(error.to_string());
     loop {
@@ -166,23 +216,25 @@ fn land(
             Item::Frame(frame) if !frame.command().is_data() => Some(Said::Frame(frame)),
             Item::Frame(frame) => match Message::decode(frame).map_err(|error| garbage(&error))? {
                 Message::Zero(zero) => {
-                    let target = place()?;
+                    let (target, _) = place()?;
+                    target.barrier().check(zero.pass).map_err(|error| garbage(&error))?;
                     intake.zero(zero).map_err(|error| garbage(&error))?;
                     clear(&target.memory, zero, &mut buffer).err().map(Said::Failed)
                 }
                 Message::Mark(mark) => {
-                    place()?;
+                    let (target, index) = place()?;
                     intake.mark(mark).map_err(|error| garbage(&error))?;
-                    let all = barrier.mark(0).map_err(|error| garbage(&error))?;
+                    let all = target.barrier().mark(index, mark.last).map_err(|error| garbage(&error))?;
                     all.then_some(Said::Landed { pass: mark.pass, last: mark.last })
                 }
                 other => Some(Said::Garbage(format!("{:?} is not for this", other.command()))),
             },
             Item::Bulk(bulk) => {
-                let target = place()?;
+                let (target, _) = place()?;
                 if bulk.command() == Command::Packed && !target.packed {
                     return Err(End::Garbage("compression was not agreed on".to_owned()));
                 }
+                target.barrier().check(bulk.pass()).map_err(|error| garbage(&error))?;
                 intake.bulk(&bulk).map_err(|error| garbage(&error))?;
                 buffer.resize(bulk.length(), 0);
                 frames.contents(&mut buffer)?;
@@ -238,7 +290,7 @@ fn cannot(error: &dyn std::error::Error) -> Fault {
 
 #[cfg(test)]
 #[cfg(feature = "compression")]
-mod tests {
+mod packed_tests {
     use std::cell::RefCell;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
@@ -254,7 +306,7 @@ mod tests {
             Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), usize::try_from(length).unwrap())]).unwrap());
         let layout = MemoryLayout::new(vec![Region { gpa: 0, length, zone: "mem0".into() }]).unwrap();
         let ground = Ground::default();
-        ground.open(Target { memory: Arc::clone(&memory), layout, connection: 1, packed });
+        ground.open(Arc::clone(&memory), layout, (1, 1), packed);
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(bytes).unwrap();
         drop(ours);
@@ -264,7 +316,7 @@ mod tests {
             said.borrow_mut().push(what);
             true
         };
-        let (first, target) = (frames.next().unwrap(), ground.target(1).unwrap());
+        let (first, target) = (frames.next().unwrap(), ground.target(1).unwrap().0);
         let end = land(&mut frames, first, (&ground, 1, target), &tell).unwrap_err();
         let mut page = vec![0; usize::try_from(PAGE).unwrap()];
         memory.read_slice(&mut page, GuestAddress(0)).unwrap();
@@ -306,5 +358,144 @@ mod tests {
         let (told, _, landed) = said(&frame(&packed, checksum ^ 1, PAGE), true);
         assert!(matches!(told[..], [Said::Damaged(range)] if range.length() == PAGE), "{told:?}");
         assert!(landed == nothing);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread::JoinHandle;
+
+    use vm_memory::GuestMemoryBackend;
+    use vmm_migration_protocol::{Mark, Region};
+
+    use super::*;
+
+    const SIZE: u64 = 4 << 20;
+
+    struct Told(u64, Said);
+
+    impl From<(u64, Said)> for Told {
+        fn from((number, said): (u64, Said)) -> Self {
+            Self(number, said)
+        }
+    }
+
+    /// A session with two connections, numbers 7 and 8 here.
+    struct Session {
+        ground: Arc<Ground>,
+        memory: Arc<GuestRam>,
+        to: Sender<Told>,
+        told: Receiver<Told>,
+    }
+
+    impl Session {
+        fn new() -> Self {
+            let memory = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap());
+            let layout = vec![Region { gpa: 0, length: SIZE, zone: "z".to_owned() }];
+            let ground = Arc::new(Ground::default());
+            assert!(!ground.admit(8, 1), "nothing is taken yet");
+            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), false);
+            assert!(ground.admit(8, 1) && !ground.admit(9, 1) && !ground.admit(9, 0));
+            let (to, told) = channel();
+            Self { ground, memory, to, told }
+        }
+
+        /// A connection that has said its first frame.
+        fn connect(&self, number: u64) -> (UnixStream, JoinHandle<()>) {
+            let (mut ours, theirs) = UnixStream::pair().unwrap();
+            let (ground, to) = (Arc::clone(&self.ground), self.to.clone());
+            let socket = Arc::new(Socket::Unix(theirs));
+            let thread = std::thread::spawn(move || read(number, &socket, &ground, &to));
+            let first = Message::Query(vmm_migration_protocol::SessionId([1; 16]));
+            ours.write_all(&first.encode().unwrap().encode()).unwrap();
+            assert!(matches!(self.told.recv(), Ok(Told(_, Said::First(..)))));
+            (ours, thread)
+        }
+
+        fn first_byte(&self, gpa: u64) -> u8 {
+            self.memory.read_obj(GuestAddress(gpa)).unwrap()
+        }
+    }
+
+    fn memory(gpa: u64, pass: u32, length: usize) -> Vec<u8> {
+        let contents = vec![u8::try_from(pass + 1).unwrap(); length];
+        let range = MemoryRange::new(gpa, length as u64).unwrap();
+        let bulk = Bulk::memory(range, pass, contents_checksum([contents.as_slice()])).unwrap();
+        [bulk.header().as_slice(), &contents].concat()
+    }
+
+    fn mark(pass: u32, last: bool, bytes: u64) -> Vec<u8> {
+        Message::Mark(Mark { pass, last, bytes }).encode().unwrap().encode()
+    }
+
+    #[test]
+    fn a_pass_lands_when_it_has_on_every_connection() {
+        let session = Session::new();
+        let (mut first, reads) = session.connect(7);
+        let (mut second, reads_too) = session.connect(8);
+        first.write_all(&[memory(0, 0, 8192), mark(0, false, 8192)].concat()).unwrap();
+        second.write_all(&memory(1 << 20, 0, 300_000 / 4096 * 4096)).unwrap();
+        second.write_all(&mark(0, false, 300_000 / 4096 * 4096)).unwrap();
+        assert!(matches!(session.told.recv(), Ok(Told(_, Said::Landed { pass: 0, last: false }))));
+        assert_eq!((session.first_byte(0), session.first_byte(1 << 20)), (1, 1));
+        second.write_all(&[memory(0, 1, 4096), mark(1, true, 4096)].concat()).unwrap();
+        first.write_all(&mark(1, true, 0)).unwrap();
+        assert!(matches!(session.told.recv(), Ok(Told(_, Said::Landed { pass: 1, last: true }))));
+        assert_eq!(session.first_byte(0), 2);
+        drop((first, second));
+        for _ in 0..2 {
+            assert!(matches!(session.told.recv(), Ok(Told(7 | 8, Said::Lost(_)))));
+        }
+        reads.join().unwrap();
+        reads_too.join().unwrap();
+    }
+
+    /// What `say` makes of a session in which connection 1 has ended pass 0 and connection 0 has not.
+    fn ahead(said: &[u8]) -> (Session, String) {
+        let session = Session::new();
+        let (mut second, reads) = session.connect(8);
+        second.write_all(&[&mark(0, false, 0), said].concat()).unwrap();
+        let Ok(Told(8, Said::Garbage(text))) = session.told.recv() else { panic!("it was let through") };
+        reads.join().unwrap();
+        (session, text)
+    }
+
+    #[test]
+    fn memory_of_a_pass_that_has_not_begun_everywhere_is_refused() {
+        let (session, text) = ahead(&memory(0, 1, 4096));
+        assert!(text.contains("pass 1 arrives in pass 0"), "{text}");
+        assert_eq!(session.first_byte(0), 0);
+        let range = MemoryRange::new(0, 4096).unwrap();
+        let (_, text) = ahead(&Message::Zero(Zero { range, pass: 1 }).encode().unwrap().encode());
+        assert!(text.contains("pass 1 arrives in pass 0"), "{text}");
+        let (_, text) = ahead(&mark(1, false, 0));
+        assert!(text.contains("cannot end this pass"), "{text}");
+        let (_, text) = ahead(&mark(1, true, 0));
+        assert!(text.contains("whether the pass is the last"), "{text}");
+    }
+
+    #[test]
+    fn memory_on_a_connection_that_was_not_admitted_lands_nowhere() {
+        let session = Session::new();
+        let (mut stranger, reads) = session.connect(9);
+        stranger.write_all(&memory(0, 0, 4096)).unwrap();
+        assert!(matches!(session.told.recv(), Ok(Told(9, Said::Garbage(_)))));
+        reads.join().unwrap();
+        assert_eq!(session.first_byte(0), 0);
+        assert_eq!(session.memory.num_regions(), 1);
+    }
+
+    #[test]
+    fn a_connection_begins_as_one() {
+        let session = Session::new();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let socket = Arc::new(Socket::Unix(theirs));
+        ours.write_all(&mark(0, true, 0)).unwrap();
+        read(9, &socket, &session.ground, &session.to);
+        assert!(matches!(ours.read(&mut [0]), Ok(0)), "it is closed");
+        assert!(session.told.try_recv().is_err());
     }
 }

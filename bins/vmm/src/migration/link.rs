@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use vmm_api::spec::MigrationAddress;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
@@ -18,6 +21,9 @@ use super::tls::{Client, Server, TlsError, TlsStream};
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
+
+/// How long connecting, or an answer that is waited for at once, may take.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
 /// A connection.
 #[derive(Debug)]
@@ -45,7 +51,7 @@ impl Way {
         match &self.address {
             MigrationAddress::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
             MigrationAddress::Tcp(address) => {
-                let stream = TcpStream::connect(address)?;
+                let stream = connect_tcp(address)?;
                 stream.set_nodelay(true)?;
                 match &self.tls {
                     Some(tls) => Ok(Socket::Tls(Box::new(tls.greet(stream, address, wanted)?))),
@@ -63,6 +69,28 @@ impl Socket {
             (Self::Tcp(stream), Some(tls)) => Ok(Self::Tls(Box::new(tls.greet(stream, wanted)?))),
             (socket, _) => Ok(socket),
         }
+    }
+
+    /// Whether the other end has closed it. It does not wait, and takes nothing of what has come.
+    pub(super) fn is_gone(&self) -> bool {
+        match self.peek(RecvFlags::DONTWAIT) {
+            Ok(bytes) => bytes == 0,
+            Err(error) => !matches!(error, Errno::AGAIN | Errno::INTR),
+        }
+    }
+
+    /// Whether something has come, or it has ended: waits as long as a read does.
+    pub(super) fn has_something(&self) -> bool {
+        !matches!(self.peek(RecvFlags::empty()), Err(Errno::AGAIN | Errno::INTR))
+    }
+
+    fn peek(&self, flags: RecvFlags) -> Result<usize, Errno> {
+        let fd = match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.socket().as_fd(),
+        };
+        rustix::net::recv(fd, &mut [0], flags | RecvFlags::PEEK).map(|(_, bytes)| bytes)
     }
 
     pub(super) fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
@@ -105,7 +133,7 @@ impl Socket {
     fn is_ours(&self, user: u32) -> io::Result<bool> {
         match self {
             Self::Unix(stream) => {
-                let peer = rustix::net::sockopt::socket_peercred(stream)?.uid.as_raw();
+                let peer = sockopt::socket_peercred(stream)?.uid.as_raw();
                 Ok(peer == user || peer == 0)
             }
             Self::Tcp(_) | Self::Tls(_) => Ok(true),
@@ -139,6 +167,31 @@ impl Write for &Socket {
             Socket::Tls(stream) => (&mut &**stream).flush(),
         }
     }
+}
+
+/// Each of the host's addresses is tried, for a while.
+fn connect_tcp(address: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(ErrorKind::AddrNotAvailable);
+    for address in address.to_socket_addrs()? {
+        match connect_within(&address, ANSWER) {
+            Err(error) => last = error,
+            stream => return stream,
+        }
+    }
+    Err(last)
+}
+
+/// As `TcpStream::connect_timeout`, without its system calls.
+fn connect_within(address: &SocketAddr, time: Duration) -> io::Result<TcpStream> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(time))?;
+    rustix::net::connect(&socket, address).map_err(|error| match error {
+        // socket(7): what it gives where the timeout has passed.
+        Errno::INPROGRESS | Errno::AGAIN => ErrorKind::TimedOut.into(),
+        error => io::Error::from(error),
+    })?;
+    Ok(TcpStream::from(socket))
 }
 
 /// A receiver's address.

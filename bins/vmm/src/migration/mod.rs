@@ -3,9 +3,11 @@
 //! | module | thread | what |
 //! |---|---|---|
 //! | `outgoing` | `migration` | drives the source |
-//! | `sender` | `migration-out` | writes frames and memory, so that the driver never waits for the link |
+//! | `sender` | `migration-out`, one per connection | writes frames and memory, so that the driver never waits for the link |
+//! | `course` | | what a pass sends, which these threads share |
+//! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
-//! | `landing` | `migration-in` | reads a connection; memory lands from here |
+//! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `making` | `migration-make` | steps of a destination that may take long |
@@ -16,9 +18,11 @@
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
+mod course;
 mod descriptors;
 mod fit;
 pub(crate) mod incoming;
+mod joining;
 mod landing;
 mod link;
 mod making;

@@ -19,17 +19,19 @@ use vmm_migration_protocol::{
     SourceUndo, What,
 };
 
-use super::link::{End, Frames, Socket, Way};
+use super::course::Course;
+use super::joining::Session;
+use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::pace::Pace;
-use super::sender::{Out, PATIENCE, Pass, Shared, Writer};
+use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
 use super::{Aside, Clock, LINGER, THREAD, TlsError};
 use crate::exit::chain;
 
+/// How long a failure to open a connection waits for what the other end says of it.
+const GRACE: Duration = Duration::from_millis(250);
+
 /// The least time between two tellings of progress.
 pub(super) const PERIOD: Duration = Duration::from_millis(100);
-
-/// How long an answer to Query may take.
-const ASK: Duration = Duration::from_secs(5);
 
 /// What the driver tells the control thread, and asks of it.
 #[derive(Debug)]
@@ -129,7 +131,7 @@ impl Outgoing {
             Err(error) => return (self.desk)(SendStep::Over(Err(error))),
         };
         let clock = Clock::start();
-        let session = self.setup.hello.session;
+        let id = self.setup.hello.session;
         let machine = match Source::new(clock.now(), self.setup) {
             Ok(machine) => machine,
             Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
@@ -138,24 +140,26 @@ impl Outgoing {
         let (queue, queued) = channel();
         let (answers, inputs) = self.inputs;
         let (reads, read) = channel();
-        let writer = Writer {
-            socket: Arc::clone(&socket),
-            memory: self.memory,
-            files: self.files,
-            queue: queued,
-            answers: answers.clone(),
+        let memory = Arc::new(self.memory);
+        let session = Session {
+            way,
+            id,
+            memory: Arc::clone(&memory),
             shared: Arc::clone(&shared),
-            read,
-            packer: None,
-            broken: false,
+            answers: answers.clone(),
+            threads: self.threads,
+            sockets: Arc::default(),
         };
-        let (frames, heard) = (Frames::of(&socket), answers.clone());
+        let pen = Pen { index: 0, socket: Arc::clone(&socket), memory, shared, packer: None, broken: None };
+        let writer = Writer { pen, files: self.files, queue: queued, answers, read, lanes: Vec::new() };
+        let (frames, heard) = (Frames::of(&socket), session.answers.clone());
         let reading = move || {
             listen(frames, &heard);
             drop(reads);
         };
-        let started = thread::spawn(&self.threads, THREAD, "migration-in", reading)
-            .and_then(|_| thread::spawn(&self.threads, THREAD, "migration-out", move || writer.run()));
+        let threads = &session.threads;
+        let started = thread::spawn(threads, THREAD, "migration-in", reading)
+            .and_then(|_| thread::spawn(threads, THREAD, "migration-out", move || writer.run()));
         let writing = match started {
             Ok(writing) => writing,
             Err(error) => {
@@ -163,19 +167,8 @@ impl Outgoing {
                 return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
             }
         };
-        let driver = Driver {
-            way,
-            session,
-            clock,
-            machine,
-            socket,
-            queue,
-            shared,
-            aside: self.aside,
-            desk: self.desk,
-            answers,
-            threads: self.threads,
-        };
+        let (aside, desk) = (self.aside, self.desk);
+        let driver = Driver { clock, machine, socket, queue, aside, desk, session };
         driver.run(&inputs, writing, &self.gone);
     }
 }
@@ -219,17 +212,13 @@ fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
 }
 
 struct Driver {
-    way: Way,
-    session: SessionId,
     clock: Clock,
     machine: Source,
     socket: Arc<Socket>,
     queue: Sender<Out>,
-    shared: Arc<Shared>,
     aside: Arc<Aside>,
     desk: Desk,
-    answers: Sender<SourceInput>,
-    threads: Arc<dyn ThreadHook>,
+    session: Session,
 }
 
 impl Driver {
@@ -259,7 +248,7 @@ impl Driver {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
                 self.linger(inputs);
-                self.shared.over.store(true, Ordering::SeqCst);
+                self.session.shared.over.store(true, Ordering::SeqCst);
                 // The last word is on the link, or the link takes nothing.
                 let _ = writing.join();
                 (self.desk)(SendStep::Over(Ok(())));
@@ -270,15 +259,15 @@ impl Driver {
             }
             None => {}
         }
-        self.shared.over.store(true, Ordering::SeqCst);
+        self.session.shared.over.store(true, Ordering::SeqCst);
         self.socket.shutdown(Shutdown::Both);
     }
 
     fn take(&mut self, input: SourceInput) {
         if matches!(input, SourceInput::Done(_) | SourceInput::Failed(_)) {
-            self.shared.interrupted.store(false, Ordering::SeqCst);
+            self.session.shared.interrupted.store(false, Ordering::SeqCst);
         }
-        self.machine.note_sent(self.shared.sent.load(Ordering::Relaxed));
+        self.machine.note_sent(self.session.shared.sent.load(Ordering::Relaxed));
         self.machine.handle(self.clock.now(), input);
     }
 
@@ -311,18 +300,16 @@ impl Driver {
                         return None;
                     }
                 };
-                self.shared.sent.store(0, Ordering::Relaxed);
-                self.shared.packs.store(self.machine.features().contains(Features::LZ4), Ordering::SeqCst);
-                self.write(Out::Pass(Pass { number: pass, what, last }));
+                self.session.shared.sent.store(0, Ordering::Relaxed);
+                let packs = self.machine.features().contains(Features::LZ4);
+                self.session.shared.packs.store(packs, Ordering::SeqCst);
+                self.write(Out::Pass(Arc::new(Course::new(pass, what, last))));
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),
-            SourceAction::Run(SourceStep::Connect { .. }) => {
-                let fault = Fault::new(Reason::Failed, "this build uses one connection");
-                self.answer(SourceInput::Failed(fault));
-            }
+            SourceAction::Run(SourceStep::Connect { connections }) => self.connect(connections),
             SourceAction::Run(step) => (self.desk)(SendStep::Run(step)),
             SourceAction::Undo(undo) => (self.desk)(SendStep::Undo(undo)),
-            SourceAction::Interrupt => self.shared.interrupted.store(true, Ordering::SeqCst),
+            SourceAction::Interrupt => self.session.shared.interrupted.store(true, Ordering::SeqCst),
             SourceAction::Resend(range) => self.aside.put_range(range),
             SourceAction::Close => self.write(Out::Close),
             SourceAction::Report(outcome) => return self.report(outcome),
@@ -352,21 +339,40 @@ impl Driver {
 
     fn answer(&self, input: SourceInput) {
         // The other end of the channel is this thread's.
-        let _ = self.answers.send(input);
+        let _ = self.session.answers.send(input);
+    }
+
+    /// Opens the further connections.
+    fn connect(&self, connections: u16) {
+        let queue = self.queue.clone();
+        self.beside("migration-join", move |session| match session.open(connections) {
+            // They are there before a pass is.
+            Ok(lanes) => queue.send(Out::Lanes(lanes)).map_or(DONE, |()| DONE),
+            Err(fault) => {
+                // The other end may say on connection 0 why it does not take them.
+                std::thread::park_timeout(GRACE);
+                SourceInput::Failed(fault)
+            }
+        });
     }
 
     /// Asks what became of the session, on another connection.
     fn ask(&self) {
         debug_assert_eq!(self.machine.state(), SourceState::Asking);
-        let (way, session, answers) = (self.way.clone(), self.session, self.answers.clone());
+        self.beside("migration-ask", |session| match outcome_of(&session.way, session.id) {
+            Ok(frame) => SourceInput::Frame(frame),
+            Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
+        });
+    }
+
+    /// Does a step that waits for the other end on a thread of its own.
+    fn beside(&self, name: &str, step: impl FnOnce(&Session) -> SourceInput + Send + 'static) {
+        let session = self.session.clone();
         let work = move || {
-            let answer = match outcome_of(&way, session) {
-                Ok(frame) => SourceInput::Frame(frame),
-                Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
-            };
-            let _ = answers.send(answer);
+            let answer = step(&session);
+            let _ = session.answers.send(answer);
         };
-        if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-ask", work) {
+        if let Err(error) = thread::spawn(&self.session.threads, THREAD, name, work) {
             self.answer(SourceInput::Failed(Fault::new(Reason::Failed, &error.to_string())));
         }
     }
@@ -376,7 +382,7 @@ impl Driver {
 fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::Frame, String> {
     let failed = |error: std::io::Error| chain(&error).to_string();
     let socket = Arc::new(way.connect(&mut || true).map_err(failed)?);
-    socket.set_timeouts(Some(ASK), Some(ASK)).map_err(failed)?;
+    socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
     let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
     socket.send(&query).map_err(failed)?;
     let frame = match Frames::of(&socket).next() {

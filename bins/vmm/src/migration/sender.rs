@@ -1,28 +1,25 @@
-//! The thread that writes a source's connection: frames, and memory between them.
+//! The threads that write a source's connections: memory on all of them, frames on the first.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use vmm_memory_manager::dirty::Changed;
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
     Bulk, Command, Fault, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE, Packer, Reason,
     SourceInput, Zero, contents_checksum,
 };
-use vmm_snapshot::directory::{MemorySource, Place};
+use vmm_snapshot::directory::MemorySource;
 
+use super::LOOK;
+use super::course::{Course, Piece};
 use super::link::Socket;
 use super::pace::Pace;
 use crate::exit::chain;
-
-/// Bytes of memory that are read at a time. Small, so that frames come between and a checksum is of what is sent.
-const CHUNK: u64 = 256 << 10;
 
 /// How long one write waits for the link before the thread looks whether it is to end.
 pub(super) const PATIENCE: Duration = Duration::from_millis(50);
@@ -36,21 +33,14 @@ static ZERO_PAGE: [u8; PAGE as usize] = [0; PAGE as usize];
 #[derive(Debug)]
 pub(super) enum Out {
     Frame(Frame),
-    Pass(Pass),
+    Pass(Arc<Course>),
+    /// Further connections that carry memory from now on.
+    Lanes(Vec<Lane>),
     /// Nothing more comes.
     Close,
 }
 
-/// A pass over memory.
-#[derive(Debug)]
-pub(super) struct Pass {
-    pub(super) number: u32,
-    /// `None`: all of it.
-    pub(super) what: Option<Changed>,
-    pub(super) last: bool,
-}
-
-/// What the driver and this thread share.
+/// What the driver and these threads share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     /// The pass under way is to end between two frames.
@@ -65,21 +55,54 @@ pub(super) struct Shared {
     pub(super) pace: Pace,
 }
 
-/// The thread.
+impl Shared {
+    fn is_unwanted(&self) -> bool {
+        self.interrupted.load(Ordering::SeqCst) || self.over.load(Ordering::SeqCst)
+    }
+}
+
+/// The end of a connection that is written to.
+#[derive(Debug)]
+pub(super) struct Pen {
+    /// Which connection of the session it is.
+    pub(super) index: u16,
+    pub(super) socket: Arc<Socket>,
+    pub(super) memory: Arc<GuestMemorySource>,
+    pub(super) shared: Arc<Shared>,
+    /// While memory goes compressed.
+    pub(super) packer: Option<Packer>,
+    /// Why nothing more can be written.
+    pub(super) broken: Option<String>,
+}
+
+/// The thread of connection 0.
 #[derive(Debug)]
 pub(super) struct Writer {
-    pub(super) socket: Arc<Socket>,
-    pub(super) memory: GuestMemorySource,
+    pub(super) pen: Pen,
     /// The files of memory that is handed over, for the frame about them.
     pub(super) files: Vec<File>,
     pub(super) queue: Receiver<Out>,
     pub(super) answers: Sender<SourceInput>,
-    pub(super) shared: Arc<Shared>,
     /// Disconnected when the connection has been read to its end.
     pub(super) read: Receiver<()>,
-    /// While memory goes compressed.
-    pub(super) packer: Option<Packer>,
-    pub(super) broken: bool,
+    pub(super) lanes: Vec<Lane>,
+}
+
+/// A further connection, as connection 0 sees it.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) work: Sender<Arc<Course>>,
+    /// Its share of a pass has been sent, or cannot be.
+    pub(super) done: Receiver<()>,
+}
+
+/// The thread of a further connection.
+#[derive(Debug)]
+pub(super) struct LaneWriter {
+    pub(super) pen: Pen,
+    pub(super) work: Receiver<Arc<Course>>,
+    pub(super) done: Sender<()>,
+    pub(super) answers: Sender<SourceInput>,
 }
 
 impl Writer {
@@ -87,131 +110,191 @@ impl Writer {
         while let Ok(out) = self.queue.recv() {
             match out {
                 Out::Frame(frame) if frame.command() == Command::Descriptors => self.hand_over(&frame),
-                Out::Frame(frame) => self.write(&[&frame.encode()]),
-                Out::Pass(pass) => {
-                    let answer = match self.pass(&pass) {
+                Out::Frame(frame) => self.pen.write(&[&frame.encode()]),
+                Out::Lanes(lanes) => self.lanes = lanes,
+                Out::Pass(course) => {
+                    let answer = match self.pass(&course) {
                         Ok(bytes) => SourceInput::Done(Output::Bytes(bytes)),
                         Err(fault) => SourceInput::Failed(fault),
                     };
-                    if self.broken {
+                    if self.pen.broken.is_some() {
                         // What the peer said before the link broke comes first.
                         let _ = self.read.recv();
                     }
                     let _ = self.answers.send(answer);
                 }
-                Out::Close => return self.socket.shutdown(Shutdown::Write),
+                Out::Close => return self.pen.socket.shutdown(Shutdown::Write),
             }
         }
     }
 
-    /// Sends memory, then Mark; gives the bytes on the link.
-    fn pass(&mut self, pass: &Pass) -> Result<u64, Fault> {
-        self.shared.sent.store(0, Ordering::Relaxed);
+    /// Writes a frame with the files of memory beside its first byte.
+    fn hand_over(&mut self, frame: &Frame) {
+        let (bytes, files) = (frame.encode(), std::mem::take(&mut self.files));
+        let mut sent = 0;
+        self.pen.try_write(|socket| socket.write_with(&bytes, &files).inspect(|count| sent = *count));
+        self.pen.write(&[bytes.get(sent..).unwrap_or_default()]);
+    }
+
+    /// Sends a pass over all connections; gives the bytes on the link.
+    fn pass(&mut self, course: &Arc<Course>) -> Result<u64, Fault> {
+        for lane in &self.lanes {
+            // One that is gone is found by its answer.
+            let _ = lane.work.send(Arc::clone(course));
+        }
+        let Self { pen, queue, lanes, .. } = self;
+        pen.share(course, &mut |pen, time| frames_between(pen, queue, time));
+        for lane in lanes {
+            wait(lane, course, pen, queue);
+        }
+        course.check().map(|()| self.pen.shared.sent.load(Ordering::Relaxed))
+    }
+}
+
+/// What a connection does between two frames of memory, for so long.
+type Between<'a> = &'a mut dyn FnMut(&mut Pen, Duration);
+
+/// Frames of the driver that are to go between those of memory, and those that come for so long.
+fn frames_between(pen: &mut Pen, queue: &Receiver<Out>, time: Duration) {
+    let mut next = if time.is_zero() { queue.try_recv().ok() } else { queue.recv_timeout(time).ok() };
+    while let Some(out) = next {
+        match out {
+            Out::Frame(frame) => pen.write(&[&frame.encode()]),
+            // A machine gives one step at a time, and closes after that.
+            Out::Pass(_) | Out::Lanes(_) | Out::Close => {}
+        }
+        next = queue.try_recv().ok();
+    }
+}
+
+/// Waits for a connection's share of the pass.
+fn wait(lane: &Lane, course: &Course, pen: &mut Pen, queue: &Receiver<Out>) {
+    loop {
+        match lane.done.recv_timeout(PATIENCE) {
+            Ok(()) => return,
+            Err(RecvTimeoutError::Timeout) => frames_between(pen, queue, Duration::ZERO),
+            Err(RecvTimeoutError::Disconnected) => {
+                return course.stop(Fault::new(Reason::Failed, "a connection is gone"));
+            }
+        }
+    }
+}
+
+impl LaneWriter {
+    pub(super) fn run(mut self) {
+        loop {
+            let before = self.pen.broken.is_some();
+            match self.work.recv_timeout(LOOK) {
+                Ok(course) => {
+                    self.pen.share(&course, &mut |_, time| std::thread::park_timeout(time));
+                    self.look(before);
+                    if self.done.send(()).is_err() {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) if !before && self.pen.socket.is_gone() => {
+                    self.pen.broken = Some("the other end has closed it".to_owned());
+                    self.look(before);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Without the connection there is no session.
+    fn look(&self, was_broken: bool) {
+        if let Some(text) = &self.pen.broken
+            && !was_broken
+            && !self.pen.shared.is_unwanted()
+        {
+            let _ = self.answers.send(SourceInput::Lost(format!("connection {}: {text}", self.pen.index)));
+        }
+    }
+}
+
+impl Pen {
+    /// Sends a share of the memory, then Mark. Other connections take what this one does not.
+    fn share(&mut self, course: &Course, between: Between<'_>) {
+        if let Err(fault) = self.portions(course, between) {
+            course.stop(fault);
+        }
+    }
+
+    fn portions(&mut self, course: &Course, between: Between<'_>) -> Result<(), Fault> {
         self.packer = self.shared.packs.load(Ordering::SeqCst).then(Packer::new);
-        let places = self.memory.places();
-        let mut described = 0_u64;
-        match &pass.what {
-            None => {
-                for (number, place) in places.iter().enumerate() {
-                    let mut at = 0;
-                    while let Some(run) =
-                        self.memory.next_data(number, at).map_err(|error| unreadable(&error))?
-                    {
-                        let run = run.start / PAGE * PAGE..run.end.next_multiple_of(PAGE).min(place.size);
-                        at = run.end;
-                        described += self.range((number, place), run, pass)?;
-                    }
-                }
+        let (mut described, mut pieces, mut buffer) = (0, Vec::new(), Vec::new());
+        loop {
+            course.take(&self.memory, &mut pieces).map_err(|error| unreadable(&error))?;
+            if pieces.is_empty() {
+                break;
             }
-            Some(changed) => {
-                for ((number, place), ranges) in places.iter().enumerate().zip(changed) {
-                    for range in ranges {
-                        described += self.range((number, place), range.clone(), pass)?;
-                    }
-                }
+            for piece in &pieces {
+                described += self.piece((piece, &mut buffer), course, between)?;
             }
         }
-        let mark = Message::Mark(Mark { pass: pass.number, last: pass.last, bytes: described });
-        self.message(mark)?;
-        self.check()?;
-        Ok(self.shared.sent.load(Ordering::Relaxed))
+        self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
+        self.check(course)
     }
 
-    /// Sends a range of a region, and gives the bytes described.
-    fn range(
+    /// Sends a part of a region, and gives the bytes described.
+    fn piece(
         &mut self,
-        (number, place): (usize, &Place),
-        range: Range<u64>,
-        pass: &Pass,
+        (piece, buffer): (&Piece, &mut Vec<u8>),
+        course: &Course,
+        between: Between<'_>,
     ) -> Result<u64, Fault> {
-        let (mut buffer, mut at, mut described) = (Vec::new(), range.start, 0);
-        while at < range.end {
-            let end = (at + 1).next_multiple_of(CHUNK).min(range.end);
-            buffer.resize(usize::try_from(end - at).unwrap_or_default(), 0);
-            self.memory.read(number, at, &mut buffer).map_err(|error| unreadable(&error))?;
-            let mut gpa = place.gpa + at;
-            for run in runs(&buffer) {
-                let length = run.bytes.len() as u64;
-                let range = MemoryRange::new(gpa, length).map_err(|error| failed(&error))?;
-                gpa += length;
-                // Memory that was never sent is zero.
-                if run.zero && pass.what.is_none() {
-                    continue;
-                }
-                described += length;
-                if run.zero {
-                    self.message(Message::Zero(Zero { range, pass: pass.number }))?;
-                } else {
-                    let mut packer = self.packer.take();
-                    let (bulk, contents) = bulk((range, pass.number), run.bytes, packer.as_mut())
-                        .map_err(|error| failed(&error))?;
-                    self.wait_for(contents.len() as u64)?;
-                    self.counted(&[&bulk.header(), contents]);
-                    self.packer = packer;
-                }
-                self.between()?;
+        let Piece { region, range } = piece;
+        let gpa = self.memory.gpa(*region).ok_or_else(|| unreadable(&ErrorKind::NotFound.into()))?;
+        buffer.resize(usize::try_from(range.end - range.start).unwrap_or_default(), 0);
+        self.memory.read(*region, range.start, buffer).map_err(|error| unreadable(&error))?;
+        let (mut gpa, mut described) = (gpa + range.start, 0);
+        for run in runs(buffer) {
+            let length = run.bytes.len() as u64;
+            let range = MemoryRange::new(gpa, length).map_err(|error| failed(&error))?;
+            gpa += length;
+            // Memory that was never sent is zero.
+            if run.zero && course.all {
+                continue;
             }
-            at = end;
+            described += length;
+            if run.zero {
+                self.message(Message::Zero(Zero { range, pass: course.number }))?;
+            } else {
+                let mut packer = self.packer.take();
+                let (bulk, contents) = bulk((range, course.number), run.bytes, packer.as_mut())
+                    .map_err(|error| failed(&error))?;
+                self.wait_for(contents.len() as u64, course, between)?;
+                self.counted(&[&bulk.header(), contents]);
+                self.packer = packer;
+            }
+            between(self, Duration::ZERO);
+            self.check(course)?;
         }
         Ok(described)
     }
 
     /// Waits until the limit of bandwidth lets so many bytes go; frames do not wait.
-    fn wait_for(&mut self, bytes: u64) -> Result<(), Fault> {
+    fn wait_for(&mut self, bytes: u64, course: &Course, between: Between<'_>) -> Result<(), Fault> {
         let until = self.shared.pace.take(bytes);
         loop {
             let rest = until.saturating_duration_since(Instant::now());
             if rest.is_zero() {
                 return Ok(());
             }
-            match self.queue.recv_timeout(rest.min(PATIENCE)) {
-                Ok(Out::Frame(frame)) => self.write(&[&frame.encode()]),
-                Ok(Out::Pass(_) | Out::Close) | Err(_) => {}
-            }
-            self.check()?;
+            between(self, rest.min(PATIENCE));
+            self.check(course)?;
         }
     }
 
-    /// Frames that are to go between those of memory, and whether it goes on.
-    fn between(&mut self) -> Result<(), Fault> {
-        while let Ok(out) = self.queue.try_recv() {
-            match out {
-                Out::Frame(frame) => self.write(&[&frame.encode()]),
-                // A machine gives one step at a time, and closes after that.
-                Out::Pass(_) | Out::Close => {}
-            }
-        }
-        self.check()
-    }
-
-    fn check(&self) -> Result<(), Fault> {
-        if self.broken {
+    fn check(&self, course: &Course) -> Result<(), Fault> {
+        if self.broken.is_some() {
             return Err(Fault::new(Reason::Failed, "the link takes nothing any more"));
         }
-        if self.shared.interrupted.load(Ordering::SeqCst) || self.shared.over.load(Ordering::SeqCst) {
+        if self.shared.is_unwanted() {
             return Err(Fault::new(Reason::Cancelled, "interrupted"));
         }
-        Ok(())
+        course.check()
     }
 
     fn message(&mut self, message: Message) -> Result<(), Fault> {
@@ -226,19 +309,11 @@ impl Writer {
         self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Writes a frame with the files of memory beside its first byte.
-    fn hand_over(&mut self, frame: &Frame) {
-        let (bytes, files) = (frame.encode(), std::mem::take(&mut self.files));
-        let mut sent = 0;
-        self.try_write(|socket| socket.write_with(&bytes, &files).inspect(|count| sent = *count));
-        self.write(&[bytes.get(sent..).unwrap_or_default()]);
-    }
-
     /// Writes parts of one frame. A link that does not take them is broken: what it has of the frame is of no use.
     fn write(&mut self, parts: &[&[u8]]) {
         for part in parts {
             let mut rest = *part;
-            while !rest.is_empty() && !self.broken {
+            while !rest.is_empty() && self.broken.is_none() {
                 self.try_write(|mut socket| {
                     let count = socket.write(rest)?;
                     rest = rest.get(count..).unwrap_or_default();
@@ -251,28 +326,28 @@ impl Writer {
     /// Writes once, as soon as the link takes something.
     fn try_write(&mut self, mut write: impl FnMut(&Socket) -> io::Result<usize>) {
         let since = Instant::now();
-        while !self.broken {
+        while self.broken.is_none() {
             match write(&self.socket) {
                 Ok(0) => self.give_up(),
                 Ok(_) => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    let unwanted = self.shared.interrupted.load(Ordering::SeqCst)
-                        || self.shared.over.load(Ordering::SeqCst);
-                    if unwanted || since.elapsed() >= STALLED {
+                    if self.shared.is_unwanted() || since.elapsed() >= STALLED {
                         self.give_up();
                     }
                 }
                 // The peer may have said why before it closed: reading goes on to the end.
-                Err(_) => self.broken = true,
+                Err(error) => self.broken = Some(error.to_string()),
             }
         }
     }
 
-    /// The peer takes nothing, and so will not end the stream either.
     fn give_up(&mut self) {
-        self.broken = true;
-        self.socket.shutdown(Shutdown::Both);
+        self.broken = Some("the other end takes nothing any more".to_owned());
+        if self.index == 0 {
+            // It will not end the stream either, which is read.
+            self.socket.shutdown(Shutdown::Both);
+        }
     }
 }
 

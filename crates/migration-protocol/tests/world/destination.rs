@@ -202,7 +202,7 @@ impl World {
             }
             Item::Mark(mark) => {
                 // A connection that is a pass ahead of the others.
-                let all = destination.barrier.mark(connection as u16);
+                let all = destination.barrier.mark(connection as u16, mark.last);
                 let landed = DestinationInput::Landed { pass: mark.pass, last: mark.last };
                 all.map_or_else(
                     |error| Some(DestinationInput::Garbage(error.to_string())),
