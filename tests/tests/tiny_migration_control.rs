@@ -239,11 +239,19 @@ fn a_limit_of_bandwidth_holds_and_vcpus_are_slowed_down_only_if_asked() {
 
     let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
     send(&path, true);
-    let done = until(&first, "the end", |now| now["status"] != "Active");
-    assert_eq!(done["status"], "Completed", "{done}");
-    assert!(done["throttle"].as_u64() >= Some(20), "it took slower vCPUs: {done}");
-    assert_eq!(received.answer().status, 204);
-    goes_on(&serial, &other);
+    let slowed = until(&first, "slower vCPUs", |now| {
+        now["throttle"].as_u64() >= Some(30) || now["status"] != "Active"
+    });
+    assert!(slowed["throttle"].as_u64() >= Some(20), "{slowed}");
+    // How far down they must go for the rest to fit depends on the host; it may be done by now.
+    if first.api().put("vm.cancel").status == 204 {
+        assert_ne!(received.answer().status, 204);
+        assert_eq!(first.api().phase(), Phase::Running);
+        serial.wait_longer_than(serial.text().len() + 40);
+    } else {
+        assert_eq!(received.answer().status, 204);
+        goes_on(&serial, &other);
+    }
 }
 
 /// Commit's number (WIRE.md).

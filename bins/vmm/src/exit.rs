@@ -61,7 +61,7 @@ impl ExitCode {
                 "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."
             }
             Self::LostMemory => {
-                "A snapshot's file, of which guest memory is a mapping, has shrunk or cannot be read; the log names it, see [snapshot.md](snapshot.md)."
+                "A snapshot's file that guest memory comes from has shrunk, is damaged or cannot be read; the log names it, see [snapshot.md](snapshot.md)."
             }
         }
     }

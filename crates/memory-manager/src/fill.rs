@@ -1,5 +1,5 @@
-//! Guest memory that is filled from a snapshot while its guest runs: shared memory and huge pages, which cannot be private
-//! mappings of the snapshot's files.
+//! Guest memory that is filled from a snapshot while its guest runs: shared memory, which cannot be a private mapping of the
+//! snapshot's files.
 //!
 //! One thread goes through the snapshot from its start to its end; another one serves who touches what is not there yet, and
 //! comes first. Memory goes in by chunks, each verified. Pages that are zero are made when they are touched; after the end the
@@ -92,8 +92,7 @@ pub(crate) struct FillThreads {
 impl Filling {
     /// Watches the regions that are filled `later`; nothing is in them yet.
     pub(crate) fn new(memory: Arc<GuestRam>, later: &[bool], behind: &Behind<'_>) -> Result<Self, FillError> {
-        let wanted = Features::MISSING_SHARED | Features::MISSING_HUGE;
-        let userfault = Userfault::new(memory, wanted)?;
+        let userfault = Userfault::new(memory, Features::MISSING_SHARED)?;
         let mut chunks = Vec::new();
         for (number, (region, later)) in behind.chain.regions().iter().zip(later).enumerate() {
             let count = if *later { region.size.div_ceil(CHUNK) } else { 0 };
@@ -154,11 +153,6 @@ impl Filling {
             return Ok(());
         }
         // A page of zeroes, or one that is there already.
-        if unit > crate::layout::PAGE_SIZE {
-            buffer.clear();
-            buffer.resize(usize::try_from(unit).unwrap_or(0), 0);
-            return Ok(self.userfault.copy(region, offset, buffer)?);
-        }
         Ok(self.userfault.zero(region, offset..offset + unit)?)
     }
 

@@ -7,8 +7,8 @@
 //! | memory | how it can be frozen |
 //! |---|---|
 //! | private, no file | protected where there are pages; what is written elsewhere was zero |
-//! | shared (memfd, tmpfs), huge pages of at most 2 MiB | all of it is protected |
-//! | a file of another file system, a private mapping of a file (a restored snapshot's) | it cannot |
+//! | shared (memfd, tmpfs) | all of it is protected |
+//! | huge pages, a file of another file system, a private mapping of a file (a restored snapshot's) | it cannot |
 //!
 //! The thread that serves faults waits for nobody that may meet one: it reads guest memory, which is never a fault, holds
 //! no lock meanwhile but its own, and waits for the writer alone.
@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vmm_snapshot::directory::{CHUNK, Extents, MemorySource, Place};
+use vmm_snapshot::directory::{Extents, MemorySource, Place};
 
 use crate::dirty::Changed;
 use crate::layout::PAGE_SIZE;
@@ -69,30 +69,25 @@ struct State {
 }
 
 impl MemoryMap {
-    /// Prepares to freeze the `whole` of it, or parts: what can be done while the guest runs.
+    /// Prepares to freeze: what can be done while the guest runs.
     ///
     /// # Errors
-    /// Memory of this kind cannot be frozen so, or not on this host.
-    pub fn freezer(&self, whole: bool) -> Result<Freezer, FreezeError> {
+    /// Memory of this kind cannot be frozen, or not on this host.
+    pub fn freezer(&self) -> Result<Freezer, FreezeError> {
         if let Some(who) = self.shared_with() {
             return Err(FreezeError::Shared { who: who.to_owned() });
         }
         let source = self.source_of(Own::Protected).map_err(FreezeError::PageTables)?;
-        let wanted = match source.is_anonymous() {
-            true => Features::WRITE_PROTECT,
-            false => Features::WRITE_PROTECT | Features::WRITE_PROTECT_SHARED,
-        };
+        // Of private memory the first would do, but only newer kernels tell in pagemap what is protected (Linux 5.14).
+        let wanted = Features::WRITE_PROTECT | Features::WRITE_PROTECT_SHARED;
         let userfault = Userfault::new(self.memory().clone(), wanted)?;
         for (region, place) in source.places().into_iter().enumerate() {
             let unlike = |what| FreezeError::Kind { zone: place.zone.clone(), what };
             if source.is_overlay(region) {
                 return Err(unlike("is a private mapping of a file"));
             }
-            match userfault.unit(region) {
-                PAGE_SIZE => {}
-                2..=CHUNK if whole => {}
-                2..=CHUNK => return Err(unlike("has huge pages, of which parts are wanted")),
-                _ => return Err(unlike("has huge pages of more than 2 MiB")),
+            if userfault.unit(region) != PAGE_SIZE {
+                return Err(unlike("is in huge pages"));
             }
             userfault
                 .register(region, Mode::WriteProtect)

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
 use vmm_hypervisor::Vm;
 use vmm_snapshot::RecordError;
-use vmm_snapshot::directory::{CHUNK, Chain, MAX_REGIONS, Piece, Place, ReadError, Work};
+use vmm_snapshot::directory::{Chain, MAX_REGIONS, Piece, Place, ReadError, Work};
 
 use crate::fill::{Behind, FillThreads, Filling};
 use crate::layout::{HIGH_RAM_START, HOLE_START, Layout, PAGE_SIZE, Placement};
@@ -59,10 +59,9 @@ impl MemoryMap {
         Self::restore_with(vm, zones, saved, work, None)
     }
 
-    /// As [`restore`](Self::restore); shared memory and huge pages, which cannot be mappings of a snapshot, are filled by
-    /// threads while the guest runs, where `Fill::Lazy` is wanted and this host can: not if they are of more than 2 MiB, and
-    /// not a file that has a name, which other processes may map. Nobody may give this memory to another process before it
-    /// is [filled](Self::is_filling).
+    /// As [`restore`](Self::restore); shared memory, which cannot be a mapping of a snapshot, is filled by threads while the
+    /// guest runs, where `Fill::Lazy` is wanted and this host can: not huge pages, and not a file that has a name, which other
+    /// processes may map. Nobody may give this memory to another process before it is [filled](Self::is_filling).
     ///
     /// # Errors
     /// As `restore`.
@@ -175,8 +174,7 @@ fn is_lazy(zone: &ZoneConfig, fill: Fill) -> bool {
 /// Whether a zone can be filled while the guest runs.
 fn can_wait(zone: &ZoneConfig, fill: Fill) -> bool {
     let is_named = zone.file.as_ref().is_some_and(|path| !path.is_dir());
-    let is_small = zone.huge_page.is_none_or(|size| size <= CHUNK);
-    fill == Fill::Lazy && !is_lazy(zone, fill) && !zone.options.prefault && is_small && !is_named
+    fill == Fill::Lazy && zone.shared && zone.huge_page.is_none() && !zone.options.prefault && !is_named
 }
 
 fn map_all(

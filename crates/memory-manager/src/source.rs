@@ -114,11 +114,6 @@ impl MemoryMap {
 }
 
 impl GuestMemorySource {
-    /// Whether all of it is private memory without files.
-    pub(crate) fn is_anonymous(&self) -> bool {
-        self.regions.iter().all(|region| !region.shared && region.file.is_none())
-    }
-
     /// Whether a region shows a file where nothing was written.
     pub(crate) fn is_overlay(&self, region: usize) -> bool {
         self.regions.get(region).is_some_and(|at| !at.shared && !at.huge && at.file.is_some())

@@ -16,6 +16,7 @@ use common::{MIB, PAGE, allocated, content, create, save, vm, work, write, zone}
 use vm_memory::{Bytes, GuestAddress};
 use vmm_hypervisor::fake::Fake;
 use vmm_memory_manager::fill::Behind;
+use vmm_memory_manager::handover::HandoverError;
 use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::restore::{Fill, Saved};
 use vmm_memory_manager::zone::ZoneConfig;
@@ -115,13 +116,15 @@ fn what_is_touched_is_there_first_and_all_is_there_in_the_end() {
     assert!(allocated(&map) < SIZE / 2, "the rest is not there yet");
     let busy = map.source().unwrap_err();
     assert!(busy.to_string().contains("still being read"), "{busy}");
-    map.freezer(true).unwrap_err();
+    map.freezer().unwrap_err();
+    assert!(matches!(map.share(), Err(HandoverError::Filling)), "what is not there cannot be handed over");
     map.settle().unwrap();
 
     go.send(()).unwrap();
     until(|| !map.is_filling());
     let mut expected = expected;
     expected[(3000 * PAGE + 7) as usize] = 0xaa;
+    map.share().unwrap();
     let source = map.source().unwrap();
     assert!(allocated(&map) < 12 * PAGE, "what is zero takes no space, unless it was touched");
     let mut page = [1; 4096];

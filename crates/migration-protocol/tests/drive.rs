@@ -9,7 +9,11 @@ use common::drive;
 mod common;
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {
-    let folder = format!("{}/../../fuzz/seeds/{target}", env!("CARGO_MANIFEST_DIR"));
+    inputs("seeds", target)
+}
+
+fn inputs(kind: &str, target: &str) -> Vec<Vec<u8>> {
+    let folder = format!("{}/../../fuzz/{kind}/{target}", env!("CARGO_MANIFEST_DIR"));
     let seeds = std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
     let seeds: Vec<_> = seeds.collect();
     assert!(!seeds.is_empty());
@@ -50,5 +54,18 @@ fn seeds_lead_to_the_end() {
     }
     for seed in seeds("destination") {
         assert_eq!(drive::destination(&seed), DestinationState::Ended, "{seed:?}");
+    }
+}
+
+#[test]
+fn fuzz_what_long_runs_found() {
+    for bytes in inputs("corpora", "frames") {
+        common::decode(&bytes);
+    }
+    for bytes in inputs("corpora", "source") {
+        drive::source(&bytes);
+    }
+    for bytes in inputs("corpora", "destination") {
+        drive::destination(&bytes);
     }
 }

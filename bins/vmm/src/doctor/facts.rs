@@ -2,6 +2,8 @@
 
 use std::io;
 
+use vmm_memory_manager::userfault::Features;
+
 /// All facts.
 #[derive(Clone, Debug)]
 pub(super) struct Facts {
@@ -88,6 +90,8 @@ pub(super) struct Pool {
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Userfaultfd {
+    /// What it can do.
+    pub(super) features: Features,
     pub(super) call: Node,
     pub(super) device: Node,
 }

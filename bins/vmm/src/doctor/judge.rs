@@ -2,6 +2,8 @@
 
 use std::io;
 
+use vmm_memory_manager::userfault::Features;
+
 use super::facts::{Facts, Guests, HugePages, IoUring, KvmFacts, Memory, Node, Pool, Userfaultfd};
 use super::{Check, Verdict, limits};
 
@@ -127,18 +129,31 @@ fn hugepages(facts: &HugePages) -> Check {
 fn userfaultfd(facts: Userfaultfd) -> Check {
     let name = "userfaultfd";
     match (facts.call, facts.device) {
-        (Node::Usable, _) => ok(name, "it can be used"),
-        (_, Node::Usable) => ok(name, "it can be used through /dev/userfaultfd"),
+        (Node::Usable, _) | (_, Node::Usable) => {
+            let lacking = |wanted| facts.features.lacking(wanted) != Features::NONE;
+            if lacking(Features::WRITE_PROTECT | Features::WRITE_PROTECT_SHARED) {
+                return warn(
+                    name,
+                    "it does not protect all memory from writes, so live snapshots are taken in passes",
+                    "only for live snapshots: use Linux 5.19 or later",
+                );
+            }
+            let door = if facts.call == Node::Usable { "" } else { " through /dev/userfaultfd" };
+            ok(
+                name,
+                format!("it can be used{door}, for live snapshots of one moment and for memory on demand"),
+            )
+        }
         (Node::Refused(libc::ENOSYS), _) => warn(
             name,
             "the kernel has none",
-            "only for memory on demand: use a kernel with CONFIG_USERFAULTFD",
+            "only for live snapshots and memory on demand: use a kernel with CONFIG_USERFAULTFD",
         ),
         (Node::Refused(errno), _) => warn(
             name,
             format!("it is refused for faults of the kernel ({})", text(errno)),
-            "only for memory on demand: `sudo sysctl vm.unprivileged_userfaultfd=1`, or give this user access \
-             to /dev/userfaultfd",
+            "only for live snapshots and memory on demand: `sudo sysctl vm.unprivileged_userfaultfd=1`, or give this \
+             user access to /dev/userfaultfd",
         ),
     }
 }
@@ -262,6 +277,10 @@ mod tests {
 
     const GOOD: Node = Node::Usable;
 
+    fn all() -> Features {
+        Features::WRITE_PROTECT | Features::WRITE_PROTECT_SHARED
+    }
+
     /// A machine on which all is well.
     fn well() -> Facts {
         let limit = Some(Limit { soft: Some(20_000), hard: None });
@@ -275,7 +294,7 @@ mod tests {
                 ],
                 transparent: Some("madvise".into()),
             },
-            userfaultfd: Userfaultfd { call: GOOD, device: GOOD },
+            userfaultfd: Userfaultfd { features: all(), call: GOOD, device: GOOD },
             seccomp: GOOD,
             landlock: Ok(7),
             tun: GOOD,
@@ -367,14 +386,20 @@ mod tests {
     #[test]
     fn userfaultfd_has_two_doors() {
         let refused = Node::Refused;
-        let of = |call, device| complaint(|facts| facts.userfaultfd = Userfaultfd { call, device });
+        let of = |call, device| {
+            complaint(|facts| facts.userfaultfd = Userfaultfd { features: all(), call, device })
+        };
         let denied = of(refused(libc::EPERM), refused(libc::EACCES));
         assert_says(&denied, "userfaultfd", Verdict::Warn, "not permitted", "unprivileged_userfaultfd");
         let none = of(refused(libc::ENOSYS), refused(libc::ENOENT));
         assert_says(&none, "userfaultfd", Verdict::Warn, "has none", "CONFIG_USERFAULTFD");
-        let device =
-            Facts { userfaultfd: Userfaultfd { call: refused(libc::EPERM), device: GOOD }, ..well() };
+        let device = Facts {
+            userfaultfd: Userfaultfd { features: all(), call: refused(libc::EPERM), device: GOOD },
+            ..well()
+        };
         assert_eq!(judge(&device)[4].verdict, Verdict::Ok);
+        let old = complaint(|facts| facts.userfaultfd.features = Features::WRITE_PROTECT);
+        assert_says(&old, "userfaultfd", Verdict::Warn, "in passes", "5.19");
     }
 
     #[test]

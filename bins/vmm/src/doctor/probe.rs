@@ -6,6 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use vmm_hypervisor::Hypervisor;
 use vmm_hypervisor::kvm::{Kvm, OpenError};
+use vmm_memory_manager::userfault::{self, Features};
 
 use super::facts::{Facts, HugePages, IoUring, KvmFacts, Limit, Memory, Node, Pool, Userfaultfd};
 use super::{guest, limits, syscalls};
@@ -20,6 +21,7 @@ pub(super) fn gather(root: &Path) -> Facts {
         },
         hugepages: hugepages(root),
         userfaultfd: Userfaultfd {
+            features: userfault::supported().unwrap_or(Features::NONE),
             call: Node::of(syscalls::userfaultfd()),
             device: node(root, "dev/userfaultfd"),
         },

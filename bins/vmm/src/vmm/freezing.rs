@@ -42,7 +42,7 @@ pub(super) fn freeze(
     spec: &SnapshotSpec,
     hook: &Arc<dyn ThreadHook>,
 ) -> Result<Option<Moment>, SaveError> {
-    let freezer = match machine.memory().freezer(!spec.incremental) {
+    let freezer = match machine.memory().freezer() {
         Ok(freezer) => freezer,
         Err(why) => {
             log::info!("guest memory is saved in passes, for it cannot be frozen: {}", chain(&why));

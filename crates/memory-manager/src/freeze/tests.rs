@@ -56,8 +56,8 @@ fn until(mut done: impl FnMut() -> bool) {
 }
 
 /// Freezes memory that two threads write all the while, and compares what is read with what was there.
-fn frozen_is_what_it_was(shared: bool, most_ahead: u64, changed: Option<&Changed>) {
-    let map = memory(zone(shared));
+fn frozen_is_what_it_was(zone: &ZoneConfig, most_ahead: u64, changed: Option<&Changed>) {
+    let map = memory(zone.clone());
     (0..PAGES).step_by(3).for_each(|page| write(map.memory(), page, page + 1));
     let paused = RwLock::new(());
     let over = AtomicBool::new(false);
@@ -75,7 +75,7 @@ fn frozen_is_what_it_was(shared: bool, most_ahead: u64, changed: Option<&Changed
             scope.spawn(|| hammer(1));
             scope.spawn(|| hammer(2));
             thread::sleep(Duration::from_millis(20));
-            let freezer = map.freezer(changed.is_none()).unwrap();
+            let freezer = map.freezer().unwrap();
             let blackout = paused.write().unwrap();
             let expected = content(&map.source().unwrap(), changed);
             let mut frozen = freezer.freeze(changed).unwrap();
@@ -96,17 +96,17 @@ fn frozen_is_what_it_was(shared: bool, most_ahead: u64, changed: Option<&Changed
     };
     let (expected, found) = running();
     let differs = expected.iter().zip(&found).position(|(a, b)| a != b);
-    assert_eq!(differs.map(|at| at as u64 / PAGE_SIZE), None, "shared: {shared}, {changed:?}");
+    assert_eq!(differs.map(|at| at as u64 / PAGE_SIZE), None, "{zone:?}, {changed:?}");
 }
 
 #[test]
 fn what_is_read_is_what_was_there_whoever_writes_meanwhile() {
     for shared in [false, true] {
         for most_ahead in [MOST_AHEAD, 4 * PAGE_SIZE] {
-            frozen_is_what_it_was(shared, most_ahead, None);
+            frozen_is_what_it_was(&zone(shared), most_ahead, None);
         }
         let changed = vec![vec![3 * PAGE_SIZE..700 * PAGE_SIZE, 1500 * PAGE_SIZE..1501 * PAGE_SIZE]];
-        frozen_is_what_it_was(shared, MOST_AHEAD, Some(&changed));
+        frozen_is_what_it_was(&zone(shared), MOST_AHEAD, Some(&changed));
     }
 }
 
@@ -114,7 +114,7 @@ fn what_is_read_is_what_was_there_whoever_writes_meanwhile() {
 fn who_writes_too_much_waits_for_the_reader() {
     let map = memory(zone(false));
     (0..4).for_each(|page| write(map.memory(), page, 1));
-    let mut frozen = map.freezer(true).unwrap().freeze(None).unwrap();
+    let mut frozen = map.freezer().unwrap().freeze(None).unwrap();
     frozen.most_ahead = PAGE_SIZE;
     let (frozen, written) = (&frozen, &AtomicBool::new(false));
     thread::scope(|scope| {
@@ -141,7 +141,7 @@ fn who_writes_too_much_waits_for_the_reader() {
 fn thawed_memory_lets_everybody_go_on_and_cannot_be_read() {
     let map = memory(zone(true));
     write(map.memory(), 1, 1);
-    let frozen = map.freezer(true).unwrap().freeze(None).unwrap();
+    let frozen = map.freezer().unwrap().freeze(None).unwrap();
     thread::scope(|scope| {
         // Nobody serves.
         let writer = scope.spawn(|| write(map.memory(), 1, 2));
@@ -155,7 +155,7 @@ fn thawed_memory_lets_everybody_go_on_and_cannot_be_read() {
     assert_eq!(error.kind(), io::ErrorKind::Interrupted);
     frozen.next_data(0, 0).unwrap_err();
     // And it can be frozen again.
-    let again = map.freezer(true).unwrap().freeze(None).unwrap();
+    let again = map.freezer().unwrap().freeze(None).unwrap();
     assert_eq!(again.read(0, 1, &mut [0; 4096]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     let mut page = [0; 4096];
     again.read(0, PAGE_SIZE, &mut page).unwrap();
@@ -167,13 +167,12 @@ fn what_cannot_be_frozen_is_told_by_name() {
     let mut map = memory(zone(true));
     map.share_with("vhost-user disk");
     assert_eq!(
-        map.freezer(true).unwrap_err().to_string(),
+        map.freezer().unwrap_err().to_string(),
         "another process has mapped guest memory, for vhost-user disk"
     );
     let file = tempfile::NamedTempFile::new().unwrap();
     let map = memory(ZoneConfig { file: Some(file.path().to_owned()), ..zone(false) });
-    assert_eq!(
-        map.freezer(true).unwrap_err().to_string(),
-        "memory zone \"mem0\" is a private mapping of a file"
-    );
+    assert_eq!(map.freezer().unwrap_err().to_string(), "memory zone \"mem0\" is a private mapping of a file");
+    let map = memory(ZoneConfig { huge_page: Some(2 << 20), ..zone(true) });
+    assert_eq!(map.freezer().unwrap_err().to_string(), "memory zone \"mem0\" is in huge pages");
 }

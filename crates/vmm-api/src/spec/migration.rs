@@ -58,6 +58,8 @@ pub struct SendSpec {
     pub strategy: TimeoutStrategy,
     /// Connections to ask for, 1 to 128.
     pub connections: u16,
+    /// Folder of the certificates. `None`: no TLS. Of TCP only.
+    pub tls_dir: Option<PathBuf>,
     /// Only ask whether the destination would take it.
     pub check: bool,
     /// Who asks is not told of the end.
@@ -70,8 +72,6 @@ pub struct SendSpec {
     pub compression: Compression,
     /// vCPUs may be slowed down.
     pub auto_converge: bool,
-    /// Folder of the certificates. `None`: no TLS. Of TCP only.
-    pub tls_dir: Option<PathBuf>,
 }
 
 impl SendSpec {
@@ -127,10 +127,10 @@ impl SendSpec {
 pub struct ReceiveSpec {
     /// Where to listen.
     pub address: MigrationAddress,
-    /// What the source may name; `None`: the default of the address.
-    paths: Option<Vec<PathBuf>>,
     /// Folder of the certificates. `None`: no TLS. Of TCP only.
     pub tls_dir: Option<PathBuf>,
+    /// What the source may name; `None`: the default of the address.
+    paths: Option<Vec<PathBuf>>,
     overrides: Overrides,
 }
 
