@@ -203,11 +203,12 @@ fn counted(port: u16) -> (u16, JoinHandle<u64>) {
     (own, thread::spawn(work))
 }
 
-/// Moves a guest over TLS, and gives the bytes on the link.
+/// Moves a paused guest, whose memory travels once, over TLS, and gives the bytes on the link.
 fn bytes_of_a_migration(compression: &str) -> u64 {
     let scratch = Scratch::new();
     let tls = Authority::new("ours").folder(scratch.path("tls"), &["127.0.0.1"]);
     let (mut first, serial) = counting_guest(&scratch);
+    first.api().puts(&["vm.pause"]);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     let (mut received, port) = receive(&second, &other, Some(&tls));
@@ -217,6 +218,7 @@ fn bytes_of_a_migration(compression: &str) -> u64 {
     first.api().done("vm.send-migration", &body);
     assert_eq!(received.answer().status, 204);
     first.expect_exit(0);
+    second.api().puts(&["vm.resume"]);
     goes_on(&serial, &other);
     count.join().unwrap()
 }

@@ -116,7 +116,7 @@ mod tests {
 
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
-            (CONTROL_THREAD, 89),
+            (CONTROL_THREAD, 91),
             (crate::migration::THREAD, 60),
             (crate::vmm::writer::THREAD, 49),
             (API_THREAD, 36),
