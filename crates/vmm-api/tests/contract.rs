@@ -65,6 +65,7 @@ const DIFFERENCES: &[(&str, &str)] = &[
     ("ReceiveMigrationData.serial is beyond", "overrides in `vm.receive-migration`"),
     ("SendMigrationData.auto_converge is beyond", "`check`, `detach` and more in `vm.send-migration`"),
     ("SendMigrationData.check is beyond", "`check`, `detach` and more in `vm.send-migration`"),
+    ("SendMigrationData.compression is beyond", "`compression` in `vm.send-migration`"),
     ("SendMigrationData.detach is beyond", "`check`, `detach` and more in `vm.send-migration`"),
     ("SendMigrationData.max_bandwidth is beyond", "`check`, `detach` and more in `vm.send-migration`"),
     ("SendMigrationData.preserve_source is beyond", "`check`, `detach` and more in `vm.send-migration`"),
