@@ -706,7 +706,9 @@ fn what_happens_is_told_in_the_contracts_words_and_in_order() {
     other.api().done("vm.restore", &body);
     let expected = "vm/restoring vm/restore-failed vm/restoring vm/restored vm/resuming vm/resumed";
     assert_eq!(told(&other), expected.split_whitespace().collect::<Vec<_>>());
-    let lines = fs::read_to_string(&monitor).unwrap();
+    // A thread of its own writes there.
+    let lines = || Some(fs::read_to_string(&monitor).unwrap()).filter(|lines| lines.contains("\"resumed\""));
+    let lines = wait_until(LIMIT, lines, || "the last event in the monitor".to_owned());
     let of_monitor = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let words: Vec<String> = of_monitor.map(|line| line["event"].as_str().unwrap().to_owned()).collect();
     assert_eq!(words, ["starting", "restoring", "restoring", "restored", "resuming", "resumed"]);
