@@ -117,8 +117,8 @@ mod tests {
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
             (CONTROL_THREAD, 91),
-            (crate::migration::THREAD, 60),
-            (crate::vmm::writer::THREAD, 49),
+            (crate::migration::THREAD, 61),
+            (crate::vmm::writer::THREAD, 50),
             (API_THREAD, 36),
             (set::THREAD, 30),
             (block::THREAD, 35),
