@@ -78,7 +78,7 @@ impl Worker {
 
     /// How often it has ticked.
     pub(crate) fn ticks(&self) -> u64 {
-        self.last_tick().expect("it ticked").0
+        self.last_tick().unwrap().0
     }
 
     /// The guest stood still at tick `stood` and runs on in `vmm`, on `console`: from there, and with a right clock.
@@ -109,8 +109,8 @@ impl Worker {
     /// The last of its ticks and its clock then.
     fn last_tick(&self) -> Option<(u64, u64)> {
         let tick = self.console.facts("tick").pop()?;
-        let (count, epoch) = tick.split_once('@').expect("a count and a time");
-        Some((count.parse().expect("a count"), epoch.parse().expect("a time")))
+        let (count, epoch) = tick.split_once('@').unwrap();
+        Some((count.parse().unwrap(), epoch.parse().unwrap()))
     }
 
     /// Waits until it has ticked further, and checks its clock.
