@@ -241,7 +241,7 @@ const DATA_SIZE: u64 = 64 << 20;
 
 type Case = fn(&Bench);
 
-/// Not seen to pass in the nested KVM yet, whose machine ended under it: reported as ignored, run with `--ignored`.
+/// Not seen to pass in the nested KVM yet: reported as ignored, run with `--ignored`.
 const BY_HAND: [&str; 1] = ["migrations_survived"];
 
 const ALL: &[(&str, Case)] = &[
