@@ -82,7 +82,6 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
                 }
                 Ok::<(), Failed>(())
             })
-            .with_ignored_flag(BY_HAND.contains(name))
         })
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -240,9 +239,6 @@ impl Disks {
 const DATA_SIZE: u64 = 64 << 20;
 
 type Case = fn(&Bench);
-
-/// Not seen to pass in the nested KVM yet: reported as ignored, run with `--ignored`.
-const BY_HAND: [&str; 1] = ["migrations_survived"];
 
 const ALL: &[(&str, Case)] = &[
     ("debian12_elf_1_cpu", |bench| kernel_boots(bench, KernelVersion::Debian12, Format::Elf, 1)),
