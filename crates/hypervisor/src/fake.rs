@@ -34,6 +34,8 @@ struct Shared {
 struct State {
     calls: Vec<&'static str>,
     failures: Vec<Failure>,
+    /// The last call that was made to fail.
+    failed: Option<&'static str>,
     scripts: BTreeMap<u32, VecDeque<Exit>>,
     answers: Vec<Answer>,
     kicks: BTreeMap<u32, bool>,
@@ -156,11 +158,12 @@ impl Fake {
         let mut nth = 1;
         loop {
             let mut state = ready();
-            let before = self.calls().len();
+            self.lock().failed = None;
             self.fail_nth(nth);
             let result = work(&mut state);
             self.heal();
-            let failed = self.calls().get(before + nth - 1).copied();
+            // Not by its place among the calls: vCPUs make some meanwhile.
+            let failed = self.lock().failed;
             look(failed, state, result);
             if failed.is_none() {
                 return nth - 1;
@@ -255,7 +258,10 @@ impl Fake {
             true
         });
         match errno {
-            Some(errno) => Err(HypervisorError::from_errno(call, errno)),
+            Some(errno) => {
+                state.failed = Some(call);
+                Err(HypervisorError::from_errno(call, errno))
+            }
             None => Ok(state),
         }
     }
