@@ -120,6 +120,27 @@ fn a_command_during_a_reboot_waits_and_is_served() {
     assert_eq!((api.phase(), boots(&mut api)), (Phase::Paused, 2));
 }
 
+/// It looks at the image that the boot is about to lock.
+#[test]
+fn a_validation_stands_in_no_boots_way() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Halt), serial.path());
+    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
+    let mut api = vmm.api();
+    api.create(&config);
+    let body = config.to_string();
+    for round in 0..100 {
+        let mut looks: Vec<_> =
+            (0..3).map(|_| Pending::send(vmm.socket(), "vm.validate", body.as_bytes())).collect();
+        let booted = api.put("vm.boot");
+        assert_eq!(booted.status, 204, "round {round}: {booted:?}");
+        looks.iter_mut().for_each(|look| assert_eq!(look.answer().status, 200));
+        api.puts(&["vm.shutdown"]);
+    }
+}
+
 /// All memory was touched, so that it takes its time to go; how long is the host's, so it is tried until it is seen.
 #[test]
 fn clients_are_served_while_a_vm_is_switched_off() {

@@ -1,6 +1,6 @@
 //! What a boot would find out about this host, told without booting: `vm.validate` and `vmm validate`.
 //!
-//! Nothing is created or changed. Images are opened and locked for a moment, and the kernel is loaded into scratch memory.
+//! Nothing is created or changed. Images are opened, not locked, and the kernel is loaded into scratch memory.
 //! A fact may be another by the time of the boot, which alone decides.
 
 use std::error::Error;
@@ -52,12 +52,9 @@ pub fn preflight(spec: &MachineSpec, most_vcpus: u32) -> Vec<FaultReport> {
     for (part, error) in trial::payload(spec) {
         faults.add(&format!("payload.{part}"), chain(&error));
     }
-    // Held until the end: two disks of one image stand in each other's way.
-    let mut disks = Vec::new();
-    for (index, disk) in spec.disks.iter().enumerate() {
-        match trial::disk(disk) {
-            Ok(image) => disks.push(image),
-            Err(error) => faults.add(&format!("disks[{index}].path"), chain(&error)),
+    for (index, tried) in trial::disks(&spec.disks).into_iter().enumerate() {
+        if let Err(error) = tried {
+            faults.add(&format!("disks[{index}].path"), chain(&error));
         }
     }
     faults.check("rng.src", RngDevice::new("trial", &spec.rng.source));
@@ -155,7 +152,7 @@ mod tests {
         });
         assert_eq!(paths(&json), [""; 0]);
         assert!(!serial.exists());
-        // The lock is gone.
+        // Nothing is left of it.
         assert_eq!(paths(&json), [""; 0]);
     }
 

@@ -43,6 +43,13 @@ pub trait Disk: Send + Sync + fmt::Debug {
     ///
     /// `WouldBlock` if another process has it, else what the kernel says.
     fn reacquire_lock(&self) -> io::Result<()>;
+
+    /// Whether the lock could be taken. It is not, so that nobody meets it.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if another open file has it, else what the kernel says.
+    fn check_lock(&self) -> io::Result<()>;
 }
 
 /// Block sizes of a disk in bytes.

@@ -83,6 +83,10 @@ impl Disk for RawDisk {
     fn reacquire_lock(&self) -> io::Result<()> {
         self.raw.lock()
     }
+
+    fn check_lock(&self) -> io::Result<()> {
+        self.raw.check_lock()
+    }
 }
 
 /// An open raw image, shared by a disk and its engines.
@@ -252,6 +256,14 @@ impl Raw {
                 _ => error,
             }
         })
+    }
+
+    pub(crate) fn check_lock(&self) -> io::Result<()> {
+        let Locking { mode, kind, len } = self.parts.locking;
+        if mode != LockMode::Off && sys::is_locked(&self.parts.file, kind, len)? {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(())
     }
 
     pub(crate) fn unlock(&self) -> io::Result<()> {

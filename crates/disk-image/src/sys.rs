@@ -105,20 +105,32 @@ pub(crate) fn dio_align(file: &File) -> Option<(u32, u32)> {
 /// Sets or removes an open-file-description lock on `len` bytes from the start (0: the whole file, however it grows).
 /// Never waits: a conflict is `EAGAIN` or `EACCES`.
 pub(crate) fn set_lock(file: &File, lock: Lock, len: u64) -> io::Result<()> {
+    let range = lock_range(lock, len)?;
+    // SAFETY: F_OFD_SETLK reads one `struct flock`.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
+}
+
+/// Whether [`set_lock`] would find a lock of somebody else in its way; it sets none.
+pub(crate) fn is_locked(file: &File, lock: Lock, len: u64) -> io::Result<bool> {
+    let mut range = lock_range(lock, len)?;
+    // SAFETY: F_OFD_GETLK reads and writes one `struct flock`.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut range) })?;
+    Ok(libc::c_int::from(range.l_type) != libc::F_UNLCK)
+}
+
+fn lock_range(lock: Lock, len: u64) -> io::Result<libc::flock> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
         Lock::Exclusive => libc::F_WRLCK,
         Lock::Unlocked => libc::F_UNLCK,
     };
-    let range = libc::flock {
+    Ok(libc::flock {
         l_type: libc::c_short::try_from(kind).map_err(|_| invalid())?,
         l_whence: libc::c_short::try_from(libc::SEEK_SET).map_err(|_| invalid())?,
         l_start: 0,
         l_len: file_offset(len)?,
         l_pid: 0,
-    };
-    // SAFETY: F_OFD_SETLK reads one `struct flock`.
-    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
+    })
 }
 
 /// Takes `O_NONBLOCK` off an open file: under it io_uring answers `EAGAIN` instead of waiting.

@@ -453,6 +453,10 @@ impl Disk for HeldDisk {
     fn reacquire_lock(&self) -> io::Result<()> {
         Ok(())
     }
+
+    fn check_lock(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[derive(Debug)]

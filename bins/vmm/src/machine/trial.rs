@@ -1,10 +1,12 @@
 //! Parts of a machine, tried without one.
 
-use std::sync::Arc;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_api::spec::{DiskSpec, MachineSpec};
-use vmm_disk_image::Disk;
+use vmm_disk_image::OpenError;
 use vmm_memory_manager::layout::Layout;
 
 use super::Locks;
@@ -35,7 +37,24 @@ pub(crate) fn payload(spec: &MachineSpec) -> Vec<(&'static str, BootError)> {
     faults
 }
 
-/// Opens and locks a disk's image, until what comes back is dropped.
-pub(crate) fn disk(spec: &DiskSpec) -> Result<Arc<dyn Disk>, vmm_disk_image::OpenError> {
-    open_image(spec, Locks::Now)
+/// Opens the images of `disks`, each as if those before it were locked already. No lock is taken: a boot may be about to.
+pub(crate) fn disks(disks: &[DiskSpec]) -> Vec<Result<(), OpenError>> {
+    let mut before = Vec::new();
+    disks.iter().map(|disk| open(disk, &mut before)).collect()
+}
+
+/// Opens one, and adds it to what was opened `before`: files, and whether they are only read.
+fn open(spec: &DiskSpec, before: &mut Vec<((u64, u64), bool)>) -> Result<(), OpenError> {
+    let path = || spec.image.path.clone();
+    open_image(spec, Locks::Later)?.check_lock().map_err(|source| match source.kind() {
+        ErrorKind::WouldBlock => OpenError::Locked { path: path() },
+        _ => OpenError::Lock { path: path(), source },
+    })?;
+    let file = fs::metadata(path()).map_err(|source| OpenError::Open { path: path(), source })?;
+    let (file, shared) = ((file.dev(), file.ino()), spec.image.readonly);
+    if before.iter().any(|(other, read)| *other == file && !(*read && shared)) {
+        return Err(OpenError::Locked { path: path() });
+    }
+    before.push((file, shared));
+    Ok(())
 }
