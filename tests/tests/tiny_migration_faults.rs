@@ -302,7 +302,7 @@ impl Scene {
         let mut pair = self.pair();
         let other = SerialFile::new(self.path("side"));
         let (mut received, path) = receive(&pair.destination, &self.scratch, &other);
-        let answer = send_to(&pair.source, &url(&path));
+        let answer = send_to(&pair.source, &url(&path), None);
         assert_eq!((answer.status, received.answer().status), (204, 204), "{answer:?}");
         pair.source.expect_exit(0);
         goes_on(&pair.serial, &other);
