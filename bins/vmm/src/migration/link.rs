@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::addr::SocketAddrArg;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_api::spec::MigrationAddress;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
@@ -49,7 +50,7 @@ impl Way {
     /// A connection. A handshake ends when `wanted` says no.
     pub(super) fn connect(&self, wanted: &mut dyn FnMut() -> bool) -> io::Result<Socket> {
         match &self.address {
-            MigrationAddress::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            MigrationAddress::Unix(path) => connect_unix(path, ANSWER).map(Socket::Unix),
             MigrationAddress::Tcp(address) => {
                 let stream = connect_tcp(address)?;
                 stream.set_nodelay(true)?;
@@ -173,25 +174,31 @@ impl Write for &Socket {
 fn connect_tcp(address: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::from(ErrorKind::AddrNotAvailable);
     for address in address.to_socket_addrs()? {
-        match connect_within(&address, ANSWER) {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        match connect_within(family, &address, ANSWER) {
             Err(error) => last = error,
-            stream => return stream,
+            Ok(socket) => return Ok(socket.into()),
         }
     }
     Err(last)
 }
 
-/// As `TcpStream::connect_timeout`, without its system calls.
-fn connect_within(address: &SocketAddr, time: Duration) -> io::Result<TcpStream> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+/// Not for ever: a receiver whose queue of connections is full does not take one before it has room.
+fn connect_unix(path: &Path, time: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    connect_within(AddressFamily::UNIX, &address, time).map(UnixStream::from)
+}
+
+/// As `TcpStream::connect_timeout`, without its system calls, and for all families.
+fn connect_within(family: AddressFamily, to: &impl SocketAddrArg, time: Duration) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&socket, Timeout::Send, Some(time))?;
-    rustix::net::connect(&socket, address).map_err(|error| match error {
+    rustix::net::connect(&socket, to).map_err(|error| match error {
         // socket(7): what it gives where the timeout has passed.
         Errno::INPROGRESS | Errno::AGAIN => ErrorKind::TimedOut.into(),
         error => io::Error::from(error),
     })?;
-    Ok(TcpStream::from(socket))
+    Ok(socket)
 }
 
 /// A receiver's address.
@@ -374,5 +381,18 @@ mod tests {
         fs::write(&path, "a file").unwrap();
         assert!(Listener::bind(&address).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+    #[test]
+    fn a_receiver_that_takes_no_more_connections_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let listener =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let listener = listener.unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let time = Duration::from_millis(20);
+        let _queued = connect_unix(&path, time).unwrap();
+        assert_eq!(connect_unix(&path, time).unwrap_err().kind(), ErrorKind::TimedOut);
     }
 }
