@@ -382,10 +382,7 @@ impl Driver {
         }
         let offer = Offer {
             versions: Versions::OURS,
-            features: match self.spec.address {
-                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY.and(Features::COMPRESSION),
-                MigrationAddress::Tcp(_) => Features::COMPRESSION,
-            },
+            features: offered(&self.spec),
             connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
@@ -584,12 +581,11 @@ impl Driver {
     fn land(&mut self, memory: HostMemory) {
         let Some(live) = &self.live else { return };
         let Some(hello) = live.machine.hello() else { return };
-        let (connections, packed) = live
-            .machine
-            .accept()
-            .map_or((1, false), |accept| (accept.connections, accept.features.contains(Features::LZ4)));
+        let accept = live.machine.accept();
+        let (connections, features) =
+            accept.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
         let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
-        self.ground.open(memory_too, layout, (live.connection, connections), packed);
+        self.ground.open(memory_too, layout, (live.connection, connections), features);
         self.vm.memory = Some(memory);
     }
 
@@ -618,6 +614,17 @@ impl Driver {
             .map_err(|error| Fault::new(Reason::Violation, &format!("the state: {error}")))?;
         let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
         Ok(Arrival { checked, records, memory })
+    }
+}
+
+/// What a source may use of what this end can do at its address.
+fn offered(spec: &ReceiveSpec) -> Features {
+    let any = Features::COMPRESSION.and(Features::PAGE_SUMS);
+    match spec.address {
+        MigrationAddress::Unix(_) => any.and(Features::LOCAL_MEMORY),
+        // TLS sees to it that memory is what was sent.
+        MigrationAddress::Tcp(_) if spec.tls_dir.is_some() => any.and(Features::UNCHECKED_MEMORY),
+        MigrationAddress::Tcp(_) => any,
     }
 }
 

@@ -1,9 +1,9 @@
 //! Sockets, and frames out of them.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,13 +15,19 @@ use rustix::net::addr::SocketAddrArg;
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_api::spec::MigrationAddress;
+use vmm_memory_manager::straight::GuestSlice;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
-use super::descriptors;
 use super::tls::{Client, Server, TlsError, TlsStream};
+use super::{descriptors, vectors};
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
+
+/// Contents of at least so many bytes are likely to be followed by such: little more is read with them than the frames in between,
+/// for what is in the buffer is copied once more.
+const LARGE: usize = 64 << 10;
+const BETWEEN: usize = 512;
 
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
@@ -83,6 +89,15 @@ impl Socket {
     /// Whether something has come, or it has ended: waits as long as a read does.
     pub(super) fn has_something(&self) -> bool {
         !matches!(self.peek(RecvFlags::empty()), Err(Errno::AGAIN | Errno::INTR))
+    }
+
+    /// The descriptor, where bytes go to it as they are.
+    pub(super) fn plain(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tcp(stream) => Some(stream.as_fd()),
+            Self::Tls(_) => None,
+        }
     }
 
     fn peek(&self, flags: RecvFlags) -> Result<usize, Errno> {
@@ -277,7 +292,11 @@ pub(super) enum End {
 /// Frames that arrive on a connection.
 #[derive(Debug)]
 pub(super) struct Frames {
-    from: BufReader<Half>,
+    from: Half,
+    /// What has come and is not taken yet is between `start` and `end`.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
     decoder: Decoder,
     /// Something has come.
     begun: bool,
@@ -302,32 +321,35 @@ impl Read for Half {
 
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
-        let half = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
-        let from = BufReader::with_capacity(BUFFER, half);
-        Self { from, decoder: Decoder::new(), begun: false }
+        let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
+        Self { from, buffer: vec![0; BUFFER], start: 0, end: 0, decoder: Decoder::new(), begun: false }
     }
 
     /// Whether descriptors that come beside frames are wanted from now on.
     pub(super) fn want_files(&mut self, takes: bool) {
-        self.from.get_mut().takes = takes;
+        self.from.takes = takes;
     }
 
     /// The descriptors that have come.
     pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
-        std::mem::take(&mut self.from.get_mut().files)
+        std::mem::take(&mut self.from.files)
     }
 
     /// The next frame, or the beginning of one with memory.
     pub(super) fn next(&mut self) -> Result<Item, End> {
         loop {
-            let available = match self.from.fill_buf() {
-                Ok(available) => available,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::InvalidData => {
-                    return Err(End::Garbage(error.to_string()));
+            if self.start == self.end {
+                (self.start, self.end) = (0, 0);
+                match self.from.read(&mut self.buffer) {
+                    Ok(count) => self.end = count,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == ErrorKind::InvalidData => {
+                        return Err(End::Garbage(error.to_string()));
+                    }
+                    Err(error) => return Err(End::Lost(error.to_string())),
                 }
-                Err(error) => return Err(End::Lost(error.to_string())),
-            };
+            }
+            let available = self.buffer.get(self.start..self.end).unwrap_or_default();
             if available.is_empty() {
                 let decoder = std::mem::take(&mut self.decoder);
                 let text = match decoder.finish() {
@@ -342,8 +364,7 @@ impl Frames {
             }
             let mut rest = available;
             let item = self.decoder.push(&mut rest);
-            let taken = available.len() - rest.len();
-            self.from.consume(taken);
+            self.start = self.end - rest.len();
             match item {
                 Ok(Some(item)) => return Ok(item),
                 Ok(None) => {}
@@ -354,7 +375,35 @@ impl Frames {
 
     /// The contents that follow the beginning of a frame with memory.
     pub(super) fn contents(&mut self, bytes: &mut [u8]) -> Result<(), End> {
-        self.from.read_exact(bytes).map_err(|error| End::Lost(error.to_string()))
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let (now, later) = bytes.split_at_mut(there.len().min(bytes.len()));
+        now.copy_from_slice(there.get(..now.len()).unwrap_or_default());
+        self.start += now.len();
+        self.from.read_exact(later).map_err(|error| End::Lost(error.to_string()))
+    }
+
+    /// The same, straight into guest memory. `false`: the link has to be read into a buffer.
+    pub(super) fn contents_into(&mut self, memory: &GuestSlice<'_>) -> Result<bool, End> {
+        let lost = |error: &dyn std::error::Error| End::Lost(error.to_string());
+        let Some(fd) = self.from.socket.plain() else { return Ok(false) };
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        memory.copy_from(there);
+        let mut filled = there.len().min(memory.len());
+        self.start += filled;
+        let room = if memory.len() < LARGE { BUFFER } else { BETWEEN };
+        while filled < memory.len() {
+            let rest = memory.offset(filled).map_err(|error| lost(&error))?;
+            let ahead = self.buffer.get_mut(..room).unwrap_or_default();
+            let count = match vectors::receive(fd, &rest, ahead) {
+                Ok(0) => return Err(lost(&io::Error::from(ErrorKind::UnexpectedEof))),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => 0,
+                Err(error) => return Err(lost(&error)),
+            };
+            (self.start, self.end) = (0, count.saturating_sub(rest.len()));
+            filled += count.min(rest.len());
+        }
+        Ok(true)
     }
 }
 

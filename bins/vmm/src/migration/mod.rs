@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `outgoing` | `migration` | drives the source |
 //! | `sender` | `migration-out`, one per connection | writes frames and memory, so that the driver never waits for the link |
+//! | `straight`, `vectors` | | memory to and from a link without a copy |
 //! | `course` | | what a pass sends, which these threads share |
 //! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
@@ -30,8 +31,10 @@ pub(crate) mod outgoing;
 mod pace;
 mod sender;
 mod slowing;
+mod straight;
 #[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
 mod tls;
+mod vectors;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
