@@ -18,6 +18,7 @@ use vmm_migration_protocol::{
 };
 use vmm_snapshot::{Record, RecordSet};
 
+use super::backlog::Place;
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::making::Made;
@@ -109,11 +110,11 @@ pub(crate) enum Heard {
 
 /// What came on which connection.
 #[derive(Debug)]
-pub(crate) struct Spoken(u64, Said);
+pub(crate) struct Spoken(u64, Said, Place);
 
-impl From<(u64, Said)> for Heard {
-    fn from((number, said): (u64, Said)) -> Self {
-        Self::Said(Spoken(number, said))
+impl From<(u64, Said, Place)> for Heard {
+    fn from((number, said, place): (u64, Said, Place)) -> Self {
+        Self::Said(Spoken(number, said, place))
     }
 }
 
@@ -273,7 +274,7 @@ impl Driver {
         while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             match heard.recv_timeout(self.clock.until(wake)) {
-                Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
+                Ok(Heard::Said(Spoken(number, said, _place))) => self.said(number, said),
                 Ok(Heard::Answer(input)) => self.handle(input),
                 Ok(Heard::Made(made)) => self.made(*made),
                 Ok(Heard::Cancel) if self.live.is_some() => {
@@ -388,6 +389,7 @@ impl Driver {
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
         let joined = BTreeMap::new();
+        self.ground.begin(number);
         self.live = Some(Live { machine, connection: number, socket, joined, lost: false, until: None });
         self.handle(DestinationInput::Frame(frame));
     }

@@ -16,6 +16,7 @@ use vmm_migration_protocol::{
     Reason, Zero, contents_checksum, unpack,
 };
 
+use super::backlog::{Backlog, Place};
 use super::link::{End, Frames, Socket};
 use super::straight::page_sums;
 
@@ -32,6 +33,10 @@ pub(super) struct Ground {
     open: Mutex<Option<Open>>,
     /// The connection on which descriptors of memory are to come; 0 for none.
     handed: AtomicU64,
+    /// The session's first connection; 0 for none.
+    first: AtomicU64,
+    /// What waits for the driver.
+    backlog: Arc<Backlog>,
 }
 
 #[derive(Debug)]
@@ -90,6 +95,15 @@ impl Ground {
         self.handed.store(0, Ordering::SeqCst);
     }
 
+    /// A session has begun on this connection, whose number is not 0.
+    pub(super) fn begin(&self, connection: u64) {
+        self.first.store(connection, Ordering::SeqCst);
+    }
+
+    fn is_first(&self, connection: u64) -> bool {
+        self.first.load(Ordering::SeqCst) == connection
+    }
+
     fn takes_files(&self, connection: u64) -> bool {
         self.handed.load(Ordering::SeqCst) == connection
     }
@@ -131,12 +145,31 @@ pub(super) enum Said {
     Failed(Fault),
 }
 
+impl Said {
+    /// Bytes that it carries, about.
+    fn carried(&self) -> usize {
+        match self {
+            Self::First(_, frame) | Self::Frame(frame) | Self::Files(frame, _) => frame.payload().len(),
+            Self::Garbage(text) | Self::Lost(text) => text.len(),
+            Self::Landed { .. } | Self::Damaged(_) | Self::Failed(_) => 0,
+        }
+    }
+}
+
 /// Reads `socket` to its end, and tells `to` as connection `number`.
-pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, ground: &Ground, to: &Sender<T>) {
+pub(super) fn read<T: From<(u64, Said, Place)>>(
+    number: u64,
+    socket: &Arc<Socket>,
+    ground: &Ground,
+    to: &Sender<T>,
+) {
     // Who says nothing does not keep others out.
     let _ = socket.set_timeouts(Some(FIRST), Some(WRITE));
     let mut frames = Frames::of(socket);
-    let tell = |said: Said| to.send((number, said).into()).is_ok();
+    let tell = |said: Said| {
+        let place = ground.backlog.place(said.carried());
+        to.send((number, said, place).into()).is_ok()
+    };
     match frames.next() {
         Ok(Item::Frame(frame)) if may_be_first(frame.command()) => {
             let _ = socket.set_timeouts(None, Some(WRITE));
@@ -155,7 +188,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
         }
     }
     // Before there is memory, and with it.
-    let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
+    let end = match control(&mut frames, (ground, number), &tell) {
         Ok(Some(item)) => match ground.target(number) {
             Some((target, _)) => land(&mut frames, item, (ground, number, target), &tell),
             None => Err(End::Garbage("memory out of place".to_owned())),
@@ -177,12 +210,13 @@ fn may_be_first(command: Command) -> bool {
 /// Up to the first frame about memory. `None`: nobody listens.
 fn control(
     frames: &mut Frames,
-    takes_files: &dyn Fn() -> bool,
+    (ground, number): (&Ground, u64),
     tell: &dyn Fn(Said) -> bool,
 ) -> Result<Option<Item>, End> {
     loop {
         // Looked at before each wait: a source attaches them to a frame that follows an answer.
-        frames.want_files(takes_files());
+        frames.want_files(ground.takes_files(number));
+        frames.take_large(ground.is_first(number));
         match frames.next()? {
             Item::Frame(frame) if !frame.command().is_data() => {
                 let said = match frame.command() {
@@ -208,6 +242,7 @@ fn land(
     let (layout, features) = (target.layout.clone(), target.features);
     // It does not keep memory that is given up.
     drop(target);
+    frames.take_large(ground.is_first(number));
     let mut intake = Intake::new(&layout).with_page_sums(features.sums_pages());
     let (mut rooms, mut item) = (Rooms::default(), first);
     let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));
@@ -417,11 +452,21 @@ mod tests {
 
     const SIZE: u64 = 4 << 20;
 
+    /// Told and heard at once.
     struct Told(u64, Said);
 
-    impl From<(u64, Said)> for Told {
-        fn from((number, said): (u64, Said)) -> Self {
+    impl From<(u64, Said, Place)> for Told {
+        fn from((number, said, _): (u64, Said, Place)) -> Self {
             Self(number, said)
+        }
+    }
+
+    /// Told, and not heard yet.
+    struct Waiting(Place);
+
+    impl From<(u64, Said, Place)> for Waiting {
+        fn from((_, _, place): (u64, Said, Place)) -> Self {
+            Self(place)
         }
     }
 
@@ -495,6 +540,55 @@ mod tests {
         for _ in 0..2 {
             assert!(matches!(session.told.recv(), Ok(Told(7 | 8, Said::Lost(_)))));
         }
+        reads.join().unwrap();
+        reads_too.join().unwrap();
+    }
+
+    #[test]
+    fn peers_that_are_faster_than_the_driver_wait_and_memory_does_not_grow() {
+        let (ground, (to, told)) = (Arc::new(Ground::default()), channel::<Waiting>());
+        let frame = Message::Query(vmm_migration_protocol::SessionId([1; 16])).encode().unwrap().encode();
+        let (mut peers, mut readers) = (Vec::new(), Vec::new());
+        for number in [7, 8] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+            let (ground, to, socket) = (Arc::clone(&ground), to.clone(), Arc::new(Socket::Unix(theirs)));
+            readers.push(std::thread::spawn(move || read(number, &socket, &ground, &to)));
+            peers.push(ours);
+        }
+        drop(to);
+        let (many, mut sent) = (frame.repeat(100), 0);
+        for peer in &mut peers {
+            // What the sockets hold comes on top.
+            while peer.write_all(&many).is_ok() {
+                sent += many.len();
+                assert!(sent < 16 << 20, "nobody stops it");
+            }
+        }
+        // They have room in turn, and it is bounded for both together.
+        let held: Vec<Waiting> = std::iter::from_fn(|| told.try_recv().ok()).collect();
+        assert!((1000..=super::super::backlog::MOST / 256).contains(&held.len()), "{}", held.len());
+        drop(held);
+        drop(peers);
+        let rest = told.iter().map(|Waiting(place)| drop(place)).count();
+        assert!(rest > 1000, "{rest}: it goes on");
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+    }
+
+    #[test]
+    fn only_the_first_connection_of_a_session_says_much_at_once() {
+        let session = Session::new();
+        session.ground.begin(7);
+        let state = Message::State(vec![1; 2 << 20]).encode().unwrap().encode();
+        let (mut first, reads) = session.connect(7);
+        let (mut second, reads_too) = session.connect(8);
+        first.write_all(&state).unwrap();
+        assert!(matches!(session.told.recv(), Ok(Told(7, Said::Frame(_)))));
+        // It does not get further than this end reads.
+        let _ = second.write_all(&state);
+        let Ok(Told(8, Said::Garbage(text))) = session.told.recv() else { panic!("it was let through") };
+        assert!(text.contains("too large"), "{text}");
+        drop((first, second));
         reads.join().unwrap();
         reads_too.join().unwrap();
     }

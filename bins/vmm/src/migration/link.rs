@@ -29,6 +29,9 @@ const BUFFER: usize = 64 << 10;
 const LARGE: usize = 64 << 10;
 const BETWEEN: usize = 512;
 
+/// Payload of a frame, at most, but for the one that says all of a VM's state.
+const PAYLOAD: usize = 1 << 20;
+
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
@@ -300,6 +303,8 @@ pub(super) struct Frames {
     decoder: Decoder,
     /// Something has come.
     begun: bool,
+    /// A frame may be as large as its command allows.
+    takes_large: bool,
 }
 
 #[derive(Debug)]
@@ -322,12 +327,26 @@ impl Read for Half {
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
         let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
-        Self { from, buffer: vec![0; BUFFER], start: 0, end: 0, decoder: Decoder::new(), begun: false }
+        Self {
+            from,
+            buffer: vec![0; BUFFER],
+            start: 0,
+            end: 0,
+            decoder: Decoder::new(),
+            begun: false,
+            takes_large: false,
+        }
     }
 
     /// Whether descriptors that come beside frames are wanted from now on.
     pub(super) fn want_files(&mut self, takes: bool) {
         self.from.takes = takes;
+    }
+
+    /// Whether a frame may be as large as its command allows, from now on: only one connection's may, so that they do not
+    /// need as much each.
+    pub(super) fn take_large(&mut self, takes: bool) {
+        self.takes_large = takes;
     }
 
     /// The descriptors that have come.
@@ -367,6 +386,9 @@ impl Frames {
             self.start = self.end - rest.len();
             match item {
                 Ok(Some(item)) => return Ok(item),
+                Ok(None) if !self.takes_large && self.decoder.announced() > PAYLOAD => {
+                    return Err(End::Garbage("a frame that is too large on this connection".to_owned()));
+                }
                 Ok(None) => {}
                 Err(error) => return Err(End::Garbage(error.to_string())),
             }
