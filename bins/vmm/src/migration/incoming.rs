@@ -42,6 +42,8 @@ pub struct Arrival {
 /// What the driver tells the control thread, and asks of it.
 #[derive(Debug)]
 pub enum ReceiveStep {
+    /// A source can come from now on.
+    Listening,
     /// Make a machine of it, which nobody sees; answer with Done or Failed.
     Restore(Box<Arrival>),
     /// Take the locks of its disks; answer likewise.
@@ -166,6 +168,7 @@ impl Incoming {
             queries: BTreeMap::new(),
             told: false,
         };
+        (driver.desk)(ReceiveStep::Listening);
         driver.run(&heard);
         gone.store(true, Ordering::SeqCst);
         listener.close();
