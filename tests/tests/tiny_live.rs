@@ -62,6 +62,50 @@ fn a_live_snapshot_is_the_guest_at_one_moment() {
     }
 }
 
+/// With huge pages on the host; without, there is no such VM.
+#[test]
+fn huge_pages_are_the_guest_at_one_moment_too() {
+    const HUGE: u64 = 2 << 20;
+    let spare = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let spare = spare.map_or(0, |text| text.trim().parse::<u64>().unwrap());
+    for shared in [false, true] {
+        let scratch = Scratch::new();
+        let vmm = Vmm::with_api(&scratch, ["-v"]);
+        let serial = SerialFile::new(scratch.path("serial"));
+        let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+        config["memory"] = json!({
+            "size": 4 * HUGE, "shared": shared, "hugepages": true, "hugepage_size": HUGE, "prefault": true
+        });
+        vmm.api().create(&config);
+        let boot = vmm.api().put_json("vm.boot", &json!({}));
+        assert_eq!(boot.status == 204, spare >= 4, "{spare} are free: {boot:?}");
+        if boot.status != 204 {
+            continue;
+        }
+        serial.wait_for("00000003\n");
+        let name = |number: usize| scratch.path(format!("saved-{number}"));
+        for number in 0..3 {
+            let body = json!({
+                "destination_url": url(&name(number)), "live": true, "track": true, "incremental": number > 0
+            });
+            vmm.api().done("vm.snapshot", &body);
+            serial.wait_longer_than(serial.text().len() + 20);
+        }
+        assert_eq!(passes(&vmm), [None, None, None]);
+        let before = counts(&serial);
+        drop(vmm);
+        for number in [0, 2] {
+            let other = SerialFile::new(scratch.path(format!("serial-{number}")));
+            let clone = Vmm::with_api(&scratch, [""; 0]);
+            clone.api().done("vm.restore", &from(&name(number), &other));
+            other.wait_longer_than(60);
+            let ours = counts(&other);
+            assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
+            assert!(before.contains(&ours[0]), "it goes on from where the first was");
+        }
+    }
+}
+
 #[test]
 fn shared_memory_is_filled_while_the_guest_runs() {
     let scratch = Scratch::new();

@@ -75,7 +75,10 @@ fn take(
     hook: &Arc<dyn ThreadHook>,
 ) -> Result<(ServedMemory, Still, Option<Since>), SaveError> {
     let still = still(machine)?;
-    let since = tracks.at_rest(machine.memory_mut(), spec)?;
+    let mut since = tracks.at_rest(machine.memory_mut(), spec)?;
+    if let Some(since) = &mut since {
+        freezer.widen(&mut since.changed);
+    }
     let frozen = freezer.freeze(since.as_ref().map(|since| &since.changed)).map_err(SaveError::Freeze)?;
     let memory = ServedMemory::new(frozen, hook)?;
     Ok((memory, still, since))
