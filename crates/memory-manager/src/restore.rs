@@ -60,8 +60,9 @@ impl MemoryMap {
     }
 
     /// As [`restore`](Self::restore); shared memory, which cannot be a mapping of a snapshot, is filled by threads while the
-    /// guest runs, where `Fill::Lazy` is wanted and this host can: not huge pages, which nothing reserves, and not a file that has a name, which other
-    /// processes may map. Nobody may give this memory to another process before it is [filled](Self::is_filling).
+    /// guest runs, where `Fill::Lazy` is wanted and this host can: not huge pages, which nothing reserves, and not a file that
+    /// has a name, which other processes may map. Nobody may give this memory to another process before it is
+    /// [filled](Self::is_filling).
     ///
     /// # Errors
     /// As `restore`.
