@@ -45,7 +45,8 @@ impl Clocks {
 
     /// How far each moved on since `before`, by name.
     fn since(&self, before: &Self) -> [(&'static str, Duration); 3] {
-        let moved = |now: Duration, before: Duration| now.checked_sub(before).expect("no clock goes back");
+        // No clock goes back.
+        let moved = |now: Duration, before: Duration| now.checked_sub(before).unwrap();
         [
             ("TSC", moved(self.tsc, before.tsc)),
             ("kvm-clock", moved(self.kvm_clock, before.kvm_clock)),
