@@ -11,6 +11,9 @@
 //! | huge pages up to 2 MiB | as these, each as a whole |
 //! | larger pages, a file of another file system, a private mapping of a file (a restored snapshot's) | it cannot |
 //!
+//! To discard a page (`madvise`, a hole in its file) is no write: no fault tells of it, and the writer would find zeroes.
+//! Whoever gives guest memory back to the host, as a balloon does, does not do so while it is frozen.
+//!
 //! The thread that serves faults waits for nobody that may meet one: it reads guest memory, which is never a fault, holds
 //! no lock meanwhile but its own, and waits for the writer alone.
 
@@ -39,7 +42,8 @@ pub struct Freezer {
     userfault: Userfault,
 }
 
-/// Guest memory as it was when it was frozen. [`thaw`](Self::thaw), or the end of this, lets everybody go on.
+/// Guest memory as it was when it was frozen. [`thaw`](Self::thaw), or the end of this, lets everybody go on. Nobody may
+/// discard pages until then: see the [module](self).
 #[derive(Debug)]
 pub struct Frozen {
     source: GuestMemorySource,
