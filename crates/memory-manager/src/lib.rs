@@ -4,6 +4,7 @@
 //! - [`zone`]: RAM as the host backs it: memfd, file, huge pages, anonymous memory;
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
+//! - [`straight`]: RAM that goes to and from sockets without a copy;
 //! - [`fill`]: RAM that is filled from a snapshot while its guest runs;
 //! - [`freeze`]: RAM as it is at one moment, for such a writer while the guest runs on;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
@@ -20,6 +21,7 @@ pub mod map;
 mod pagemap;
 pub mod restore;
 pub mod source;
+pub mod straight;
 mod sys;
 pub mod userfault;
 pub mod zone;

@@ -14,9 +14,8 @@ use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Command, Failure, Fault, Features, FrameError, Item, Message, Output, Reason, SessionId, Source,
-    SourceAction, SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep,
-    SourceUndo, What,
+    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
+    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
 };
 
 use super::course::Course;
@@ -301,8 +300,8 @@ impl Driver {
                     }
                 };
                 self.session.shared.sent.store(0, Ordering::Relaxed);
-                let packs = self.machine.features().contains(Features::LZ4);
-                self.session.shared.packs.store(packs, Ordering::SeqCst);
+                // Once agreed on, they stay.
+                let _ = self.session.shared.features.set(self.machine.features());
                 self.write(Out::Pass(Arc::new(Course::new(pass, what, last))));
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),
