@@ -48,7 +48,6 @@ fn main() -> Result<()> {
             Some("snapshot") => bench.snapshot()?,
             Some("local-migration") => bench.local_migration()?,
             Some("migration") => bench.migration()?,
-            Some("migration-zeros") => vec![bench.migration_zeros()?],
             Some("migration-blackout") => bench.migration_blackout()?,
             Some("migration-info") => bench.migration_info()?,
             Some("size") => vec![bench.size()?],

@@ -27,9 +27,6 @@ const LITTLE: u64 = 4;
 const MUCH: u64 = 256;
 /// An option of memory: a destination has all of it before any arrives.
 const THERE: &str = ",prefault=on";
-/// Of memory that is there and zero, in MiB.
-const SMALL: u64 = 64;
-const LARGE: u64 = 1024;
 
 /// A migration that has been.
 struct Moved {
@@ -80,36 +77,6 @@ impl Bench {
             beside("migration into memory that is not", (absent, absent_little), Goal::None),
             Figure::alone(name, "ms", median(&mut whole) * 1e3, Goal::AtMost(140.0)),
         ])
-    }
-
-    /// Bytes per second of memory that is there and zero, and so does not travel; beside reading as much.
-    pub(crate) fn migration_zeros(&self) -> Result<Figure> {
-        let (mut large, mut small, mut floor) = (Vec::new(), Vec::new(), Vec::new());
-        let words = vec![1_u64; ((LARGE - SMALL) << 20) as usize / size_of::<u64>()];
-        for round in 0..=ROUNDS {
-            let moved = |mib: u64| {
-                let memory = format!("size={mib}M,prefault=on");
-                self.booted(&memory)?.send().map(|moved| moved.took.as_secs_f64())
-            };
-            let (one, two) = (moved(LARGE)?, moved(SMALL)?);
-            let start = Instant::now();
-            std::hint::black_box(words.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word)));
-            let three = start.elapsed().as_secs_f64();
-            if round > 0 {
-                large.push(one);
-                small.push(two);
-                floor.push(three);
-            }
-        }
-        let mib = (LARGE - SMALL) as f64;
-        let ours = mib / (median(&mut large) - median(&mut small));
-        let floor = floor.into_iter().map(|time| mib / time).collect();
-        Ok(Figure::beside(
-            "migration: zero memory looked at",
-            "MiB/s",
-            (vec![ours], floor),
-            Goal::RatioAtLeast(0.7),
-        ))
     }
 
     /// How long an idle guest stands still.
