@@ -366,3 +366,15 @@ pub enum FillError {
     #[error("cannot make an eventfd")]
     Bell(#[source] io::Error),
 }
+
+impl FillError {
+    /// Logs why memory is filled before its guest runs.
+    pub(crate) fn log(&self) {
+        let (mut why, mut next) = (self.to_string(), std::error::Error::source(self));
+        while let Some(cause) = next {
+            why = format!("{why}: {cause}");
+            next = cause.source();
+        }
+        log::info!("shared memory is not filled behind the guest: {why}");
+    }
+}

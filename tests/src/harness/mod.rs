@@ -10,6 +10,7 @@ pub mod migrating;
 mod output;
 mod pending;
 mod requests;
+pub mod saving;
 pub mod terminal;
 mod vmm;
 pub mod withheld;

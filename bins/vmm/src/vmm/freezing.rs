@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vmm_api::spec::SnapshotSpec;
 use vmm_device_model::thread::{self, ThreadHook};
-use vmm_memory_manager::freeze::{Freezer, Frozen};
+use vmm_memory_manager::freeze::{FreezeError, Freezer, Frozen};
 
 use super::saving::{Pace, still};
 use super::tracks::Tracks;
@@ -35,18 +35,18 @@ pub(super) struct ServedMemory {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Freezes the guest of `machine`, which runs; `None` where memory cannot be frozen, or not on this host.
+/// Freezes the guest of `machine`, which runs; where memory cannot be frozen, or not on this host, gives back why.
 pub(super) fn freeze(
     machine: &mut Machine,
     tracks: &mut Tracks,
     spec: &SnapshotSpec,
     hook: &Arc<dyn ThreadHook>,
-) -> Result<Option<Moment>, SaveError> {
+) -> Result<Result<Moment, FreezeError>, SaveError> {
     let freezer = match machine.memory().freezer() {
         Ok(freezer) => freezer,
         Err(why) => {
             log::info!("guest memory is saved in passes, for it cannot be frozen: {}", chain(&why));
-            return Ok(None);
+            return Ok(Err(why));
         }
     };
     machine.pause().map_err(SaveError::Guest)?;
@@ -59,7 +59,7 @@ pub(super) fn freeze(
         Some(error) => log::error!("the guest does not run on after its snapshot: {}", chain(error)),
     }
     match (taken, stuck) {
-        (Ok((memory, still, since)), stuck) => Ok(Some(Moment { memory, still, since, blackout, stuck })),
+        (Ok((memory, still, since)), stuck) => Ok(Ok(Moment { memory, still, since, blackout, stuck })),
         (Err(error), None) => Err(error),
         (Err(error), Some(resume)) => Err(error.stuck(resume)),
     }
@@ -75,7 +75,10 @@ fn take(
     hook: &Arc<dyn ThreadHook>,
 ) -> Result<(ServedMemory, Still, Option<Since>), SaveError> {
     let still = still(machine)?;
-    let since = tracks.at_rest(machine.memory_mut(), spec)?;
+    let mut since = tracks.at_rest(machine.memory_mut(), spec)?;
+    if let Some(since) = &mut since {
+        freezer.widen(&mut since.changed);
+    }
     let frozen = freezer.freeze(since.as_ref().map(|since| &since.changed)).map_err(SaveError::Freeze)?;
     let memory = ServedMemory::new(frozen, hook)?;
     Ok((memory, still, since))

@@ -13,7 +13,7 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::spec::SnapshotSpec;
 use vmm_device_model::thread;
-use vmm_memory_manager::freeze::Frozen;
+use vmm_memory_manager::freeze::{FreezeError, Frozen};
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
@@ -46,6 +46,8 @@ struct Job {
     spec: SnapshotSpec,
     start: Instant,
     pace: Pace,
+    /// Why memory is written in passes, if it is.
+    passes: Option<FreezeError>,
     thread: Thread,
     /// Why the control thread wants its end.
     failure: Option<SaveError>,
@@ -94,12 +96,12 @@ impl Vmm {
         self.note(&Event::Snapshotting);
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_save(&spec, &mut pace) {
-            Ok(thread) => {
+            Ok((thread, passes)) => {
                 // There is a machine.
                 let _ = self.slot.begin_save();
                 let (cancels, failure) = (Vec::new(), None);
                 self.jobs.saving.job =
-                    Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
+                    Some(Job { number, asker, cancels, spec, start, pace, passes, thread, failure });
             }
             Err(error) => {
                 self.give_tracks_back(&pace);
@@ -114,8 +116,12 @@ impl Vmm {
         }
     }
 
-    /// Hands a thread all that it needs.
-    fn begin_save(&mut self, spec: &SnapshotSpec, pace: &mut Pace) -> Result<Thread, SaveError> {
+    /// Hands a thread all that it needs. Why memory is written in passes comes out, too, if it is.
+    fn begin_save(
+        &mut self,
+        spec: &SnapshotSpec,
+        pace: &mut Pace,
+    ) -> Result<(Thread, Option<FreezeError>), SaveError> {
         let Some((configured, machine)) = self.slot.parts_mut() else { return Err(SaveError::NoMachine) };
         // A restored VM would not know of it.
         let ends = |event: &&GuestEvent| ends(self.policy.reactions.to(**event));
@@ -124,14 +130,16 @@ impl Vmm {
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
         let (tracks, hook) = (&mut self.jobs.saving.tracks, self.means.sandbox.threads());
+        let mut passes = None;
         let (memory, since, still) = match pace {
             Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
-                Some(mut moment) => {
+                Ok(mut moment) => {
                     told::changes(&self.events, machine);
                     *pace = moment.pace();
                     (Memory::Frozen(moment.memory), moment.since, Some(moment.still))
                 }
-                None => {
+                Err(why) => {
+                    passes = Some(why);
                     let since = spec.incremental.then(|| tracks.since(machine.memory())).transpose()?;
                     tracks.begin_live(machine.memory_mut())?;
                     (as_is(machine)?, since, None)
@@ -162,7 +170,7 @@ impl Vmm {
         let work = move || writer.run();
         let handle = thread::spawn(self.means.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
         let handle = handle.map_err(SaveError::Thread)?;
-        Ok(Thread { handle, answers: Some(answers), cancelled, committed, frozen })
+        Ok((Thread { handle, answers: Some(answers), cancelled, committed, frozen }, passes))
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -249,7 +257,7 @@ impl Vmm {
     fn saved(&mut self, result: Result<Hash, SaveError>) {
         self.run_on();
         let Some(job) = self.jobs.saving.job.take() else { return };
-        let Job { number, asker, cancels, spec, start, pace, thread, failure } = job;
+        let Job { number, asker, cancels, spec, start, pace, passes, thread, failure } = job;
         // It has nothing left to do but end.
         let _ = thread.handle.join();
         let result = match (result, failure) {
@@ -271,7 +279,7 @@ impl Vmm {
         }
         let result = match (result, pace) {
             (Ok(id), pace) => {
-                self.tell_saved(number, id, start, pace.blackout());
+                self.tell_saved(number, id, start.elapsed(), pace.blackout(), passes.as_ref());
                 Ok(())
             }
             (Err(error), Pace::Stuck(_, resume)) => Err(self.save_failed(number, error.stuck(resume))),
@@ -288,11 +296,19 @@ impl Vmm {
         self.go_on();
     }
 
-    fn tell_saved(&self, job: u64, id: Hash, start: Instant, blackout: Option<Duration>) {
+    fn tell_saved(
+        &self,
+        job: u64,
+        id: Hash,
+        took: Duration,
+        blackout: Option<Duration>,
+        passes: Option<&FreezeError>,
+    ) {
         self.note(&Event::JobFinished { job, outcome: JobOutcome::Done });
-        let (duration_us, blackout_us) = (told::micros(start.elapsed()), blackout.map(told::micros));
+        let (duration_us, blackout_us) = (told::micros(took), blackout.map(told::micros));
+        let in_passes = passes.map(|why| chain(why).as_str().into());
         let id = id.to_string();
-        self.note(&Event::Snapshotted { id: id.as_str().into(), duration_us, blackout_us });
+        self.note(&Event::Snapshotted { id: id.as_str().into(), duration_us, blackout_us, in_passes });
         match blackout_us {
             Some(still) => {
                 log::info!("snapshot {id} took {duration_us} us, the guest stood still for {still} us");
