@@ -91,7 +91,9 @@ impl DirtyCollector {
     /// No such tracker, or a source could not be asked; no page is lost, the next call reports it.
     pub fn take(&mut self, map: &MemoryMap, name: &str) -> Result<Vec<Range>, DirtyError> {
         let mut ranges = Vec::new();
-        self.drain(map, name, &mut |slot, bitmap| append_ranges(slot.guest_address, bitmap, &mut ranges))?;
+        self.drain(map, name, &mut |slot, bitmap| {
+            each_run(bitmap, |run| push(slot.guest_address + run.start, run.end - run.start, &mut ranges));
+        })?;
         Ok(ranges)
     }
 
@@ -102,11 +104,7 @@ impl DirtyCollector {
     /// As [`take`](Self::take).
     pub fn take_changed(&mut self, map: &MemoryMap, name: &str) -> Result<Changed, DirtyError> {
         let mut changed = Vec::new();
-        self.drain(map, name, &mut |_, bitmap| {
-            let mut ranges = Vec::new();
-            append_ranges(0, bitmap, &mut ranges);
-            changed.push(ranges.iter().map(|range| range.start..range.end()).collect());
-        })?;
+        self.drain(map, name, &mut |_, bitmap| changed.push(ranges(bitmap)))?;
         Ok(changed)
     }
 
@@ -200,19 +198,44 @@ fn words(bytes: u64) -> usize {
     usize::try_from(bytes.div_ceil(PAGE_SIZE * BITS)).unwrap_or(usize::MAX)
 }
 
-/// Appends the runs of ones in `bitmap`, joined with a range that ends where the first begins.
-fn append_ranges(base: u64, bitmap: &[u64], ranges: &mut Vec<Range>) {
+/// The bytes of the pages whose bits are set, from the first bit's page on, in order.
+pub fn ranges(bitmap: &[u64]) -> Vec<std::ops::Range<u64>> {
+    // To count first costs less than a list that grows: each of its pages is a fault.
+    let mut carry = 0;
+    let count = bitmap.iter().map(|word| {
+        let begins = word & !(word << 1 | carry);
+        carry = word >> (BITS - 1);
+        begins.count_ones() as usize
+    });
+    let mut ranges = Vec::with_capacity(count.sum());
+    each_run(bitmap, |run| ranges.push(run));
+    ranges
+}
+
+/// The runs of ones in `bitmap`, in bytes of the pages they stand for.
+fn each_run(bitmap: &[u64], mut each: impl FnMut(std::ops::Range<u64>)) {
+    let mut last = 0..0;
     for (index, word) in (0_u64..).zip(bitmap) {
-        let mut word = *word;
-        let mut page = index * BITS;
+        let (mut word, base) = (*word, index * BITS);
         while word != 0 {
-            let skip = word.trailing_zeros();
-            let run = (word >> skip).trailing_ones();
-            page += u64::from(skip);
-            push(base + page * PAGE_SIZE, u64::from(run) * PAGE_SIZE, ranges);
-            page += u64::from(run);
-            word = word.checked_shr(skip + run).unwrap_or(0);
+            let start = word.trailing_zeros();
+            // Adding the lowest one clears the run above it; a run up to the top leaves nothing.
+            let above = word.wrapping_add(1 << start);
+            let end = if above == 0 { u64::BITS } else { above.trailing_zeros() };
+            word &= above;
+            let run = (base + u64::from(start)) * PAGE_SIZE..(base + u64::from(end)) * PAGE_SIZE;
+            if last.end == run.start && !last.is_empty() {
+                last.end = run.end;
+                continue;
+            }
+            if !last.is_empty() {
+                each(last);
+            }
+            last = run;
         }
+    }
+    if !last.is_empty() {
+        each(last);
     }
 }
 
@@ -253,25 +276,25 @@ mod tests {
 
     #[test]
     fn runs_become_ranges_across_words() {
-        let mut ranges = Vec::new();
-        append_ranges(0x1000_0000, &[1 | 3 << 62, 1, 0, u64::MAX], &mut ranges);
-        let pages: Vec<_> = ranges.iter().map(|r| ((r.start - 0x1000_0000) / 4096, r.size / 4096)).collect();
-        assert_eq!(pages, [(0, 1), (62, 3), (192, 64)]);
+        let found = ranges(&[1 | 3 << 62, 1, 0, u64::MAX, 1]);
+        let pages: Vec<_> = found.iter().map(|r| (r.start / 4096, (r.end - r.start) / 4096)).collect();
+        assert_eq!(pages, [(0, 1), (62, 3), (192, 65)]);
+        assert_eq!(found.capacity(), 3, "counted");
     }
 
     proptest::proptest! {
         #[test]
         fn ranges_hold_the_set_bits_and_no_other(bitmap in proptest::collection::vec(proptest::num::u64::ANY, 0..6)) {
-            let mut ranges = Vec::new();
-            append_ranges(0, &bitmap, &mut ranges);
+            let ranges = ranges(&bitmap);
+            proptest::prop_assert_eq!(ranges.capacity(), ranges.len());
             let mut back = vec![0_u64; bitmap.len()];
             for range in &ranges {
-                for page in range.start / 4096..range.end() / 4096 {
+                for page in range.start / 4096..range.end / 4096 {
                     back[(page / 64) as usize] |= 1 << (page % 64);
                 }
             }
             proptest::prop_assert_eq!(back, bitmap);
-            proptest::prop_assert!(ranges.windows(2).all(|w| w[0].end() < w[1].start));
+            proptest::prop_assert!(ranges.windows(2).all(|w| w[0].end < w[1].start));
         }
     }
 }

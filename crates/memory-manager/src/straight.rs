@@ -10,6 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 use vmm_device_model::dma::GuestRam;
 
+use crate::layout::PAGE_SIZE;
 use crate::source::GuestMemorySource;
 use crate::sys::{self, Advice};
 
@@ -72,6 +73,20 @@ pub fn prefault(slice: &GuestSlice<'_>) -> io::Result<()> {
     }
 }
 
+/// Gives each page to `look` as it is at one moment; what is shorter than a page is the last.
+pub fn each_page(memory: &GuestSlice<'_>, mut look: impl FnMut(&[u8])) {
+    let mut page = [0; PAGE_SIZE as usize];
+    let mut rest = *memory;
+    while !rest.is_empty() {
+        let count = rest.copy_to(&mut page);
+        look(page.get(..count).unwrap_or_default());
+        match rest.offset(count) {
+            Ok(next) => rest = next,
+            Err(_) => return,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
@@ -81,7 +96,6 @@ mod tests {
     use vmm_hypervisor::{Hypervisor, VmOptions};
 
     use super::*;
-    use crate::layout::PAGE_SIZE;
     use crate::map::MemoryMap;
     use crate::zone::{ZoneConfig, ZoneOptions};
 

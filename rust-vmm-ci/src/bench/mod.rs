@@ -32,6 +32,11 @@ const BENCHES: &[(&str, Source)] = &[
     ("restore", Source::Whole),
     ("snapshot", Source::Whole),
     ("local-migration", Source::Whole),
+    ("migration", Source::Whole),
+    ("migration-blackout", Source::Whole),
+    ("migration-info", Source::Whole),
+    ("zero-scan", Source::Printed { package: "vmm-memory-manager", bench: "scan", case: "zeros" }),
+    ("dirty-ranges", Source::Printed { package: "vmm-memory-manager", bench: "dirty", case: "ranges" }),
     ("snapshot-create", Source::Printed { package: "vmm-snapshot", bench: "create", case: "create" }),
     (
         "snapshot-incremental",

@@ -9,6 +9,8 @@ pub(crate) enum Goal {
     None,
     /// Ours over the floor's, at most.
     RatioAtMost(f64),
+    /// Ours over the floor's, at least.
+    RatioAtLeast(f64),
     /// Ours, at most.
     AtMost(f64),
 }
@@ -44,6 +46,7 @@ impl Figure {
         let (goal, target) = match self.goal {
             Goal::None => (None, None),
             Goal::RatioAtMost(most) => (Some("ratio-at-most"), Some(most)),
+            Goal::RatioAtLeast(least) => (Some("ratio-at-least"), Some(least)),
             Goal::AtMost(most) => (Some("at-most"), Some(most)),
         };
         json!({

@@ -219,19 +219,19 @@ fn paced(mut request: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
         .collect()
 }
 
-struct Pace {
+pub(crate) struct Pace {
     due: Instant,
 }
 
 impl Pace {
     const INTERVAL: Duration = Duration::from_millis(1);
 
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { due: Instant::now() }
     }
 
     /// Waits until the next request is due; returns the time from which it counts.
-    fn next(&mut self) -> Instant {
+    pub(crate) fn next(&mut self) -> Instant {
         self.due += Self::INTERVAL;
         match self.due.checked_duration_since(Instant::now()) {
             // How late a timer wakes us is nobody's latency.

@@ -59,7 +59,7 @@ impl Bench {
     }
 
     /// The VMM with its API at this socket.
-    fn serving(&self, socket: &str, args: &[&str]) -> Result<(Process, Client)> {
+    pub(crate) fn serving(&self, socket: &str, args: &[&str]) -> Result<(Process, Client)> {
         let socket = self.folder.join(socket);
         let _ = std::fs::remove_file(&socket);
         let option = format!("path={}", socket.display());
@@ -71,7 +71,7 @@ impl Bench {
 }
 
 /// Waits until somebody listens at `socket`; who comes and goes is no source.
-fn wait_for(socket: &Path) -> Result<()> {
+pub(crate) fn wait_for(socket: &Path) -> Result<()> {
     let start = Instant::now();
     while UnixStream::connect(socket).is_err() {
         if start.elapsed() > LIMIT {

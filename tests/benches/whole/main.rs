@@ -7,6 +7,7 @@ mod figure;
 mod http;
 mod latency;
 mod local_migration;
+mod migration;
 mod process;
 mod snapshot;
 
@@ -46,6 +47,9 @@ fn main() -> Result<()> {
             Some("restore") => bench.restore()?,
             Some("snapshot") => bench.snapshot()?,
             Some("local-migration") => bench.local_migration()?,
+            Some("migration") => bench.migration()?,
+            Some("migration-blackout") => bench.migration_blackout()?,
+            Some("migration-info") => bench.migration_info()?,
             Some("size") => vec![bench.size()?],
             _ => return Err(format!("no benchmark has the name {}", name.display()).into()),
         };

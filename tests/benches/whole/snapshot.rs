@@ -31,7 +31,7 @@ impl Bench {
         for (used, name) in
             [(4, "restore to first byte, 4 MiB in use"), (256, "restore to first byte, 256 MiB in use")]
         {
-            let url = self.snapshot_of(used)?;
+            let url = self.snapshot_of(Guest::Flood, used, "")?;
             let restore = format!("source_url=file://{},resume=true", url.display());
             let ours = ["--restore", &restore, "--serial", "tty"];
             let times = alternate(
@@ -48,7 +48,7 @@ impl Bench {
     pub(crate) fn snapshot(&self) -> Result<Vec<Figure>> {
         let mut figures = Vec::new();
         for (used, name) in [(64, "vm.snapshot, 64 MiB in use"), (256, "vm.snapshot, 256 MiB in use")] {
-            let source = self.snapshot_of(used)?;
+            let source = self.snapshot_of(Guest::Flood, used, "")?;
             let socket = self.folder.join("snapshot.sock");
             let option = format!("path={}", socket.display());
             // All of its memory is its own.
@@ -57,7 +57,7 @@ impl Bench {
             let vmm = Process::start(&self.vmm, &args)?;
             let mut client = Client::connect_within(&socket, Duration::from_secs(20))?;
             client.set_timeout(Some(Duration::from_secs(60)))?;
-            wait_for_paused(&mut client)?;
+            wait_for_phase(&mut client, "Paused")?;
             let (mut ours, mut floor) = (Vec::new(), Vec::new());
             for _ in 0..CREATE_ROUNDS {
                 let target = self.folder.join("target");
@@ -85,15 +85,17 @@ impl Bench {
         Ok(figures)
     }
 
-    /// A snapshot of a guest that prints without end, `used` MiB of whose memory are not zero.
-    fn snapshot_of(&self, used: u64) -> Result<PathBuf> {
-        let path = self.folder.join(format!("used-{used}"));
+    /// A snapshot of a guest that has printed something, `used` MiB of whose memory, which has these `options`, are not zero.
+    pub(crate) fn snapshot_of(&self, guest: Guest, used: u64, options: &str) -> Result<PathBuf> {
+        // A comma would end a path that is an option's value.
+        let name = format!("{guest:?}-{used}{}", options.replace(',', "-"));
+        let path = self.folder.join(&name);
         if path.exists() {
             return Ok(path);
         }
-        let (small, socket) = (self.folder.join(format!("small-{used}")), self.folder.join("make.sock"));
-        let kernel = Guest::Flood.write(&self.folder)?;
-        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M"));
+        let (small, socket) = (self.folder.join(format!("small-{name}")), self.folder.join("make.sock"));
+        let kernel = guest.write(&self.folder)?;
+        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M{options}"));
         let kernel = kernel.display().to_string();
         let args = [
             "--api-socket",
@@ -123,11 +125,11 @@ impl Bench {
     }
 }
 
-fn wait_for_paused(client: &mut Client) -> Result<()> {
+pub(crate) fn wait_for_phase(client: &mut Client, phase: &str) -> Result<()> {
     let start = Instant::now();
-    while client.call::<vm::Info>(&()).map(|info| info.phase != "Paused").unwrap_or(true) {
+    while client.call::<vm::Info>(&()).map(|info| info.phase != phase).unwrap_or(true) {
         if start.elapsed() > Duration::from_secs(60) {
-            return Err("the restored VM is not paused".into());
+            return Err(format!("the restored VM is not {phase}").into());
         }
         std::thread::sleep(Duration::from_millis(5));
     }

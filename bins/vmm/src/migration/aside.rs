@@ -37,9 +37,12 @@ impl Aside {
         for (number, place) in self.places.iter().enumerate() {
             let (start, end) = (range.gpa().max(place.gpa), range.end().min(place.gpa + place.size));
             if start < end {
-                let mut changed = vec![Vec::new(); number];
-                changed.push(std::iter::once(start - place.gpa..end - place.gpa).collect());
-                self.put(changed);
+                let mut all = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+                let regions = all.len().max(number + 1);
+                all.resize(regions, Vec::new());
+                if let Some(ranges) = all.get_mut(number) {
+                    insert(ranges, start - place.gpa..end - place.gpa);
+                }
             }
         }
     }
@@ -48,6 +51,16 @@ impl Aside {
     pub(crate) fn take(&self) -> Changed {
         std::mem::take(&mut *self.ranges.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Adds a range to those that are tidy, and keeps them so. A destination may ask for pages one by one.
+fn insert(ranges: &mut Vec<Range<u64>>, mut new: Range<u64>) {
+    let first = ranges.partition_point(|range| range.end < new.start);
+    let after = ranges.partition_point(|range| range.start <= new.end).max(first);
+    for range in ranges.get(first..after).unwrap_or_default() {
+        new = new.start.min(range.start)..new.end.max(range.end);
+    }
+    ranges.splice(first..after, std::iter::once(new));
 }
 
 /// Sorts, and joins what overlaps or touches.
@@ -75,8 +88,11 @@ mod tests {
         assert_eq!(aside.put(vec![vec![0x2000..0x4000], vec![0..0x1000]]), 0x5000);
         aside.put_range(MemoryRange::new(0x10_1000, 0x1000).unwrap());
         aside.put_range(MemoryRange::new(0x50_0000, 0x1000).unwrap());
+        let page = |page: u64| aside.put_range(MemoryRange::new(page << 12, 0x1000).unwrap());
+        // In front, touching, between two, within one, and behind.
+        [0, 4, 9, 7, 2, 12].into_iter().for_each(page);
         let taken = aside.take();
-        assert_eq!(taken[0], [0x1000..0x4000, 0x8000..0x9000]);
+        assert_eq!(taken[0], [0..0x5000, 0x7000..0xa000, 0xc000..0xd000]);
         assert_eq!((taken[1].len(), taken[1][0].clone()), (1, 0..0x2000));
         assert_eq!(aside.put(Changed::new()), 0);
     }

@@ -18,6 +18,7 @@ use vmm_migration_protocol::{
 };
 use vmm_snapshot::{Record, RecordSet};
 
+use super::ahead::Ahead;
 use super::backlog::Place;
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
@@ -589,8 +590,11 @@ impl Driver {
         let accept = live.machine.accept();
         let (connections, features) =
             accept.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
+        let ahead = Ahead::start(&self.threads, Arc::clone(memory.memory()), connections)
+            .inspect_err(|error| log::debug!("migration: nothing is allocated ahead: {error}"))
+            .ok();
         let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
-        self.ground.open(memory_too, layout, (live.connection, connections), features);
+        self.ground.open(memory_too, layout, (live.connection, connections), features, ahead);
         self.vm.memory = Some(memory);
     }
 

@@ -16,6 +16,7 @@ use vmm_migration_protocol::{
     Reason, Zero, contents_checksum, unpack,
 };
 
+use super::ahead::Ahead;
 use super::backlog::{Backlog, Place};
 use super::link::{End, Frames, Socket};
 use super::straight::page_sums;
@@ -53,6 +54,8 @@ pub(super) struct Target {
     layout: MemoryLayout,
     /// What was agreed on.
     features: Features,
+    /// Allocates ahead of what arrives, where there is a thread for it.
+    ahead: Option<Ahead>,
     barrier: Mutex<Barrier>,
 }
 
@@ -64,9 +67,10 @@ impl Ground {
         layout: MemoryLayout,
         (number, connections): (u64, u16),
         features: Features,
+        ahead: Option<Ahead>,
     ) {
         let barrier = Mutex::new(Barrier::new(connections, layout.bytes()));
-        let target = Arc::new(Target { memory, layout, features, barrier });
+        let target = Arc::new(Target { memory, layout, features, ahead, barrier });
         *self.lock() = Some(Open { target, connections: BTreeMap::from([(number, 0)]) });
     }
 
@@ -257,6 +261,10 @@ fn land(
                 }
                 target.barrier().take(bulk.pass(), bulk.range().length()).map_err(garbage)?;
                 intake.bulk(&bulk).map_err(garbage)?;
+                // Later, it is there.
+                if let Some(ahead) = target.ahead.as_ref().filter(|_| bulk.pass() == 0) {
+                    ahead.note(&layout, bulk.range());
+                }
                 put(frames, &target, &bulk, &mut rooms)?.into_iter().collect()
             }
         };
@@ -383,7 +391,7 @@ mod packed_tests {
         let layout = MemoryLayout::new(vec![Region { gpa: 0, length, zone: "mem0".into() }]).unwrap();
         let ground = Ground::default();
         let features = if packed { Features::LZ4 } else { Features::NONE };
-        ground.open(Arc::clone(&memory), layout, (1, 1), features);
+        ground.open(Arc::clone(&memory), layout, (1, 1), features, None);
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(bytes).unwrap();
         drop(ours);
@@ -488,7 +496,7 @@ mod tests {
             let layout = vec![Region { gpa: 0, length: SIZE, zone: "z".to_owned() }];
             let ground = Arc::new(Ground::default());
             assert!(!ground.admit(8, 1), "nothing is taken yet");
-            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), features);
+            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), features, None);
             assert!(ground.admit(8, 1) && !ground.admit(9, 1) && !ground.admit(9, 0));
             let (to, told) = channel();
             Self { ground, memory, to, told }

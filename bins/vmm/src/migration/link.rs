@@ -32,6 +32,10 @@ const BETWEEN: usize = 512;
 /// Payload of a frame, at most, but for the one that says all of a VM's state.
 const PAYLOAD: usize = 1 << 20;
 
+/// Bytes in a UNIX socket, as far as the host allows so many (net.core.wmem_max): with few, both ends wait for each other more often
+/// than they work. TCP sees to that itself.
+const UNDERWAY: usize = 1 << 20;
+
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
@@ -204,7 +208,9 @@ fn connect_tcp(address: &str) -> io::Result<TcpStream> {
 /// Not for ever: a receiver whose queue of connections is full does not take one before it has room.
 fn connect_unix(path: &Path, time: Duration) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
-    connect_within(AddressFamily::UNIX, &address, time).map(UnixStream::from)
+    let socket = connect_within(AddressFamily::UNIX, &address, time)?;
+    sockopt::set_socket_send_buffer_size(&socket, UNDERWAY)?;
+    Ok(socket.into())
 }
 
 /// As `TcpStream::connect_timeout`, without its system calls, and for all families.

@@ -9,6 +9,7 @@
 //! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
+//! | `ahead` | `migration-ahead` | allocates a destination's memory ahead of what arrives |
 //! | `backlog` | | what connections have said and the driver has not heard yet |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
@@ -19,6 +20,7 @@
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
+mod ahead;
 mod aside;
 mod backlog;
 mod course;

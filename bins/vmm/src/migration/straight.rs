@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use vmm_memory_manager::source::GuestMemorySource;
-use vmm_memory_manager::straight::GuestSlice;
+use vmm_memory_manager::straight::{GuestSlice, each_page};
 use vmm_migration_protocol::{Bulk, Fault, MemoryRange, Message, PAGE, Sums, Zero, contents_checksum};
 
 use super::course::{Course, Piece};
@@ -143,20 +143,6 @@ pub(super) fn page_sums(memory: &GuestSlice<'_>) -> Vec<u32> {
     let mut sums = Vec::new();
     each_page(memory, |bytes| sums.push(contents_checksum([bytes])));
     sums
-}
-
-/// Looks at each page as it is at one moment.
-fn each_page(memory: &GuestSlice<'_>, mut look: impl FnMut(&[u8])) {
-    let mut page = [0; LENGTH];
-    let mut rest = *memory;
-    while !rest.is_empty() {
-        let count = rest.copy_to(&mut page);
-        look(page.get(..count).unwrap_or_default());
-        match rest.offset(count) {
-            Ok(next) => rest = next,
-            Err(_) => return,
-        }
-    }
 }
 
 #[cfg(test)]

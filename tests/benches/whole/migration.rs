@@ -1,0 +1,186 @@
+//! A VM that moves to another process over a UNIX socket, memory and all.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use vmm_api::client::Client;
+use vmm_api::command::Method;
+use vmm_api::progress::MigrationProgressReply;
+use vmm_tests::tiny::Guest;
+
+use crate::figure::{Figure, Goal, median, percentile};
+use crate::http::{Connection, VM_INFO};
+use crate::latency::Pace;
+use crate::local_migration::wait_for;
+use crate::process::Process;
+use crate::{Bench, MIB, Result, micros, snapshot};
+
+const ROUNDS: usize = 9;
+const BLACKOUTS: usize = 100;
+const INFO_ROUNDS: usize = 20;
+/// What the floor writes and reads at a time.
+const CHUNK: usize = 256 << 10;
+/// Of memory in use, in MiB: what both of two VMs have is not counted.
+const LITTLE: u64 = 4;
+const MUCH: u64 = 256;
+/// An option of memory: a destination has all of it before any arrives.
+const THERE: &str = ",prefault=on";
+
+/// A migration that has been.
+struct Moved {
+    /// From the request to the answer of vm.send-migration.
+    took: Duration,
+    progress: MigrationProgressReply,
+}
+
+/// Two VMMs, of which the first has a VM.
+struct Pair {
+    source: Client,
+    destination: Client,
+    processes: [Process; 2],
+    socket: PathBuf,
+}
+
+impl Bench {
+    /// Bytes per second of one connection, beside a plain copy of as many through a pair of sockets into memory that is there; what a
+    /// migration costs beside its memory is taken off. Then into memory that is not there, and how long a whole migration takes.
+    pub(crate) fn migration(&self) -> Result<Vec<Figure>> {
+        let bytes = (MUCH - LITTLE) << 20;
+        let (from, mut to) = (vec![1; bytes as usize], vec![2; bytes as usize]);
+        let mut times = [const { Vec::new() }; 6];
+        // The first round warms caches.
+        for round in 0..=ROUNDS {
+            let round_times = [
+                plain_copy(&from, &mut to)?,
+                self.restored(MUCH, THERE, false)?.send()?.took,
+                self.restored(LITTLE, THERE, false)?.send()?.took,
+                self.restored(MUCH, "", false)?.send()?.took,
+                self.restored(LITTLE, "", false)?.send()?.took,
+                self.restored(MUCH, "", true)?.send()?.took,
+            ];
+            if round > 0 {
+                times.iter_mut().zip(round_times).for_each(|(times, time)| times.push(time.as_secs_f64()));
+            }
+        }
+        let [floor, there, there_little, absent, absent_little, mut whole] = times;
+        let mib = bytes as f64 / MIB;
+        let beside = |name, (mut much, mut little): (Vec<f64>, Vec<f64>), goal| {
+            let ours = mib / (median(&mut much) - median(&mut little));
+            let floor = floor.iter().map(|time| mib / time).collect();
+            Figure::beside(name, "MiB/s", (vec![ours], floor), goal)
+        };
+        let name = "migration of a running guest, 512 MiB, 256 in use";
+        Ok(vec![
+            beside("migration into memory that is there", (there, there_little), Goal::RatioAtLeast(0.8)),
+            beside("migration into memory that is not", (absent, absent_little), Goal::None),
+            Figure::alone(name, "ms", median(&mut whole) * 1e3, Goal::AtMost(140.0)),
+        ])
+    }
+
+    /// How long an idle guest stands still.
+    pub(crate) fn migration_blackout(&self) -> Result<Vec<Figure>> {
+        let mut times = Vec::new();
+        for _ in 0..BLACKOUTS {
+            let moved = self.booted("size=64M")?.send()?;
+            times.push(moved.progress.blackout_us.ok_or("a migration without a blackout")? as f64 / 1e3);
+        }
+        let figure = |name, part, most, times: &mut [f64]| {
+            Figure::alone(name, "ms", percentile(times, part), Goal::AtMost(most))
+        };
+        Ok(vec![
+            figure("blackout of an idle guest, median", 0.5, 5.0, &mut times),
+            figure("blackout of an idle guest, p99", 0.99, 10.0, &mut times),
+        ])
+    }
+
+    /// Latency of vm.info at the source while all of its memory is sent as fast as it goes.
+    pub(crate) fn migration_info(&self) -> Result<Vec<Figure>> {
+        let mut times = Vec::new();
+        for _ in 0..INFO_ROUNDS {
+            let mut pair = self.restored(MUCH, "", true)?;
+            let api = self.folder.join("source.sock");
+            let mut info = Connection::wait_for(&api, &mut pair.processes[0])?;
+            let sending = std::thread::spawn(move || pair.send().map_err(|error| error.to_string()));
+            let mut pace = Pace::new();
+            while !sending.is_finished() {
+                let start = pace.next();
+                // It has gone.
+                if info.request(VM_INFO).is_err() {
+                    break;
+                }
+                times.push(micros(start.elapsed()));
+            }
+            sending.join().map_err(|_| "the sender's client panicked")??;
+        }
+        let figure =
+            |name, part, goal, times: &mut [f64]| Figure::alone(name, "us", percentile(times, part), goal);
+        Ok(vec![
+            figure("vm.info p50, memory is migrated", 0.5, Goal::None, &mut times),
+            figure("vm.info p99, memory is migrated", 0.99, Goal::AtMost(1000.0), &mut times),
+        ])
+    }
+
+    /// A VM of a snapshot, `used` MiB of whose memory are in use and its own.
+    fn restored(&self, used: u64, memory: &str, running: bool) -> Result<Pair> {
+        let url = self.snapshot_of(Guest::Halt, used, memory)?;
+        let restore = format!("source_url=file://{},prefault=true,resume={running}", url.display());
+        let mut pair = self.pair(&["--restore", &restore, "--serial", "null"])?;
+        snapshot::wait_for_phase(&mut pair.source, if running { "Running" } else { "Paused" })?;
+        Ok(pair)
+    }
+
+    /// A guest that has halted.
+    fn booted(&self, memory: &str) -> Result<Pair> {
+        let kernel = self.kernel.display().to_string();
+        let vm = ["--kernel", &kernel, "--memory", memory, "--serial", "tty", "--console", "off"];
+        let mut pair = self.pair(&vm)?;
+        pair.processes[0].read_byte()?;
+        Ok(pair)
+    }
+
+    fn pair(&self, vm: &[&str]) -> Result<Pair> {
+        let (source, from) = self.serving("source.sock", vm)?;
+        let (destination, to) = self.serving("destination.sock", &[])?;
+        let socket = self.folder.join("migration.sock");
+        Ok(Pair { source: from, destination: to, processes: [source, destination], socket })
+    }
+}
+
+impl Pair {
+    /// Sends the VM. The process that had it stays until it has been asked how it went.
+    fn send(mut self) -> Result<Moved> {
+        let socket = self.socket.display().to_string();
+        let receive = format!(r#"{{"receiver_url":"unix:{socket}","serial":{{"mode":"Null"}}}}"#);
+        let (mut to, processes) = (self.destination, self.processes);
+        let receiving = std::thread::spawn(move || {
+            let answer = to.request(Method::Put, "vm.receive-migration", receive.as_bytes(), &[]);
+            answer.map(|answer| answer.status).map_err(|error| error.to_string())
+        });
+        wait_for(&self.socket)?;
+        let body = format!(r#"{{"destination_url":"unix:{socket}","preserve_source":true}}"#);
+        let start = Instant::now();
+        let answer = self.source.request(Method::Put, "vm.send-migration", body.as_bytes(), &[])?;
+        let took = start.elapsed();
+        let received = receiving.join().map_err(|_| "the receiver's client panicked")??;
+        if (answer.status, received) != (204, 204) {
+            return Err(format!("migration: {received}: {answer:?}").into());
+        }
+        let progress = self.source.call::<vmm_api::commands::vm::MigrationProgress>(&())?;
+        drop(processes);
+        Ok(Moved { took, progress })
+    }
+}
+
+/// As many bytes through a pair of sockets, from memory to memory, both of which are there.
+fn plain_copy(from: &[u8], to: &mut [u8]) -> Result<Duration> {
+    let (mut ours, mut theirs) = UnixStream::pair()?;
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let sending = scope.spawn(move || from.chunks(CHUNK).try_for_each(|chunk| ours.write_all(chunk)));
+        to.chunks_mut(CHUNK).try_for_each(|chunk| theirs.read_exact(chunk))?;
+        sending.join().map_err(|_| "the sender panicked")??;
+        Ok(start.elapsed())
+    })
+}
