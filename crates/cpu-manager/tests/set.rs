@@ -305,14 +305,16 @@ fn fuzz_states() {
 #[test]
 fn any_call_that_fails_leaves_nothing_behind() {
     let (fake, world) = (Fake::new(), world());
-    drop(create(&fake, 2, &world.targets).unwrap());
-    let calls = fake.calls().len();
-    for nth in 1..=calls {
-        fake.fail_nth(nth);
-        assert!(create(&fake, 2, &world.targets).is_err(), "call {nth} of {calls}");
-        fake.heal();
-        assert_eq!(fake.live(), Live::default(), "after call {nth} of {calls} failed");
-    }
+    let calls = fake.fail_each(
+        || (),
+        |()| create(&fake, 2, &world.targets),
+        |failed, (), created| {
+            assert_eq!(created.is_err(), failed.is_some(), "{failed:?} failed unnoticed");
+            drop(created);
+            assert_eq!(fake.live(), Live::default(), "after {failed:?} failed");
+        },
+    );
+    assert!(calls > 2, "{calls} calls");
 }
 
 /// Lets threads begin until it has seen so many.
