@@ -4,7 +4,7 @@
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -13,29 +13,11 @@ use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
+use vmm_tests::harness::saving::{from, refused, to, url};
 use vmm_tests::harness::{
     Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, resident_kib, vm_config, wait_until,
 };
 use vmm_tests::tiny::Guest;
-
-fn url(folder: &Path) -> String {
-    format!("file://{}", folder.display())
-}
-
-/// The body of a plain `vm.snapshot`.
-fn to(folder: &Path) -> Value {
-    json!({ "destination_url": url(folder) })
-}
-
-/// The body of a `vm.restore` that runs, with its serial port to another file.
-fn from(folder: &Path, serial: &SerialFile) -> Value {
-    json!({ "source_url": url(folder), "resume": true, "serial": { "mode": "File", "file": serial.path() } })
-}
-
-fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
-}
 
 #[test]
 fn a_guest_goes_on_in_another_process() {
@@ -406,126 +388,6 @@ fn a_live_snapshot_of_a_guest_that_counts_in_memory() {
     }
     // The first one counted on all the while.
     assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1));
-}
-
-/// A guest that writes to all of its memory without a pause, in memory of this kind.
-fn writing_guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
-    let vmm = Vmm::with_api(scratch, ["-v"]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["memory"] = memory.clone();
-    vmm.api().create(&config);
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
-    (vmm, serial)
-}
-
-#[test]
-fn a_live_snapshot_is_the_guest_at_one_moment() {
-    for shared in [false, true] {
-        let scratch = Scratch::new();
-        let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": shared }));
-        let mut api = vmm.api();
-        let name = |number: usize| scratch.path(format!("saved-{number}"));
-        for number in 0..8 {
-            let live = json!({
-                "destination_url": url(&name(number)), "live": true, "track": true, "incremental": number > 0
-            });
-            api.done("vm.snapshot", &live);
-            serial.wait_longer_than(serial.text().len() + 20);
-        }
-        assert_eq!(vmm.stderr.text().matches("its memory is saved as it was").count(), 8, "none in passes");
-        for number in [0, 7] {
-            let other = SerialFile::new(scratch.path(format!("serial-{number}")));
-            let clone = Vmm::with_api(&scratch, [""; 0]);
-            clone.api().done("vm.restore", &from(&name(number), &other));
-            other.wait_longer_than(60);
-            let ours = counts(&other);
-            assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
-            assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
-        }
-        assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "the first counts on");
-    }
-}
-
-#[test]
-fn shared_memory_is_filled_while_the_guest_runs() {
-    let scratch = Scratch::new();
-    let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 256 << 20, "shared": true }));
-    let (saved, again) = (scratch.path("saved"), scratch.path("again"));
-    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
-    serial.wait_longer_than(serial.text().len() + 20);
-    drop(vmm);
-    let clone = Vmm::with_api(&scratch, ["-v"]);
-    let other = SerialFile::new(scratch.path("other"));
-    clone.api().done("vm.restore", &from(&saved, &other));
-    other.wait_longer_than(60);
-    let ours = counts(&other);
-    assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
-    assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
-    let log = clone.stderr.text();
-    assert!(!log.contains("filled before the guest runs"), "{log}");
-    // Nothing is saved of memory that is not all there yet.
-    let live = json!({ "destination_url": url(&again), "live": true });
-    let done = || {
-        let answer = clone.api().put_json("vm.snapshot", &live);
-        assert!(answer.status == 204 || answer.body.contains("still being read"), "{answer:?}");
-        (answer.status == 204).then_some(())
-    };
-    wait_until(LIMIT, done, || "a snapshot".to_owned());
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    third.api().done("vm.restore", &from(&again, &last));
-    last.wait_longer_than(40);
-    assert!(counts(&other).contains(&counts(&last)[0]), "and so does what is saved of it");
-}
-
-#[test]
-fn shared_memory_that_is_damaged_is_told_by_name() {
-    let scratch = Scratch::new();
-    let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": true }));
-    let saved = scratch.path("saved");
-    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
-    serial.wait_longer_than(serial.text().len() + 20);
-    drop(vmm);
-    let memory = saved.join("memory-0.bin");
-    fs::set_permissions(&memory, Permissions::from_mode(0o600)).unwrap();
-    let file = OpenOptions::new().write(true).open(&memory).unwrap();
-    let mut first = [0];
-    let code = 1 << 20;
-    OpenOptions::new().read(true).open(&memory).unwrap().read_exact_at(&mut first, code).unwrap();
-    file.write_all_at(&[!first[0]], code).unwrap();
-    // Its generation ID is written there before it runs.
-    let vmm = Vmm::with_api(&scratch, [""; 0]);
-    let body = from(&saved, &SerialFile::new(scratch.path("other")));
-    refused(&vmm.api().put_json("vm.restore", &body), 500, "chunk 0 (byte 0x0)");
-    assert_eq!(vmm.api().phase(), Phase::Empty, "as before");
-    file.write_all_at(&first, code).unwrap();
-    let other = SerialFile::new(scratch.path("another"));
-    vmm.api().done("vm.restore", &from(&saved, &other));
-    other.wait_longer_than(40);
-    assert!(counts(&serial).contains(&counts(&other)[0]));
-}
-
-#[test]
-fn memory_that_cannot_be_frozen_is_saved_in_passes_and_the_log_says_why() {
-    let scratch = Scratch::new();
-    let (vmm, serial) = counting_guest(&scratch);
-    let (saved, later) = (scratch.path("saved"), scratch.path("later"));
-    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
-    let clone = Vmm::with_api(&scratch, ["-v"]);
-    let other = SerialFile::new(scratch.path("other"));
-    clone.api().done("vm.restore", &from(&saved, &other));
-    other.wait_longer_than(20);
-    clone.api().done("vm.snapshot", &json!({ "destination_url": url(&later), "live": true }));
-    let log = clone.stderr.text();
-    assert!(log.contains("saved in passes") && log.contains("a private mapping of a file"), "{log}");
-    drop((vmm, serial));
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    third.api().done("vm.restore", &from(&later, &last));
-    last.wait_longer_than(40);
-    assert!(counts(&other).contains(&counts(&last)[0]));
 }
 
 fn size_on_disk(folder: &Path) -> u64 {

@@ -8,7 +8,11 @@
 //! |---|---|
 //! | private, no file | protected where there are pages; what is written elsewhere was zero |
 //! | shared (memfd, tmpfs) | all of it is protected |
-//! | huge pages, a file of another file system, a private mapping of a file (a restored snapshot's) | it cannot |
+//! | huge pages up to 2 MiB | as these, each as a whole |
+//! | larger pages, a file of another file system, a private mapping of a file (a restored snapshot's) | it cannot |
+//!
+//! To discard a page (`madvise`, a hole in its file) is no write: no fault tells of it, and the writer would find zeroes.
+//! Whoever gives guest memory back to the host, as a balloon does, does not do so while it is frozen.
 //!
 //! The thread that serves faults waits for nobody that may meet one: it reads guest memory, which is never a fault, holds
 //! no lock meanwhile but its own, and waits for the writer alone.
@@ -20,10 +24,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vmm_snapshot::directory::{Extents, MemorySource, Place};
+use vmm_snapshot::directory::{CHUNK, Extents, MemorySource, Place};
 
 use crate::dirty::Changed;
-use crate::layout::PAGE_SIZE;
 use crate::map::MemoryMap;
 use crate::pagemap::Own;
 use crate::source::GuestMemorySource;
@@ -39,7 +42,8 @@ pub struct Freezer {
     userfault: Userfault,
 }
 
-/// Guest memory as it was when it was frozen. [`thaw`](Self::thaw), or the end of this, lets everybody go on.
+/// Guest memory as it was when it was frozen. [`thaw`](Self::thaw), or the end of this, lets everybody go on. Nobody may
+/// discard pages until then: see the [module](self).
 #[derive(Debug)]
 pub struct Frozen {
     source: GuestMemorySource,
@@ -86,8 +90,9 @@ impl MemoryMap {
             if source.is_overlay(region) {
                 return Err(unlike("is a private mapping of a file"));
             }
-            if userfault.unit(region) != PAGE_SIZE {
-                return Err(unlike("is in huge pages"));
+            // A writer reads a chunk at once, and a page is frozen as a whole.
+            if userfault.unit(region) > CHUNK {
+                return Err(unlike("is in huge pages of more than 2 MiB"));
             }
             userfault
                 .register(region, Mode::WriteProtect)
@@ -98,9 +103,16 @@ impl MemoryMap {
 }
 
 impl Freezer {
-    /// Freezes all of memory, or only what an incremental snapshot of what `changed` holds: nothing else may be read then.
-    /// Nobody writes into it
-    /// meanwhile: the guest is paused, and so are its devices.
+    /// Widens what an incremental snapshot of frozen memory is to hold to whole pages, which huge ones are only as such.
+    pub fn widen(&self, changed: &mut Changed) {
+        for (region, ranges) in changed.iter_mut().enumerate() {
+            let unit = self.userfault.unit(region);
+            ranges.iter_mut().for_each(|range| *range = widened(range, unit));
+        }
+    }
+
+    /// Freezes all of memory, or only what an incremental snapshot of what `changed`, [widened](Self::widen), holds: nothing
+    /// else may be read then. Nobody writes into it meanwhile: the guest is paused, and so are its devices.
     ///
     /// # Errors
     /// The host refuses; nothing is frozen then.
@@ -270,6 +282,8 @@ impl MemorySource for Frozen {
         // In this order: a page that is copied out is so before it is not protected any more.
         let found = self.source.next_data(region, offset)?;
         let unit = self.userfault.unit(region);
+        // Page tables tell of a huge page in parts.
+        let found = found.map(|found| widened(&found, unit)).map(|found| found.start.max(offset)..found.end);
         let state = self.lock();
         let ahead = state.ahead.range((region, offset / unit * unit)..(region + 1, 0)).next();
         let ahead = ahead.map(|((_, at), _)| (*at).max(offset)..at + unit);

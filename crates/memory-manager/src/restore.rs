@@ -10,7 +10,7 @@ use vmm_hypervisor::Vm;
 use vmm_snapshot::RecordError;
 use vmm_snapshot::directory::{Chain, MAX_REGIONS, Piece, Place, ReadError, Work};
 
-use crate::fill::{Behind, FillThreads, Filling};
+use crate::fill::{Behind, FillError, FillThreads, Filling};
 use crate::layout::{HIGH_RAM_START, HOLE_START, Layout, PAGE_SIZE, Placement};
 use crate::map::{MemoryLayoutV1, MemoryMap, PieceV1};
 use crate::sys::{self, Advice};
@@ -60,8 +60,9 @@ impl MemoryMap {
     }
 
     /// As [`restore`](Self::restore); shared memory, which cannot be a mapping of a snapshot, is filled by threads while the
-    /// guest runs, where `Fill::Lazy` is wanted and this host can: not huge pages, and not a file that has a name, which other
-    /// processes may map. Nobody may give this memory to another process before it is [filled](Self::is_filling).
+    /// guest runs, where `Fill::Lazy` is wanted and this host can: not huge pages, which nothing reserves, and not a file that
+    /// has a name, which other processes may map. Nobody may give this memory to another process before it is
+    /// [filled](Self::is_filling).
     ///
     /// # Errors
     /// As `restore`.
@@ -96,7 +97,7 @@ impl MemoryMap {
         let later: Vec<_> = layout.ram.iter().map(later).collect();
         let filling = behind.filter(|_| later.contains(&true)).and_then(|behind| {
             let prepared = Filling::new(Arc::clone(&memory), &later, behind);
-            prepared.inspect_err(|why| log::info!("shared memory is not filled behind the guest: {why}")).ok()
+            prepared.inspect_err(FillError::log).ok()
         });
         let now = |region: usize| filling.is_none() || later.get(region) != Some(&true);
         let unmapped = files.iter().enumerate().any(|(region, file)| file.is_none() && now(region));

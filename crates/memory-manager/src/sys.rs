@@ -24,7 +24,8 @@ pub(crate) fn memfd(name: &str, huge_page: Option<u64>) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// What the host may do with memory: the advice of madvise(2) that keeps its content.
+/// What the host may do with memory: the advice of madvise(2) that keeps its content. One that discards has to mind frozen memory
+/// (see [`crate::freeze`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Advice {
     /// Huge pages may be used.

@@ -35,7 +35,12 @@ fn one_of_each(text: &str) -> Vec<Event> {
         Event::Shutdown,
         Event::Deleted,
         Event::Snapshotting,
-        Event::Snapshotted { id: "x".into(), duration_us: 1, blackout_us: Some(1) },
+        Event::Snapshotted {
+            id: "x".into(),
+            duration_us: 1,
+            blackout_us: Some(1),
+            in_passes: Some("x".into()),
+        },
         Event::SnapshotFailed { reason: "x".into() },
         Event::Restoring,
         Event::Restored { duration_us: 1 },

@@ -10,8 +10,10 @@ pub mod migrating;
 mod output;
 mod pending;
 mod requests;
+pub mod saving;
 pub mod terminal;
 mod vmm;
+pub mod withheld;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -105,6 +105,25 @@ impl Vmm {
         Self::serving(scratch, command)
     }
 
+    /// The same for a user without capabilities, who gets a userfaultfd from the device at most, and without it `hidden`
+    /// only where `vm.unprivileged_userfaultfd` says so.
+    ///
+    /// # Panics
+    /// When it cannot be started, or ends before it answers.
+    #[must_use]
+    pub fn without_capabilities(scratch: &Scratch, arguments: &[&str], hidden: bool) -> Self {
+        let root = fs::metadata("/proc/self").expect("a /proc").uid() == 0;
+        let mut command = Command::new(if root { "unshare".into() } else { binary() });
+        if root {
+            let hide = "test ! -e /dev/userfaultfd || mount --bind /dev/null /dev/userfaultfd || exit; ";
+            let drop = "exec setpriv --bounding-set=-all --inh-caps=-all -- \"$@\"";
+            let script = [if hidden { hide } else { "" }, drop].concat();
+            command.args(["--mount", "sh", "-c", &script, "sh"]).arg(binary());
+        }
+        command.args(arguments);
+        Self::serving(scratch, command)
+    }
+
     /// The same in the network namespace `name`.
     ///
     /// # Panics

@@ -24,6 +24,8 @@
 .set GENERATION_ID, 0xfe000         # where the ACPI tables say
 .set PVPANIC, 0x00111b36            # device and vendor
 .set PVPANIC_PANICKED, 1
+.set KVM_CLOCK, 0x4b564d01          # MSR_KVM_SYSTEM_TIME_NEW
+.set PM_TIMER, 0xb008               # where the ACPI tables say
 .set START_INFO_CMDLINE, 0x18       # in the PVH start info
 .set START_INFO_RSDP, 0x20
 .set WINDOW, 0xc0000000             # BARs are moved to here, where 32-bit code reaches them; 1 MiB each
@@ -41,7 +43,7 @@ blob:
     .long hello - blob, reset - blob, i8042_reset - blob, triple_fault - blob, spin - blob, halt - blob
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
     .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
-    .long drivers - blob, pages - blob, generation - blob
+    .long drivers - blob, pages - blob, generation - blob, clocks - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -710,6 +712,43 @@ generation:
     jmp 1b
 another_text:
     .asciz "another\n"
+
+# Prints its clocks for ever, 72 digits a line: the TSC, then of kvm-clock system_time, tsc_timestamp, tsc_to_system_mul and the double
+# word that begins with tsc_shift, at last the PM timer.
+clocks:
+    mov $STACK, %esp
+    mov $KVM_CLOCK, %ecx
+    mov $(RINGS | 1), %eax
+    xor %edx, %edx
+    wrmsr
+1:  mov $STACK, %esp
+    mov RINGS, %ebp                 # version, odd while it is being written
+    mov $PM_TIMER, %dx
+    in (%dx), %eax
+    push %eax
+    pushl RINGS + 28
+    pushl RINGS + 24
+    pushl RINGS + 8
+    pushl RINGS + 12
+    pushl RINGS + 16
+    pushl RINGS + 20
+    rdtsc
+    push %eax
+    push %edx
+    test %ebp, %ebp
+    jz 1b
+    test $1, %ebp
+    jnz 1b
+    cmp RINGS, %ebp
+    jne 1b
+    mov $9, %edi
+2:  pop %eax
+    mov $8, %ecx
+    call print_hex
+    dec %edi
+    jnz 2b
+    call print_newline
+    jmp 1b
 
 power_off:
     mov $0x34, %al                  # sleep type 5, sleep enable

@@ -78,11 +78,14 @@ pub enum Guest {
     /// Prints half of its generation ID for ever, 16 hexadecimal digits a line, and `another` when the event device tells of a new
     /// one.
     Generation,
+    /// Prints its clocks for ever, 72 hexadecimal digits a line: TSC (16), of kvm-clock `system_time` (16), `tsc_timestamp` (16),
+    /// `tsc_to_system_mul` (8) and the double word that begins with `tsc_shift` (8), PM timer (8).
+    Clocks,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -105,6 +108,7 @@ impl Guest {
         Self::Drivers,
         Self::Pages,
         Self::Generation,
+        Self::Clocks,
     ];
 
     /// A name for files.
@@ -133,6 +137,7 @@ impl Guest {
             Self::Drivers => "drivers",
             Self::Pages => "pages",
             Self::Generation => "generation",
+            Self::Clocks => "clocks",
         }
     }
 

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use vmm_api::spec::SnapshotSpec;
 use vmm_device_model::thread::{self, ThreadHook};
-use vmm_memory_manager::freeze::{Freezer, Frozen};
+use vmm_memory_manager::freeze::{FreezeError, Freezer, Frozen};
 
 use super::saving::{Pace, still};
 use super::tracks::Tracks;
 use super::writer::{SaveError, Since, Still, THREAD};
 use crate::exit::chain;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 
 /// A guest at one moment. It runs on.
 #[derive(Debug)]
@@ -24,8 +24,8 @@ pub(super) struct Moment {
     pub(super) since: Option<Since>,
     /// How long it stood still.
     blackout: Duration,
-    /// It runs on.
-    runs: bool,
+    /// Why it does not run on, if it does not.
+    stuck: Option<MachineError>,
 }
 
 /// Frozen memory, and the thread that serves its faults. Dropped, it is as any other.
@@ -35,31 +35,34 @@ pub(super) struct ServedMemory {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Freezes the guest of `machine`, which runs; `None` where memory cannot be frozen, or not on this host.
+/// Freezes the guest of `machine`, which runs; where memory cannot be frozen, or not on this host, gives back why.
 pub(super) fn freeze(
     machine: &mut Machine,
     tracks: &mut Tracks,
     spec: &SnapshotSpec,
     hook: &Arc<dyn ThreadHook>,
-) -> Result<Option<Moment>, SaveError> {
+) -> Result<Result<Moment, FreezeError>, SaveError> {
     let freezer = match machine.memory().freezer() {
         Ok(freezer) => freezer,
         Err(why) => {
             log::info!("guest memory is saved in passes, for it cannot be frozen: {}", chain(&why));
-            return Ok(None);
+            return Ok(Err(why));
         }
     };
     machine.pause().map_err(SaveError::Guest)?;
     let start = Instant::now();
     let taken = take(machine, tracks, spec, freezer, hook);
-    let resumed = machine.resume();
+    let stuck = machine.resume().err();
     let blackout = start.elapsed();
-    if let Err(error) = &resumed {
-        log::error!("the guest does not run on after its snapshot: {}", chain(error));
+    match &stuck {
+        None => log::info!("the guest runs on, its memory is saved as it was"),
+        Some(error) => log::error!("the guest does not run on after its snapshot: {}", chain(error)),
     }
-    let (memory, still, since) = taken?;
-    log::info!("the guest runs on, its memory is saved as it was");
-    Ok(Some(Moment { memory, still, since, blackout, runs: resumed.is_ok() }))
+    match (taken, stuck) {
+        (Ok((memory, still, since)), stuck) => Ok(Ok(Moment { memory, still, since, blackout, stuck })),
+        (Err(error), None) => Err(error),
+        (Err(error), Some(resume)) => Err(error.stuck(resume)),
+    }
 }
 
 /// What there is to be had while the guest stands still. Its memory comes last: after that nobody may write there before
@@ -72,7 +75,10 @@ fn take(
     hook: &Arc<dyn ThreadHook>,
 ) -> Result<(ServedMemory, Still, Option<Since>), SaveError> {
     let still = still(machine)?;
-    let since = tracks.at_rest(machine.memory_mut(), spec)?;
+    let mut since = tracks.at_rest(machine.memory_mut(), spec)?;
+    if let Some(since) = &mut since {
+        freezer.widen(&mut since.changed);
+    }
     let frozen = freezer.freeze(since.as_ref().map(|since| &since.changed)).map_err(SaveError::Freeze)?;
     let memory = ServedMemory::new(frozen, hook)?;
     Ok((memory, still, since))
@@ -80,8 +86,8 @@ fn take(
 
 impl Moment {
     /// What the guest does while it is written.
-    pub(super) fn pace(&self) -> Pace {
-        if self.runs { Pace::Over(self.blackout) } else { Pace::Stuck(self.blackout) }
+    pub(super) fn pace(&mut self) -> Pace {
+        Pace::after(self.blackout, self.stuck.take())
     }
 }
 

@@ -13,7 +13,7 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::spec::SnapshotSpec;
 use vmm_device_model::thread;
-use vmm_memory_manager::freeze::Frozen;
+use vmm_memory_manager::freeze::{FreezeError, Frozen};
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
@@ -21,7 +21,7 @@ use super::tracks::{TrackError, Tracks};
 use super::writer::{self, Answer, Memory, SaveError, SaveStep, Still, Watch, Writer};
 use super::{Vmm, VmmError, boot, freezing, told};
 use crate::exit::chain;
-use crate::machine::{EventPost, Machine};
+use crate::machine::{EventPost, Machine, MachineError};
 
 /// The kind of the job, in events.
 const KIND: &str = "snapshot";
@@ -46,6 +46,8 @@ struct Job {
     spec: SnapshotSpec,
     start: Instant,
     pace: Pace,
+    /// Why memory is written in passes, if it is.
+    passes: Option<FreezeError>,
     thread: Thread,
     /// Why the control thread wants its end.
     failure: Option<SaveError>,
@@ -64,7 +66,7 @@ struct Thread {
 }
 
 /// What the guest does meanwhile.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum Pace {
     /// It is paused, and stays so.
     Paused,
@@ -75,7 +77,7 @@ pub(super) enum Pace {
     /// It stood still for so long, and runs.
     Over(Duration),
     /// It stands still for so long already, because it cannot run on.
-    Stuck(Duration),
+    Stuck(Duration, MachineError),
 }
 
 impl Vmm {
@@ -94,23 +96,32 @@ impl Vmm {
         self.note(&Event::Snapshotting);
         self.note(&Event::JobStarted { job: number, kind: KIND.into() });
         match self.begin_save(&spec, &mut pace) {
-            Ok(thread) => {
+            Ok((thread, passes)) => {
                 // There is a machine.
                 let _ = self.slot.begin_save();
                 let (cancels, failure) = (Vec::new(), None);
                 self.jobs.saving.job =
-                    Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
+                    Some(Job { number, asker, cancels, spec, start, pace, passes, thread, failure });
             }
             Err(error) => {
-                self.give_tracks_back(pace);
+                self.give_tracks_back(&pace);
+                if matches!(error, SaveError::Stuck { .. }) {
+                    // There is a machine.
+                    let _ = self.slot.pause();
+                    self.note(&Event::Paused);
+                }
                 let reply = self.save_failed(number, error);
                 asker.reply(Err(reply));
             }
         }
     }
 
-    /// Hands a thread all that it needs.
-    fn begin_save(&mut self, spec: &SnapshotSpec, pace: &mut Pace) -> Result<Thread, SaveError> {
+    /// Hands a thread all that it needs. Why memory is written in passes comes out, too, if it is.
+    fn begin_save(
+        &mut self,
+        spec: &SnapshotSpec,
+        pace: &mut Pace,
+    ) -> Result<(Thread, Option<FreezeError>), SaveError> {
         let Some((configured, machine)) = self.slot.parts_mut() else { return Err(SaveError::NoMachine) };
         // A restored VM would not know of it.
         let ends = |event: &&GuestEvent| ends(self.policy.reactions.to(**event));
@@ -119,14 +130,16 @@ impl Vmm {
         }
         let config = serde_json::value::to_raw_value(&*configured.wire).map_err(SaveError::Config)?;
         let (tracks, hook) = (&mut self.jobs.saving.tracks, self.means.sandbox.threads());
+        let mut passes = None;
         let (memory, since, still) = match pace {
             Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
-                Some(moment) => {
+                Ok(mut moment) => {
                     told::changes(&self.events, machine);
                     *pace = moment.pace();
                     (Memory::Frozen(moment.memory), moment.since, Some(moment.still))
                 }
-                None => {
+                Err(why) => {
+                    passes = Some(why);
                     let since = spec.incremental.then(|| tracks.since(machine.memory())).transpose()?;
                     tracks.begin_live(machine.memory_mut())?;
                     (as_is(machine)?, since, None)
@@ -157,7 +170,7 @@ impl Vmm {
         let work = move || writer.run();
         let handle = thread::spawn(self.means.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
         let handle = handle.map_err(SaveError::Thread)?;
-        Ok(Thread { handle, answers: Some(answers), cancelled, committed, frozen })
+        Ok((Thread { handle, answers: Some(answers), cancelled, committed, frozen }, passes))
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -205,16 +218,13 @@ impl Vmm {
     fn run_on(&mut self) {
         let (Some(job), Some(machine)) = (&mut self.jobs.saving.job, self.slot.machine_mut()) else { return };
         let Pace::Blackout(since) = job.pace else { return };
-        let resumed = machine.resume();
+        let stuck = machine.resume().err();
         let blackout = since.elapsed();
         told::changes(&self.events, machine);
-        job.pace = match resumed {
-            Ok(()) => Pace::Over(blackout),
-            Err(error) => {
-                log::error!("the guest does not run on after its snapshot: {}", chain(&error));
-                Pace::Stuck(blackout)
-            }
-        };
+        if let Some(error) = &stuck {
+            log::error!("the guest does not run on after its snapshot: {}", chain(error));
+        }
+        job.pace = Pace::after(blackout, stuck);
     }
 
     fn answer(&self, answer: Answer) {
@@ -247,7 +257,7 @@ impl Vmm {
     fn saved(&mut self, result: Result<Hash, SaveError>) {
         self.run_on();
         let Some(job) = self.jobs.saving.job.take() else { return };
-        let Job { number, asker, cancels, spec, start, pace, thread, failure } = job;
+        let Job { number, asker, cancels, spec, start, pace, passes, thread, failure } = job;
         // It has nothing left to do but end.
         let _ = thread.handle.join();
         let result = match (result, failure) {
@@ -257,19 +267,23 @@ impl Vmm {
         match &result {
             Ok(_) if spec.track => {
                 self.jobs.saving.tracks.keep(&spec.folder);
-                self.end_live(pace);
+                self.end_live(&pace);
             }
-            Ok(_) => self.end_live(pace),
-            Err(_) => self.give_tracks_back(pace),
+            Ok(_) => self.end_live(&pace),
+            Err(_) => self.give_tracks_back(&pace),
         }
         let guest = pace.guest();
         let _ = self.slot.end_save(guest);
-        let result = match result {
-            Ok(id) => {
-                self.tell_saved(number, id, start, pace.blackout());
+        if matches!(pace, Pace::Stuck(..)) {
+            self.note(&Event::Paused);
+        }
+        let result = match (result, pace) {
+            (Ok(id), pace) => {
+                self.tell_saved(number, id, start.elapsed(), pace.blackout(), passes.as_ref());
                 Ok(())
             }
-            Err(error) => Err(self.save_failed(number, error)),
+            (Err(error), Pace::Stuck(_, resume)) => Err(self.save_failed(number, error.stuck(resume))),
+            (Err(error), _) => Err(self.save_failed(number, error)),
         };
         self.post_info();
         for cancel in cancels {
@@ -282,11 +296,19 @@ impl Vmm {
         self.go_on();
     }
 
-    fn tell_saved(&self, job: u64, id: Hash, start: Instant, blackout: Option<Duration>) {
+    fn tell_saved(
+        &self,
+        job: u64,
+        id: Hash,
+        took: Duration,
+        blackout: Option<Duration>,
+        passes: Option<&FreezeError>,
+    ) {
         self.note(&Event::JobFinished { job, outcome: JobOutcome::Done });
-        let (duration_us, blackout_us) = (told::micros(start.elapsed()), blackout.map(told::micros));
+        let (duration_us, blackout_us) = (told::micros(took), blackout.map(told::micros));
+        let in_passes = passes.map(|why| chain(why).as_str().into());
         let id = id.to_string();
-        self.note(&Event::Snapshotted { id: id.as_str().into(), duration_us, blackout_us });
+        self.note(&Event::Snapshotted { id: id.as_str().into(), duration_us, blackout_us, in_passes });
         match blackout_us {
             Some(still) => {
                 log::info!("snapshot {id} took {duration_us} us, the guest stood still for {still} us");
@@ -296,7 +318,7 @@ impl Vmm {
     }
 
     /// Nothing is tracked for a live snapshot any more.
-    fn end_live(&mut self, pace: Pace) {
+    fn end_live(&mut self, pace: &Pace) {
         let Some(machine) = self.slot.machine_mut().filter(|_| !matches!(pace, Pace::Paused)) else { return };
         if let Err(error) = self.jobs.saving.tracks.end_live(machine.memory_mut()) {
             log::debug!("the tracker of a live snapshot: {}", chain(&error));
@@ -304,7 +326,7 @@ impl Vmm {
     }
 
     /// What was tracked before still is.
-    fn give_tracks_back(&mut self, pace: Pace) {
+    fn give_tracks_back(&mut self, pace: &Pace) {
         self.end_live(pace);
         let Some(machine) = self.slot.machine_mut() else { return };
         if let Err(error) = self.jobs.saving.tracks.give_back(machine.memory_mut()) {
@@ -360,18 +382,26 @@ impl Vmm {
 }
 
 impl Pace {
+    /// After it stood still for so long; why it does not run on, if it does not.
+    pub(super) fn after(blackout: Duration, stuck: Option<MachineError>) -> Self {
+        match stuck {
+            None => Self::Over(blackout),
+            Some(error) => Self::Stuck(blackout, error),
+        }
+    }
+
     /// What the guest does when it is over.
-    const fn guest(self) -> Guest {
+    const fn guest(&self) -> Guest {
         match self {
             Self::Live | Self::Over(_) => Guest::Runs,
-            Self::Paused | Self::Blackout(_) | Self::Stuck(_) => Guest::Rests,
+            Self::Paused | Self::Blackout(_) | Self::Stuck(..) => Guest::Rests,
         }
     }
 
     /// How long the guest stood still because of the snapshot.
-    const fn blackout(self) -> Option<Duration> {
+    const fn blackout(&self) -> Option<Duration> {
         match self {
-            Self::Over(time) | Self::Stuck(time) => Some(time),
+            Self::Over(time) | Self::Stuck(time, _) => Some(*time),
             Self::Paused | Self::Live | Self::Blackout(_) => None,
         }
     }

@@ -11,7 +11,8 @@ use vmm_hypervisor::fake::Fake;
 use vmm_hypervisor::{Hypervisor, VmOptions};
 
 use super::*;
-use crate::zone::{ZoneConfig, ZoneOptions};
+use crate::layout::PAGE_SIZE;
+use crate::zone::{ZoneConfig, ZoneError, ZoneOptions};
 
 const PAGES: u64 = 2048;
 const SIZE: u64 = PAGES * PAGE_SIZE;
@@ -30,14 +31,14 @@ fn write(memory: &GuestRam, page: u64, value: u64) {
     memory.write_obj(value, GuestAddress(page * PAGE_SIZE + page % 500 * 8)).unwrap();
 }
 
-/// All of memory, through the file or the page tables: no page is made.
-fn content(source: &dyn MemorySource, only: Option<&Changed>) -> Vec<u8> {
+/// All of memory in parts of `most` bytes, through the file or the page tables: no page is made.
+fn content(source: &dyn MemorySource, only: Option<&Changed>, most: u64) -> Vec<u8> {
     let all = std::iter::once(0..SIZE).collect();
     let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
     for range in only.map_or(&all, |changed| &changed[0]) {
         let mut at = range.start;
         while let Some(data) = source.next_data(0, at).unwrap().filter(|data| data.start < range.end) {
-            let data = data.start..data.end.min(data.start + 64 * PAGE_SIZE).min(range.end);
+            let data = data.start..data.end.min(data.start + most).min(range.end);
             let part = usize::try_from(data.start).unwrap()..usize::try_from(data.end).unwrap();
             source.read(0, data.start, &mut bytes[part]).unwrap();
             at = data.end;
@@ -55,12 +56,23 @@ fn until(mut done: impl FnMut() -> bool) {
     }
 }
 
+/// The end of a test, by success or failure: nobody waits, and nobody writes.
+struct End<'a>(&'a Frozen, &'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.thaw();
+        self.1.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Freezes memory that two threads write all the while, and compares what is read with what was there.
 fn frozen_is_what_it_was(zone: &ZoneConfig, most_ahead: u64, changed: Option<&Changed>) {
     let map = memory(zone.clone());
     (0..PAGES).step_by(3).for_each(|page| write(map.memory(), page, page + 1));
     let paused = RwLock::new(());
     let over = AtomicBool::new(false);
+    let most = zone.huge_page.unwrap_or(64 * PAGE_SIZE);
     let hammer = |seed: u64| {
         let (mut page, mut value) = (seed, 1);
         while !over.load(Ordering::Relaxed) {
@@ -76,21 +88,23 @@ fn frozen_is_what_it_was(zone: &ZoneConfig, most_ahead: u64, changed: Option<&Ch
             scope.spawn(|| hammer(2));
             thread::sleep(Duration::from_millis(20));
             let freezer = map.freezer().unwrap();
+            let mut changed = changed.cloned();
+            changed.iter_mut().for_each(|changed| freezer.widen(changed));
+            let changed = changed.as_ref();
             let blackout = paused.write().unwrap();
-            let expected = content(&map.source().unwrap(), changed);
+            let expected = content(&map.source().unwrap(), changed, most);
             let mut frozen = freezer.freeze(changed).unwrap();
             frozen.most_ahead = most_ahead;
             let found = thread::scope(|scope| {
+                let _end = End(&frozen, &over);
                 scope.spawn(|| frozen.serve());
                 drop(blackout);
                 // Some is copied out before anything is read.
                 until(|| frozen.ahead() > 0);
-                let found = content(&frozen, changed);
+                let found = content(&frozen, changed, most);
                 assert_eq!(frozen.ahead(), 0, "all of it is read");
-                frozen.thaw();
                 found
             });
-            over.store(true, Ordering::Relaxed);
             (expected, found)
         })
     };
@@ -107,6 +121,27 @@ fn what_is_read_is_what_was_there_whoever_writes_meanwhile() {
         }
         let changed = vec![vec![3 * PAGE_SIZE..700 * PAGE_SIZE, 1500 * PAGE_SIZE..1501 * PAGE_SIZE]];
         frozen_is_what_it_was(&zone(shared), MOST_AHEAD, Some(&changed));
+    }
+}
+
+/// With huge pages on the host; without, there is no such memory.
+#[test]
+fn huge_pages_are_frozen_as_a_whole() {
+    const HUGE: u64 = 2 << 20;
+    let spare = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    let spare = spare.map_or(0, |text| text.trim().parse::<u64>().unwrap());
+    for shared in [false, true] {
+        let options = ZoneOptions { prefault: true, ..ZoneOptions::default() };
+        let zone = ZoneConfig { huge_page: Some(HUGE), options, ..zone(shared) };
+        let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
+        let there = MemoryMap::create(vm, std::slice::from_ref(&zone), 40).is_ok();
+        assert_eq!(there, spare >= SIZE / HUGE, "{spare} are free");
+        if there {
+            frozen_is_what_it_was(&zone, MOST_AHEAD, None);
+            frozen_is_what_it_was(&zone, HUGE, None);
+            let changed = vec![vec![3 * PAGE_SIZE..5 * PAGE_SIZE, 1500 * PAGE_SIZE..1501 * PAGE_SIZE]];
+            frozen_is_what_it_was(&zone, MOST_AHEAD, Some(&changed));
+        }
     }
 }
 
@@ -173,6 +208,14 @@ fn what_cannot_be_frozen_is_told_by_name() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let map = memory(ZoneConfig { file: Some(file.path().to_owned()), ..zone(false) });
     assert_eq!(map.freezer().unwrap_err().to_string(), "memory zone \"mem0\" is a private mapping of a file");
-    let map = memory(ZoneConfig { huge_page: Some(2 << 20), ..zone(true) });
-    assert_eq!(map.freezer().unwrap_err().to_string(), "memory zone \"mem0\" is in huge pages");
+    let larger = ZoneConfig { huge_page: Some(1 << 30), size: 1 << 30, ..zone(true) };
+    let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
+    match MemoryMap::create(vm, &[larger], 40) {
+        Ok(map) => assert_eq!(
+            map.freezer().unwrap_err().to_string(),
+            "memory zone \"mem0\" is in huge pages of more than 2 MiB"
+        ),
+        // Not every host knows them.
+        Err(error) => assert!(matches!(error, ZoneError::Backing { .. }), "{error}"),
+    }
 }

@@ -152,9 +152,10 @@ impl Table {
     }
 }
 
-/// `value` as JSON; null if it has no JSON form, which no wire type has.
+/// `value` as JSON; null if it has no JSON form, which no wire type has. By way of its text, as which every type is written
+/// anyhow: a second way would be as much code again.
 pub(crate) fn json_of(value: &impl Serialize) -> Value {
-    serde_json::to_value(value).unwrap_or(Value::Null)
+    serde_json::to_vec(value).and_then(|text| serde_json::from_slice(&text)).unwrap_or(Value::Null)
 }
 
 /// Declares objects of the contract: `[current|later, need?; key = ".."; alias = ".."; range = 1 to 9] name:

@@ -329,6 +329,8 @@ events! {
         duration_us: u64,
         /// Microseconds that the guest stood still; absent if it was paused all the time.
         blackout_us: Option<u64>,
+        /// Why guest memory was written in passes; absent if it was frozen, or the guest paused all the time.
+        in_passes: Option<Text>,
     } = "vm" "snapshotted" monitor [];
     /// A snapshot could not be taken, or was cancelled. The VM is as it was, and nothing is left of the snapshot.
     SnapshotFailed {
