@@ -31,7 +31,7 @@ impl Bench {
         for (used, name) in
             [(4, "restore to first byte, 4 MiB in use"), (256, "restore to first byte, 256 MiB in use")]
         {
-            let url = self.snapshot_of(Guest::Flood, used, "")?;
+            let url = self.snapshot_of(Guest::Flood, used)?;
             let restore = format!("source_url=file://{},resume=true", url.display());
             let ours = ["--restore", &restore, "--serial", "tty"];
             let times = alternate(
@@ -48,7 +48,7 @@ impl Bench {
     pub(crate) fn snapshot(&self) -> Result<Vec<Figure>> {
         let mut figures = Vec::new();
         for (used, name) in [(64, "vm.snapshot, 64 MiB in use"), (256, "vm.snapshot, 256 MiB in use")] {
-            let source = self.snapshot_of(Guest::Flood, used, "")?;
+            let source = self.snapshot_of(Guest::Flood, used)?;
             let socket = self.folder.join("snapshot.sock");
             let option = format!("path={}", socket.display());
             // All of its memory is its own.
@@ -85,17 +85,16 @@ impl Bench {
         Ok(figures)
     }
 
-    /// A snapshot of a guest that has printed something, `used` MiB of whose memory, which has these `options`, are not zero.
-    pub(crate) fn snapshot_of(&self, guest: Guest, used: u64, options: &str) -> Result<PathBuf> {
-        // A comma would end a path that is an option's value.
-        let name = format!("{guest:?}-{used}{}", options.replace(',', "-"));
+    /// A snapshot of a guest that has printed something, `used` MiB of whose memory are not zero.
+    pub(crate) fn snapshot_of(&self, guest: Guest, used: u64) -> Result<PathBuf> {
+        let name = format!("{guest:?}-{used}");
         let path = self.folder.join(&name);
         if path.exists() {
             return Ok(path);
         }
         let (small, socket) = (self.folder.join(format!("small-{name}")), self.folder.join("make.sock"));
         let kernel = guest.write(&self.folder)?;
-        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M{options}"));
+        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M"));
         let kernel = kernel.display().to_string();
         let args = [
             "--api-socket",
