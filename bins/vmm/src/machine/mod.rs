@@ -261,6 +261,16 @@ impl Machine {
         Ok(())
     }
 
+    /// Keeps the guest from running, and waits for nobody: its memory may not be there. Devices go on with what they have.
+    pub fn hold(&self) {
+        self.vcpus.hold();
+    }
+
+    /// Undoes [`hold`](Self::hold).
+    pub fn let_go(&mut self) {
+        self.vcpus.run();
+    }
+
     /// Lets a device do what it asked for.
     ///
     /// # Errors

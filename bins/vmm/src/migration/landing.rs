@@ -11,11 +11,12 @@ use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
 use vmm_migration_protocol::{
-    Barrier, Bulk, Command, Fault, Frame, Intake, Item, MemoryLayout, MemoryRange, Message, PAGE, Reason,
-    Zero, contents_checksum, unpack,
+    Absent, Barrier, Bulk, Command, Fault, Features, Frame, Intake, Item, MemoryLayout, MemoryRange, Message,
+    PAGE, Reason, Zero, contents_checksum, unpack,
 };
 
 use super::link::{End, Frames, Socket};
+use super::postcopy::arriving::Arriving;
 
 /// How long a frame may take to be written. They are small, and a socket has room for them.
 pub(super) const WRITE: Duration = Duration::from_secs(1);
@@ -30,6 +31,8 @@ pub(super) struct Ground {
     open: Mutex<Option<Open>>,
     /// The connection on which descriptors of memory are to come; 0 for none.
     handed: AtomicU64,
+    /// Memory that comes after the hand-over.
+    late: Mutex<Option<Arc<Arriving>>>,
 }
 
 #[derive(Debug)]
@@ -47,20 +50,23 @@ pub(super) struct Target {
     /// It may come compressed.
     packed: bool,
     barrier: Mutex<Barrier>,
+    /// What is to come after the hand-over; `None` where nothing may.
+    absent: Option<Mutex<Vec<Absent>>>,
 }
 
 impl Ground {
-    /// Takes memory, laid out as in `layout`, on connection `number` and as many more as the session has; compressed, too, where it is
-    /// `packed`.
+    /// Takes memory, laid out as in `layout`, on connection `number` and as many more as the session has; with these `features`.
     pub(super) fn open(
         &self,
         memory: Arc<GuestRam>,
         layout: MemoryLayout,
         (number, connections): (u64, u16),
-        packed: bool,
+        features: Features,
     ) {
         let barrier = Mutex::new(Barrier::new(connections));
-        let target = Arc::new(Target { memory, layout, packed, barrier });
+        let packed = features.contains(Features::LZ4);
+        let absent = features.contains(Features::POST_COPY).then(Mutex::default);
+        let target = Arc::new(Target { memory, layout, packed, barrier, absent });
         *self.lock() = Some(Open { target, connections: BTreeMap::from([(number, 0)]) });
     }
 
@@ -77,6 +83,24 @@ impl Ground {
 
     pub(super) fn close(&self) {
         *self.lock() = None;
+    }
+
+    /// What the last pass has left out.
+    pub(super) fn absent(&self) -> Vec<Absent> {
+        let open = self.lock();
+        let absent = open.as_ref().and_then(|open| open.target.absent.as_ref());
+        absent.map(|all| all.lock().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
+    }
+
+    /// Memory that comes after the hand-over goes there.
+    pub(super) fn follow(&self, arriving: Option<Arc<Arriving>>) {
+        *self.late.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    }
+
+    /// Where it goes that comes on connection `number`.
+    fn late(&self, number: u64) -> Option<Arc<Arriving>> {
+        let late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.clone().filter(|late| late.takes(number))
     }
 
     /// Descriptors of memory are to come on this connection, whose number is not 0.
@@ -106,6 +130,15 @@ impl Ground {
 }
 
 impl Target {
+    /// Notes that this comes after the hand-over.
+    fn leave_out(&self, range: Absent) -> Option<Said> {
+        let Some(absent) = &self.absent else {
+            return Some(Said::Garbage("post-copy was not agreed on".to_owned()));
+        };
+        absent.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+        None
+    }
+
     fn barrier(&self) -> MutexGuard<'_, Barrier> {
         self.barrier.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -126,6 +159,8 @@ pub(super) enum Said {
         last: bool,
     },
     Damaged(MemoryRange),
+    /// All of memory is there, under a guest that runs.
+    Whole,
     /// Memory cannot land.
     Failed(Fault),
 }
@@ -155,9 +190,10 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
     }
     // Before there is memory, and with it.
     let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
-        Ok(Some(item)) => match ground.target(number) {
-            Some((target, _)) => land(&mut frames, item, (ground, number, target), &tell),
-            None => Err(End::Garbage("memory out of place".to_owned())),
+        Ok(Some(item)) => match (ground.late(number), ground.target(number)) {
+            (Some(late), _) => late.land(&mut frames, (number, item), &tell),
+            (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
+            (None, None) => Err(End::Garbage("memory out of place".to_owned())),
         },
         Ok(None) => return,
         Err(end) => Err(end),
@@ -169,8 +205,15 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
     }
 }
 
+fn is_data(item: &Item) -> bool {
+    match item {
+        Item::Frame(frame) => frame.command().is_data(),
+        Item::Bulk(_) => true,
+    }
+}
+
 fn may_be_first(command: Command) -> bool {
-    matches!(command, Command::Hello | Command::Join | Command::Query)
+    matches!(command, Command::Hello | Command::Join | Command::Query | Command::Rejoin)
 }
 
 /// Up to the first frame about memory. `None`: nobody listens.
@@ -221,6 +264,12 @@ fn land(
                     intake.zero(zero).map_err(|error| garbage(&error))?;
                     clear(&target.memory, zero, &mut buffer).err().map(Said::Failed)
                 }
+                Message::Absent(absent) => {
+                    let (target, _) = place()?;
+                    target.barrier().check(absent.pass).map_err(|error| garbage(&error))?;
+                    intake.absent(absent).map_err(|error| garbage(&error))?;
+                    target.leave_out(absent)
+                }
                 Message::Mark(mark) => {
                     let (target, index) = place()?;
                     intake.mark(mark).map_err(|error| garbage(&error))?;
@@ -247,6 +296,11 @@ fn land(
             return Ok(());
         }
         item = frames.next()?;
+        if is_data(&item)
+            && let Some(late) = ground.late(number)
+        {
+            return late.land(frames, (number, item), tell);
+        }
     }
 }
 
@@ -306,7 +360,8 @@ mod packed_tests {
             Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), usize::try_from(length).unwrap())]).unwrap());
         let layout = MemoryLayout::new(vec![Region { gpa: 0, length, zone: "mem0".into() }]).unwrap();
         let ground = Ground::default();
-        ground.open(Arc::clone(&memory), layout, (1, 1), packed);
+        let features = if packed { Features::LZ4 } else { Features::NONE };
+        ground.open(Arc::clone(&memory), layout, (1, 1), features);
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(bytes).unwrap();
         drop(ours);
@@ -397,7 +452,7 @@ mod tests {
             let layout = vec![Region { gpa: 0, length: SIZE, zone: "z".to_owned() }];
             let ground = Arc::new(Ground::default());
             assert!(!ground.admit(8, 1), "nothing is taken yet");
-            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), false);
+            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), Features::NONE);
             assert!(ground.admit(8, 1) && !ground.admit(9, 1) && !ground.admit(9, 0));
             let (to, told) = channel();
             Self { ground, memory, to, told }
