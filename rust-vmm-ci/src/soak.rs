@@ -141,6 +141,15 @@ fn soak(args: &[String]) -> Result<ExitCode, Box<dyn std::error::Error>> {
 }
 
 impl Soak {
+    /// Builds the VMM of this tree; whether it could.
+    fn build(&self) -> io::Result<bool> {
+        let built = Command::new("cargo").args(building(&self.command)).status()?.success();
+        if !built {
+            println!("=== {}: the VMM cannot be built", self.name);
+        }
+        Ok(built)
+    }
+
     /// Runs batches up to the goal; whether none failed.
     fn run(&self, record: &mut Record) -> io::Result<bool> {
         while let Some(count) = next_batch(record.reached(&self.name), self.goal, self.batch) {
@@ -151,6 +160,9 @@ impl Soak {
                 self.goal,
                 self.unit
             );
+            if !self.build()? {
+                return Ok(false);
+            }
             let env = BTreeMap::from([(self.variable.clone(), count.to_string())]);
             let limit = Duration::from_secs(self.minutes * 60);
             let start = Instant::now();
@@ -171,6 +183,12 @@ impl Soak {
         }
         Ok(true)
     }
+}
+
+/// Words of the command that builds the VMM that `command` tests.
+fn building(command: &[String]) -> Vec<&str> {
+    let profile = command.iter().map(String::as_str).find(|word| *word == "--release");
+    ["build", "--quiet", "-p", "vmm"].into_iter().chain(profile).collect()
 }
 
 /// How many the next batch is to do; `None` at the goal.
@@ -212,6 +230,16 @@ mod tests {
                 "{soak:?}"
             );
         }
+    }
+
+    #[test]
+    fn the_vmm_is_of_the_profile_of_the_test() {
+        let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(building(&words("cargo test -p a")), ["build", "--quiet", "-p", "vmm"]);
+        assert_eq!(
+            building(&words("cargo test --release -p a")),
+            ["build", "--quiet", "-p", "vmm", "--release"]
+        );
     }
 
     #[test]

@@ -194,6 +194,31 @@ fn who_does_not_wait_is_told_by_progress_and_the_source_can_stay() {
     goes_on(&other, &back);
 }
 
+#[test]
+fn a_receiver_that_nobody_waits_for_answers_when_a_source_can_come() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, serial) = counting_guest(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let (path, other) = (scratch.path("m"), SerialFile::new(scratch.path("other")));
+    // Where it cannot listen, it is no success.
+    let away = scratch.path("no/such/folder");
+    let refused =
+        second.api().put_json("vm.receive-migration", &json!({ "receiver_url": url(&away), "detach": true }));
+    assert_eq!(refused.status, 500, "{refused:?}");
+    assert_eq!(second.api().phase(), Phase::Empty);
+
+    let serial_to = json!({ "mode": "File", "file": other.path() });
+    let body = json!({ "receiver_url": url(&path), "serial": serial_to, "detach": true });
+    second.api().done("vm.receive-migration", &body);
+    assert_eq!(second.api().phase(), Phase::Receiving);
+    // The first attempt finds it.
+    first.api().done("vm.send-migration", &json!({ "destination_url": url(&path) }));
+    first.expect_exit(0);
+    until(&second, "the VM", |now| now["status"] == "Completed");
+    goes_on(&serial, &other);
+}
+
 /// With next to no bandwidth a migration lasts as long as it is let.
 #[test]
 fn a_limit_of_bandwidth_holds_and_vcpus_are_slowed_down_only_if_asked() {

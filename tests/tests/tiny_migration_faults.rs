@@ -36,7 +36,7 @@ enum Way {
 struct Point(Way, u16, u32);
 
 /// Each kind of frame. Numbers are those of WIRE.md.
-const POINTS: [Point; 16] = [
+const POINTS: [Point; 17] = [
     Point(Way::Down, 64, 1), // Hello
     Point(Way::Up, 71, 1),   // Accept
     Point(Way::Down, 2, 1),  // Config
@@ -53,6 +53,7 @@ const POINTS: [Point; 16] = [
     Point(Way::Down, 68, 1), // Commit
     Point(Way::Up, 80, 1),   // Committed
     Point(Way::Down, 65, 1), // Ack(Committed)
+    Point(Way::Down, 82, 1), // Sums
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -302,7 +303,7 @@ impl Scene {
         let mut pair = self.pair();
         let other = SerialFile::new(self.path("side"));
         let (mut received, path) = receive(&pair.destination, &self.scratch, &other);
-        let answer = send_to(&pair.source, &url(&path));
+        let answer = send_to(&pair.source, &url(&path), None);
         assert_eq!((answer.status, received.answer().status), (204, 204), "{answer:?}");
         pair.source.expect_exit(0);
         goes_on(&pair.serial, &other);

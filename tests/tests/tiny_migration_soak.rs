@@ -1,10 +1,12 @@
-//! A tiny guest that moves from process to process, over UNIX sockets and over TCP between two network namespaces.
+//! A tiny guest that moves from process to process, over UNIX sockets, over TCP between two network namespaces, and
+//! over TLS on it.
 //!
 //! `VMM_MIGRATIONS` says how often; 12 times without it.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::fs;
 
+use vmm_tests::certificates::Authority;
 use vmm_tests::harness::counting::{counting_in, goes_on};
 use vmm_tests::harness::migrating::{Namespaces, receive_at, send_to, url};
 use vmm_tests::harness::{Holdings, Scratch, SerialFile, Vmm};
@@ -18,6 +20,11 @@ const SLACK: u64 = 2048;
 enum Link {
     Unix,
     Tcp,
+    Tls,
+}
+
+impl Link {
+    const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Tls];
 }
 
 /// Where the processes are.
@@ -50,8 +57,8 @@ impl Places {
     fn address(&self, scratch: &Scratch, number: usize, link: Link) -> String {
         match (link, &self.namespaces) {
             (Link::Unix, _) => url(&scratch.path(format!("m{number}"))),
-            (Link::Tcp, Some(_)) => format!("tcp:{}:7000", Namespaces::ADDRESSES[number % 2]),
-            (Link::Tcp, None) => {
+            (Link::Tcp | Link::Tls, Some(_)) => format!("tcp:{}:7000", Namespaces::ADDRESSES[number % 2]),
+            (Link::Tcp | Link::Tls, None) => {
                 // A port that was free a moment ago.
                 let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
                 format!("tcp:{}", listener.local_addr().unwrap())
@@ -74,23 +81,26 @@ fn many_migrations_lose_nothing_and_leave_nothing_behind() {
     let count = std::env::var("VMM_MIGRATIONS").map_or(12, |number| number.parse().unwrap());
     let scratch = Scratch::new();
     let places = Places::new();
+    let hosts = [Namespaces::ADDRESSES.as_slice(), &["127.0.0.1"]].concat();
+    let certificates = Authority::new("ours").folder(scratch.path("tls"), &hosts);
     let mut here = places.spawn(&scratch, 0);
     let mut serial = counting_in(&here, &scratch);
     // By link and direction.
-    let mut first: [Option<Arrived>; 4] = [const { None }; 4];
+    let mut first: [Option<Arrived>; 2 * Link::ALL.len()] = [const { None }; _];
     for number in 1..=count {
         // Two migrations by each: there and back.
-        let link = if number / 2 % 2 == 0 { Link::Unix } else { Link::Tcp };
+        let link = Link::ALL[number / 2 % Link::ALL.len()];
         let there = places.spawn(&scratch, number);
         let other = SerialFile::new(scratch.path(format!("side{}", number % 2)));
         let address = places.address(&scratch, number, link);
-        let mut received = receive_at(&there, &address, &other);
-        let answer = send_to(&here, &address);
+        let tls = matches!(link, Link::Tls).then_some(certificates.as_path());
+        let mut received = receive_at(&there, &address, tls, &other);
+        let answer = send_to(&here, &address, tls);
         assert_eq!((answer.status, received.answer().status), (204, 204), "{number}, {link:?}: {answer:?}");
         drop(received);
         here.expect_exit(0);
         goes_on(&serial, &other);
-        check(&there, &mut first[number % 4], number);
+        check(&there, &mut first[number % first.len()], number);
         fs::remove_file(serial.path()).unwrap();
         (here, serial) = (there, other);
     }
@@ -99,7 +109,7 @@ fn many_migrations_lose_nothing_and_leave_nothing_behind() {
     let mut left: Vec<_> = fs::read_dir(scratch.folder()).unwrap().map(|e| e.unwrap().file_name()).collect();
     left.sort();
     let serial = serial.path().file_name().unwrap();
-    assert_eq!(left, [Guest::Pages.name().as_ref(), serial], "files that nobody removed");
+    assert_eq!(left, [Guest::Pages.name().as_ref(), serial, "tls".as_ref()], "files that nobody removed");
 }
 
 /// The guest takes along no more than it brought the first time.

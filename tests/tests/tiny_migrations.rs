@@ -395,7 +395,7 @@ fn a_guest_goes_over_tcp() {
     // A port that was free a moment ago.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let address = format!("tcp:127.0.0.1:{port}");
-    let mut received = receive_at(&second, &address, &other);
+    let mut received = receive_at(&second, &address, None, &other);
     let body = json!({ "destination_url": address, "connections": 4 });
     let refused = |answer: &Answer| answer.body.contains("refused");
     let answer = wait_until(

@@ -7,12 +7,14 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
+use vmm_tests::harness::counting::{counting_guest, counting_in, counts, goes_on};
+use vmm_tests::harness::withheld::Withheld;
 use vmm_tests::harness::{
     Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, resident_kib, vm_config, wait_until,
 };
@@ -505,6 +507,68 @@ fn shared_memory_that_is_damaged_is_told_by_name() {
     vmm.api().done("vm.restore", &from(&saved, &other));
     other.wait_longer_than(40);
     assert!(counts(&serial).contains(&counts(&other)[0]));
+}
+
+/// The guest waits for memory that nobody can read.
+#[test]
+fn the_end_of_a_vm_does_not_wait_for_a_file_that_does_not_answer() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = writing_guest(&scratch, &json!({ "size": 64 << 20, "shared": true }));
+    let saved = scratch.path("saved");
+    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    drop((vmm, serial));
+    for end in ["vm.shutdown", "vm.delete", "vmm.shutdown"] {
+        let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+        let other = SerialFile::new(scratch.path(format!("of-{end}")));
+        let mut body = from(&saved, &other);
+        body["resume"] = json!(false);
+        let file = Withheld::new(&saved.join("memory-0.bin"));
+        vmm.api().done("vm.restore", &body);
+        file.hold();
+        file.wait();
+        vmm.api().puts(&["vm.resume"]);
+        // It ends its line and comes to its 256 pages, which are not there.
+        std::thread::sleep(Duration::from_millis(100));
+        vmm.api().puts(&[end]);
+        assert!(other.text().len() <= "00000000\n".len(), "{end}: the guest went on: {:?}", other.text());
+        if end != "vmm.shutdown" {
+            // Another guest has nothing of it.
+            vmm.api().puts(&["vm.delete"]);
+            let _serial = counting_in(&vmm, &scratch);
+            vmm.api().puts(&["vmm.shutdown"]);
+        }
+        vmm.expect_exit(0);
+    }
+}
+
+/// A disk's thread waits for memory that nobody can read.
+#[test]
+fn a_vmm_whose_device_waits_for_a_file_that_does_not_answer_ends() {
+    let scratch = Scratch::new();
+    let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Drivers), serial.path());
+    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
+    config["memory"]["shared"] = json!(true);
+    vmm.api().create(&config);
+    vmm.api().puts(&["vm.boot"]);
+    serial.wait_for("driven\n");
+    let saved = scratch.path("saved");
+    vmm.api().done("vm.snapshot", &json!({ "destination_url": url(&saved), "live": true }));
+    vmm.api().puts(&["vmm.shutdown"]);
+    vmm.expect_exit(0);
+    let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+    let mut body = from(&saved, &SerialFile::new(scratch.path("other")));
+    body["resume"] = json!(false);
+    let file = Withheld::new(&saved.join("memory-0.bin"));
+    vmm.api().done("vm.restore", &body);
+    file.hold();
+    file.wait();
+    let _resume = Pending::send(vmm.socket(), "vm.resume", b"");
+    let _shutdown = Pending::send(vmm.socket(), "vm.shutdown", b"");
+    vmm.expect_exit(13);
+    let log = vmm.stderr.text();
+    assert!(log.contains("guest memory is lost: the snapshot is not read to its end"), "{log}");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::certificates::{Authority, Good, write};
 use vmm_tests::harness::counting::{counting_guest, goes_on};
+use vmm_tests::harness::migrating::with_tls;
 use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
 
 /// One test at a time: each ends many VMs, and KVM takes long where many end at once.
@@ -23,13 +24,6 @@ fn turn() -> MutexGuard<'static, ()> {
 /// A port that was free a moment ago.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-fn with_tls(mut body: Value, tls_dir: Option<&Path>) -> Value {
-    if let Some(folder) = tls_dir {
-        body["tls_dir"] = json!(folder);
-    }
-    body
 }
 
 /// Begins to wait for a VM, and gives the port.

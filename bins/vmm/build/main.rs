@@ -63,7 +63,7 @@ struct Sources {
 
 fn main() -> Result<()> {
     println!("cargo::rerun-if-changed=seccomp");
-    link::set();
+    link::set()?;
     let sources = Sources::read(Path::new("seccomp"))?;
     let mut text = String::from("pub(super) static FILTERS: &[Filter] = &[\n");
     for kind in sources.files.keys().filter(|kind| *kind != BASE) {

@@ -54,6 +54,14 @@ pub(crate) fn not_filled(error: &FillError) {
     signals::end_at_once(ExitCode::LostMemory);
 }
 
+/// A device of a guest that is over waits for such memory, and the snapshot's file does not answer. Only the end of the process
+/// lets go of it without writing what the guest never wrote to a disk.
+pub(crate) fn withheld(error: &dyn std::error::Error) {
+    let error = chain(error);
+    log::error!("guest memory is lost: the snapshot is not read to its end: {error} (see docs/snapshot.md)");
+    signals::end_at_once(ExitCode::LostMemory);
+}
+
 /// Text that needs no heap; what is not ASCII is a question mark.
 struct Bytes<'a>(&'a [u8]);
 

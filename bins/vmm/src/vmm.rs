@@ -271,7 +271,7 @@ impl Vmm {
         match self.slot.stop() {
             Some(machine) if self.policy.serves_clients => self.boot.before.begin(machine, done),
             machine => {
-                drop(machine);
+                machine.into_iter().for_each(Machine::end);
                 done();
             }
         }

@@ -2,11 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::cell::RefCell;
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -15,22 +12,16 @@ use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm_api::command::{Host, Outcome};
 use vmm_api::error::Code;
 use vmm_cpu_manager::set;
-use vmm_device_model::thread::{ThreadHook, ThreadKind};
-use vmm_hypervisor::fake::{Answer, Exit, Fake, Live};
+use vmm_device_model::thread::ThreadKind;
+use vmm_hypervisor::fake::{Fake, Live};
 use vmm_state::{Phase, Reactions};
 use vmm_tests::harness::LIMIT;
 use vmm_virtio_devices::block;
 
 use rig::Rig;
+use rig::doorman::Doorman;
 
 mod rig;
-
-fn config_address(device: u8, register: u32) -> Exit {
-    let address = 0x8000_0000 | u32::from(device) << 11 | register;
-    Exit::PioWrite { port: 0xcf8, data: address.to_le_bytes().to_vec() }
-}
-
-const READ_CONFIG: Exit = Exit::PioRead { port: 0xcfc, size: 4, count: 1 };
 
 /// A source whose guest runs or is paused, and a destination.
 struct Ends {
@@ -50,55 +41,11 @@ impl Ends {
             addresses: 0,
             is_lonely: false,
         };
-        ends.drive_the_disk(source);
+        ends.source.drive_the_disk(source);
         if phase == Phase::Paused {
             ends.source.ask("vm.pause").unwrap();
         }
         ends
-    }
-
-    /// The guest's driver of the disk comes up: the device has something to start and to stop.
-    fn drive_the_disk(&mut self, fake: &Fake) {
-        let before = fake.answers().len();
-        for device in 0..32 {
-            for register in [0, 0x10, 0x14] {
-                fake.script(0, [config_address(device, register), READ_CONFIG]);
-            }
-        }
-        let answers = self.until(|| fake.answers().get(before..before + 96).map(<[Answer]>::to_vec));
-        let value = |at: usize| u32::from_le_bytes(answers[at].data.as_slice().try_into().unwrap());
-        let device = (0..32).find(|device| value(3 * device) == 0x1042_1af4).unwrap();
-        let bar = u64::from(value(3 * device + 2)) << 32 | u64::from(value(3 * device + 1) & !0xf);
-        let set = |offset: u64, bytes: &[u8]| Exit::MmioWrite { address: bar + offset, data: bytes.to_vec() };
-        let ring = |offset, gpa: u32| [set(offset, &gpa.to_le_bytes()), set(offset + 4, &[0; 4])];
-        let enable = Exit::PioWrite { port: 0xcfc, data: vec![6] };
-        fake.script(0, [config_address(device as u8, 4), enable]);
-        // Status, VIRTIO_F_VERSION_1, FEATURES_OK, queue 0 with 8 descriptors, DRIVER_OK: virtio 1.3, 4.1.4.3.
-        fake.script(0, [set(0x14, &[3]), set(8, &[1, 0, 0, 0]), set(0xc, &[1, 0, 0, 0]), set(0x14, &[11])]);
-        fake.script(0, [set(0x16, &[0, 0]), set(0x18, &[8, 0])]);
-        fake.script(
-            0,
-            [(0x20, 0x20_0000), (0x28, 0x20_1000), (0x30, 0x20_2000)].map(|(a, b)| ring(a, b)).concat(),
-        );
-        fake.script(0, [set(0x1c, &[1, 0]), set(0x14, &[15])]);
-        let status = Exit::MmioRead { address: bar + 0x14, size: 1 };
-        fake.script(0, [status]);
-        let status = self.until(|| fake.answers().get(before + 96).cloned());
-        assert_eq!(status.data, [15], "the driver is up");
-        // The device's thread starts on this one.
-        self.source.pump();
-    }
-
-    fn until<T>(&mut self, mut look: impl FnMut() -> Option<T>) -> T {
-        let end = Instant::now() + LIMIT;
-        loop {
-            if let Some(found) = look() {
-                return found;
-            }
-            assert!(Instant::now() < end, "it does not happen");
-            self.source.pump();
-            std::thread::yield_now();
-        }
     }
 
     /// A migration: what both ends answer, the source first.
@@ -190,29 +137,6 @@ const KINDS: [ThreadKind; 3] = [ThreadKind("migration"), set::THREAD, block::THR
 /// No end starts as many threads of one kind, however they race.
 const MOST: usize = 8;
 
-/// Lets all threads begin but the `turn`th of one kind; 0: all.
-#[derive(Debug)]
-struct Doorman {
-    kind: ThreadKind,
-    turn: AtomicUsize,
-}
-
-impl Doorman {
-    fn new(kind: ThreadKind) -> Arc<Self> {
-        Arc::new(Self { kind, turn: AtomicUsize::new(0) })
-    }
-}
-
-impl ThreadHook for Doorman {
-    fn begin(&self, kind: ThreadKind) -> io::Result<()> {
-        if kind != self.kind {
-            return Ok(());
-        }
-        let before = self.turn.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
-        if before == Ok(1) { Err(io::Error::other("told to refuse")) } else { Ok(()) }
-    }
-}
-
 impl Ends {
     /// The same with a doorman at each end.
     fn guarded(fakes: &[Fake; 2], doormen: &[Arc<Doorman>; 2]) -> Self {
@@ -223,7 +147,7 @@ impl Ends {
         };
         let mut ends = Self { source: rig(0), destination: rig(1), addresses: 0, is_lonely: true };
         ends.source = ends.source.brought_to(Phase::Running);
-        ends.drive_the_disk(&fakes[0]);
+        ends.source.drive_the_disk(&fakes[0]);
         ends
     }
 }
@@ -234,12 +158,12 @@ fn whatever_thread_cannot_begin_exactly_one_end_has_the_guest() {
         let (mut before, mut after) = (0, 0);
         for (kind, nth) in KINDS.into_iter().flat_map(|kind| (1..=MOST).map(move |nth| (kind, nth))) {
             let fakes = [Fake::new(), Fake::new()];
-            let doormen = [Doorman::new(kind), Doorman::new(kind)];
+            let doormen = [Arc::new(Doorman::default()), Arc::new(Doorman::default())];
             let mut ends = Ends::guarded(&fakes, &doormen);
             let live = fakes[0].live();
-            doormen[side].turn.store(nth, SeqCst);
+            doormen[side].refuse(kind, nth);
             let outcomes = ends.migrate();
-            let refused = doormen[side].turn.swap(0, SeqCst) == 0;
+            let refused = doormen[side].relent();
             let about = format!("{kind} thread {nth} of end {side}: {outcomes:?}");
             match &outcomes {
                 [Ok(_), Ok(_)] => ends.moved(&fakes, Phase::Running, &about),
@@ -266,10 +190,10 @@ fn whatever_thread_cannot_begin_exactly_one_end_has_the_guest() {
 #[test]
 fn a_guest_that_cannot_be_resumed_where_it_was_is_kept_there_paused() {
     let fakes = [Fake::new(), Fake::new()];
-    let doormen = [Doorman::new(block::THREAD), Doorman::new(block::THREAD)];
+    let doormen = [Arc::new(Doorman::default()), Arc::new(Doorman::default())];
     let mut ends = Ends::guarded(&fakes, &doormen);
     fakes[1].fail_nth_of("KVM_CREATE_VM", 1);
-    doormen[0].turn.store(1, SeqCst);
+    doormen[0].refuse(block::THREAD, 1);
     let outcomes = ends.migrate();
     let about = format!("{outcomes:?}");
     let [Err(sent), Err(_)] = &outcomes else { panic!("{about}") };

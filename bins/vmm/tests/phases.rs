@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::cell::RefCell;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
+use serde_json::json;
+use vmm::sandbox::{PathPolicy, Sandbox};
 use vmm_api::command::Host;
 use vmm_api::error::Code;
+use vmm_device_model::thread::ThreadKind;
 use vmm_hypervisor::fake::{Exit, Fake, Live};
 use vmm_platform_devices::serial::COM1_PORT;
 use vmm_state::{
@@ -13,8 +16,10 @@ use vmm_state::{
 };
 use vmm_tests::harness::{LIMIT, UNBOOTABLE};
 use vmm_tests::tiny::Guest;
+use vmm_virtio_devices::block;
 
 use rig::Rig;
+use rig::doorman::Doorman;
 
 mod rig;
 
@@ -374,6 +379,47 @@ fn a_restore_that_fails_leaves_nothing() {
     let mut rig = rig.into_inner();
     rig.ask("vm.restore").unwrap();
     rig.ask("vm.resume").unwrap();
+}
+
+/// The guest is stopped for its snapshot, which fails, and then the thread of its disk cannot begin.
+#[test]
+fn a_guest_that_cannot_run_on_after_a_snapshot_that_fails_is_paused() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(16 << 20).unwrap();
+    let in_passes = json!([{ "id": "z", "size": 16 << 20, "file": file.path() }]);
+    for (zones, fault) in [(None, "thread"), (None, "state"), (Some(in_passes), "state")] {
+        let (fake, doorman) = (Fake::new(), Arc::new(Doorman::default()));
+        let sandbox = Sandbox::new(Arc::clone(&doorman) as _, PathPolicy::Never);
+        let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).confined(sandbox);
+        let mut vm = rig.requests().vm;
+        if let Some(zones) = &zones {
+            vm["memory"] = json!({ "size": 0, "zones": zones });
+        }
+        let created = rig.begin_with("vm.create", vm.to_string().into_bytes());
+        rig.wait(&created).unwrap();
+        rig.ask("vm.boot").unwrap();
+        rig.drive_the_disk(&fake);
+
+        match fault {
+            "thread" => doorman.refuse(ThreadKind("snapshot"), 1),
+            _ => fake.fail_nth_of("KVM_GET_REGS", 1),
+        }
+        doorman.refuse(block::THREAD, 1);
+        let error = rig.ask("vm.snapshot").unwrap_err();
+        let about = format!("{zones:?}, {fault}: {error}");
+        assert!(doorman.relent(), "{about}");
+        assert_eq!(error.code, Code::SnapshotFailed, "{about}");
+        let cause = if fault == "thread" { "the snapshot's thread" } else { "KVM_GET_REGS" };
+        assert!(about.contains(cause) && about.contains("stays paused"), "{about}");
+        assert!(about.contains("cannot resume device \"_disk0\""), "{about}");
+        assert_eq!(rig.vmm.phase(), Phase::Paused, "{about}");
+        assert_eq!((rig.info()["state"].as_str(), rig.told("vm/paused")), (Some("Paused"), 1), "{about}");
+
+        rig.ask("vm.resume").unwrap();
+        assert_eq!(rig.vmm.phase(), Phase::Running, "{about}");
+        rig.ask("vm.snapshot").unwrap();
+        assert_eq!(rig.vmm.phase(), Phase::Running, "{about}");
+    }
 }
 
 #[test]

@@ -369,6 +369,13 @@ impl VcpuSet {
             .try_for_each(|(vcpu, result)| result.map_err(|source| VcpuError::Nmi { vcpu, source }))
     }
 
+    /// Tells every vCPU to stop for good. Dropping does it as well, and waits for them.
+    pub fn begin_end(&self) {
+        for thread in &self.threads {
+            thread.order(Order::Stop);
+        }
+    }
+
     /// How often each vCPU left the guest, by reason, since it was created.
     pub fn measure(&self) -> Vec<Sample> {
         (0..).zip(&self.threads).flat_map(|(vcpu, thread)| thread.exits.samples(vcpu)).collect()
@@ -377,9 +384,7 @@ impl VcpuSet {
 
 impl Drop for VcpuSet {
     fn drop(&mut self) {
-        for thread in &self.threads {
-            thread.order(Order::Stop);
-        }
+        self.begin_end();
     }
 }
 

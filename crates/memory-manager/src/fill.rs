@@ -6,7 +6,7 @@
 //! host makes them, as always.
 //!
 //! What cannot be read is lost: the guest cannot go on, and who waits for it waits for ever, or until nothing is filled any
-//! more.
+//! more. Who waits then gets zeroes, which are for nobody who goes on.
 
 use std::fmt;
 use std::io;
@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vmm_device_model::dma::GuestRam;
@@ -21,6 +22,9 @@ use vmm_snapshot::directory::{CHUNK, Chain, ReadError};
 
 use crate::restore::RestoreError;
 use crate::userfault::{Fault, FaultKind, Features, Mode, Userfault, UserfaultError};
+
+/// How long a thread that fills is waited for at the end: it may read a file that does not answer.
+const JOIN: Duration = Duration::from_secs(2);
 
 /// What a thread does.
 pub type FillWork = Box<dyn FnOnce() + Send>;
@@ -62,6 +66,8 @@ struct State {
     stage: Stage,
     /// What went wrong while the guest was not there.
     failure: Option<FillError>,
+    /// Threads that have not ended.
+    working: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +88,24 @@ enum Stage {
     Over,
 }
 
-/// The threads that fill memory. Dropped, they end, and what is missing is zero.
+/// One of the threads, until it has ended.
+struct Worker(Arc<Filling>);
+
+impl Worker {
+    fn new(filling: &Arc<Filling>) -> Self {
+        filling.lock().working += 1;
+        Self(Arc::clone(filling))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.0.lock().working -= 1;
+        self.0.moved.notify_all();
+    }
+}
+
+/// The threads that fill memory. Dropped, they end, and what is missing is zero. One that is stuck is left behind.
 #[derive(Debug)]
 pub(crate) struct FillThreads {
     filling: Arc<Filling>,
@@ -101,7 +124,7 @@ impl Filling {
             }
             chunks.push(vec![Step::Todo; usize::try_from(count).unwrap_or(0)]);
         }
-        let state = State { chunks, urgent: false, stage: Stage::Quiet, failure: None };
+        let state = State { chunks, urgent: false, stage: Stage::Quiet, failure: None, working: 0 };
         Ok(Self {
             userfault,
             chain: Arc::clone(&behind.chain),
@@ -114,6 +137,11 @@ impl Filling {
 
     pub(crate) fn is_over(&self) -> bool {
         self.lock().stage == Stage::Over
+    }
+
+    /// Somebody waits for a page that is being read.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.lock().urgent
     }
 
     /// The guest is there.
@@ -170,7 +198,7 @@ impl Filling {
             let mut from = 0;
             while let Some(chunk) = self.chain.next_chunk(region, from) {
                 let mut state = self.lock();
-                while state.urgent {
+                while state.urgent && state.stage != Stage::Over {
                     state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 drop(state);
@@ -236,7 +264,7 @@ impl Filling {
     }
 
     /// Nothing is filled any more, and everybody goes on.
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         let mut state = self.lock();
         if std::mem::replace(&mut state.stage, Stage::Over) == Stage::Over {
             return;
@@ -277,10 +305,10 @@ impl FillThreads {
     pub(crate) fn start(filling: Filling, behind: &Behind<'_>) -> Result<Self, RestoreError> {
         let filling = Arc::new(filling);
         let mut all = Self { filling: Arc::clone(&filling), threads: Vec::new() };
-        let serving = Arc::clone(&filling);
-        let works: [FillWork; 2] = [Box::new(move || serving.serve()), Box::new(move || filling.fill_all())];
-        for work in works {
-            all.threads.push((behind.start)(work).map_err(RestoreError::Threads)?);
+        for work in [Filling::serve, Filling::fill_all] {
+            let worker = Worker::new(&filling);
+            let thread = (behind.start)(Box::new(move || work(&worker.0)));
+            all.threads.push(thread.map_err(RestoreError::Threads)?);
         }
         Ok(all)
     }
@@ -293,6 +321,12 @@ impl FillThreads {
 impl Drop for FillThreads {
     fn drop(&mut self) {
         self.filling.end();
+        let is_working = |state: &mut State| state.working > 0;
+        let waited = self.filling.moved.wait_timeout_while(self.filling.lock(), JOIN, is_working);
+        if waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+            // The memory stays mapped until it has ended.
+            return log::warn!("a thread that fills guest memory is stuck in a read of the snapshot");
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

@@ -6,6 +6,7 @@
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
 //! - [`absent`]: RAM that arrives from elsewhere while its guest runs;
 //! - [`pages`]: sets of pages of it;
+//! - [`straight`]: RAM that goes to and from sockets without a copy;
 //! - [`fill`]: RAM that is filled from a snapshot while its guest runs;
 //! - [`freeze`]: RAM as it is at one moment, for such a writer while the guest runs on;
 //! - [`restore`]: RAM from a snapshot, mapped or copied;
@@ -24,6 +25,7 @@ mod pagemap;
 pub mod pages;
 pub mod restore;
 pub mod source;
+pub mod straight;
 mod sys;
 pub mod userfault;
 pub mod zone;

@@ -180,6 +180,20 @@ impl MemoryMap {
         self.filling.as_ref().map_or(Ok(()), |threads| threads.filling().settle())
     }
 
+    /// Whether somebody waits for memory that is still to be filled.
+    pub fn is_awaited(&self) -> bool {
+        self.filling.as_ref().is_some_and(|threads| threads.filling().is_awaited())
+    }
+
+    /// Nothing is filled any more: what is missing is zero from now on, also for who waits for it. Only for a guest that
+    /// is over. vCPUs have been told to stop and run no further with it; no device is at work, which might carry zeroes to
+    /// where they outlast the guest.
+    pub fn abandon(&self) {
+        if let Some(threads) = &self.filling {
+            threads.filling().end();
+        }
+    }
+
     /// Another process has mapped this memory, on behalf of `who`: it writes into it as it likes, unseen by the page
     /// tables of this one.
     pub fn share_with(&mut self, who: &str) {

@@ -11,7 +11,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -40,13 +40,15 @@ pub struct GuestMemorySource {
 }
 
 #[derive(Debug)]
-struct Region {
+pub(crate) struct Region {
     place: Place,
     /// Address of the first byte in this process.
     host: u64,
-    shared: bool,
-    huge: bool,
-    file: Option<FileOffset>,
+    pub(crate) shared: bool,
+    pub(crate) huge: bool,
+    pub(crate) file: Option<FileOffset>,
+    /// Nobody can make the file smaller; asked for when that matters.
+    pub(crate) sealed: OnceLock<bool>,
 }
 
 impl MemoryMap {
@@ -73,6 +75,7 @@ impl MemoryMap {
                 shared: mapping.flags() & libc::MAP_SHARED != 0,
                 huge: mapping.is_hugetlbfs() == Some(true),
                 file: mapping.file_offset().cloned(),
+                sealed: OnceLock::new(),
             }
         });
         Ok(GuestMemorySource { memory: Arc::clone(self.memory()), pagemap, regions: regions.collect() })
@@ -90,14 +93,7 @@ impl MemoryMap {
         let source = self.source()?;
         let mut changed = Changed::new();
         for (number, region) in source.regions.iter().enumerate() {
-            let mut ranges: Vec<Range<u64>> = Vec::new();
-            let mut at = 0;
-            while at < region.place.size {
-                let (runs, end) = source.own(number, at..region.place.size, READ_PAGES)?;
-                runs.into_iter().for_each(|run| join(&mut ranges, run, 0));
-                at = end;
-            }
-            changed.push(ranges);
+            changed.push(source.all_own(number, 0..region.place.size)?);
         }
         Ok(Some(changed))
     }
@@ -129,7 +125,22 @@ impl GuestMemorySource {
         self.regions.get(region).is_some_and(|at| !at.shared && !at.huge && at.file.is_some())
     }
 
-    fn region(&self, region: usize) -> io::Result<&Region> {
+    pub(crate) fn memory(&self) -> &GuestRam {
+        &self.memory
+    }
+
+    /// All pages in `range` that are this process's own.
+    pub(crate) fn all_own(&self, region: usize, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+        let (mut all, mut at) = (Vec::new(), range.start);
+        while at < range.end {
+            let (runs, told) = self.own(region, at..range.end, READ_PAGES)?;
+            runs.into_iter().for_each(|run| join(&mut all, run, 0));
+            at = told;
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn region(&self, region: usize) -> io::Result<&Region> {
         self.regions.get(region).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 

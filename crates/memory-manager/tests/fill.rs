@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use common::{MIB, PAGE, allocated, content, create, save, vm, work, write, zone};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_hypervisor::fake::Fake;
-use vmm_memory_manager::fill::Behind;
+use vmm_memory_manager::fill::{Behind, FillError, FillWork};
 use vmm_memory_manager::handover::HandoverError;
 use vmm_memory_manager::map::MemoryMap;
 use vmm_memory_manager::restore::{Fill, Saved};
@@ -54,7 +54,7 @@ struct Restored {
 fn restored(like: &MemoryMap, zone: &ZoneConfig, path: &Path) -> Restored {
     let (go, word): (Sender<()>, Receiver<()>) = channel();
     let (word, count) = (RefCell::new(Some(word)), RefCell::new(0));
-    let start = |work: vmm_memory_manager::fill::FillWork| {
+    let start = |work: FillWork| {
         *count.borrow_mut() += 1;
         // The first one serves faults.
         let word = if *count.borrow() == 2 { word.borrow_mut().take() } else { None };
@@ -67,21 +67,29 @@ fn restored(like: &MemoryMap, zone: &ZoneConfig, path: &Path) -> Restored {
     };
     let lost = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&lost);
-    let chain = Arc::new(Chain::open(path).unwrap());
-    let behind = Behind {
-        chain: Arc::clone(&chain),
-        start: &start,
-        lost: Arc::new(move |error| {
-            let source = std::error::Error::source(error).map(ToString::to_string);
-            told.lock().unwrap().push(format!("{error}: {}", source.unwrap_or_default()));
-        }),
+    let lost_to = move |error: &FillError| {
+        let source = std::error::Error::source(error).map(ToString::to_string);
+        told.lock().unwrap().push(format!("{error}: {}", source.unwrap_or_default()));
     };
-    let saved = Saved { layout: &like.save(), chain: &chain, fill: Fill::Lazy };
-    let map =
-        MemoryMap::restore_behind(vm(&Fake::new()), std::slice::from_ref(zone), &saved, &work(), &behind)
-            .unwrap();
+    let map = restored_by(like, zone, path, &start, Arc::new(lost_to));
     let threads = *count.borrow();
     Restored { map, go, lost, threads }
+}
+
+type Start<'a> = &'a dyn Fn(FillWork) -> std::io::Result<thread::JoinHandle<()>>;
+
+/// The memory of a VM that is restored, filled by threads that `start` starts.
+fn restored_by(
+    like: &MemoryMap,
+    zone: &ZoneConfig,
+    path: &Path,
+    start: Start<'_>,
+    lost: Arc<dyn Fn(&FillError) + Send + Sync>,
+) -> MemoryMap {
+    let chain = Arc::new(Chain::open(path).unwrap());
+    let behind = Behind { chain: Arc::clone(&chain), start, lost };
+    let saved = Saved { layout: &like.save(), chain: &chain, fill: Fill::Lazy };
+    MemoryMap::restore_behind(vm(&Fake::new()), std::slice::from_ref(zone), &saved, &work(), &behind).unwrap()
 }
 
 fn until(mut done: impl FnMut() -> bool) {
@@ -202,4 +210,31 @@ fn a_vm_that_goes_does_not_wait_for_its_memory() {
     let Restored { map, go, .. } = restored(&original, &shared(), &dir.path().join("a"));
     go.send(()).unwrap();
     drop(map);
+}
+
+/// Its threads do nothing, as where the snapshot's file does not answer.
+#[test]
+fn who_waits_for_memory_of_a_guest_that_is_over_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (original, _) = saved(dir.path());
+    let (go, word) = channel::<()>();
+    let word = Arc::new(Mutex::new(word));
+    let start = |work: FillWork| {
+        let word = Arc::clone(&word);
+        Ok(thread::spawn(move || {
+            let _ = word.lock().unwrap().recv();
+            work();
+        }))
+    };
+    let map = restored_by(&original, &shared(), &dir.path().join("b"), &start, Arc::new(|_| ()));
+    map.settle().unwrap();
+    let memory = Arc::clone(map.memory());
+    let guest = thread::spawn(move || memory.read_obj::<u8>(GuestAddress(4095 * PAGE)).unwrap());
+    thread::sleep(Duration::from_millis(20));
+    assert!(!guest.is_finished());
+    map.abandon();
+    assert_eq!(guest.join().unwrap(), 0);
+    assert!(!map.is_filling());
+    drop(map);
+    drop(go);
 }

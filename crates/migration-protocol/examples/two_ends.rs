@@ -272,7 +272,7 @@ fn main() -> Result<()> {
     };
     let outcomes = Outcomes::new();
     let machine = Destination::new(now, offer, Limits::default(), &outcomes);
-    let (intake, barrier) = (Intake::new(&layout), Barrier::new(1));
+    let (intake, barrier) = (Intake::new(&layout), Barrier::new(1, layout.bytes()));
     let mut taker =
         Taker { machine, guest: Guest::default(), outcomes, intake, barrier, decoder: Decoder::new() };
 

@@ -111,6 +111,8 @@ commands! {
     Committed = 80, Destination, SESSION..=SESSION;
     /// A range of guest memory and its bytes, compressed.
     Packed = 81, Source, BULK;
+    /// Checksums of the pages of the [`Memory`](Self::Memory) frame before it.
+    Sums = 82, Source, 24..=20 + 4 * 512;
     /// The destination is to run without this range, and to ask for it.
     Absent = 96, Source, 20..=20;
     /// A range that is wanted before all others.
@@ -146,7 +148,7 @@ impl Command {
     /// Whether it is about guest memory on its way, and so for the receiver of memory and not for a state machine.
     #[must_use]
     pub const fn is_data(self) -> bool {
-        self.is_bulk() || matches!(self, Self::Zero | Self::Mark | Self::Absent)
+        self.is_bulk() || matches!(self, Self::Zero | Self::Mark | Self::Absent | Self::Sums)
     }
 }
 
@@ -165,7 +167,7 @@ mod tests {
         let found: Vec<Command> = (0..=u16::MAX).filter_map(Command::from_number).collect();
         assert_eq!(found, Command::ALL);
         let numbers = Command::ALL.map(Command::number);
-        let expected: Vec<u16> = (1..=6).chain(64..=81).chain(96..=100).collect();
+        let expected: Vec<u16> = (1..=6).chain(64..=82).chain(96..=100).collect();
         assert_eq!(numbers.to_vec(), expected);
     }
 }

@@ -77,6 +77,15 @@ impl Decoder {
         result
     }
 
+    /// Bytes of the payload that is being collected, as its header announces them; 0 between frames.
+    #[must_use]
+    pub fn announced(&self) -> usize {
+        match &self.state {
+            State::Payload { header, .. } => header.length,
+            State::Header { .. } | State::Failed(_) => 0,
+        }
+    }
+
     /// Ends the stream.
     ///
     /// # Errors

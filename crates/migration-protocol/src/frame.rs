@@ -88,7 +88,8 @@ pub struct Bulk {
 
 impl Bulk {
     /// The range and its bytes as they are. `checksum` is [`contents_checksum`] of the bytes; on links where
-    /// [`Features::UNCHECKED_MEMORY`](crate::Features::UNCHECKED_MEMORY) was agreed on it is 0.
+    /// [`Features::UNCHECKED_MEMORY`](crate::Features::UNCHECKED_MEMORY) or
+    /// [`Features::PAGE_SUMS`](crate::Features::PAGE_SUMS) was agreed on it is 0.
     ///
     /// # Errors
     /// [`FrameError::Range`]: more than [`CHUNK`].

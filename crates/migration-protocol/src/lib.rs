@@ -33,7 +33,7 @@ pub use frame::{
 pub use machine::{Cell, Limits, Outcomes, Output, REMEMBERED};
 pub use memory::{
     Absent, Barrier, DescriptorRange, Intake, MAX_REGIONS, Mark, MemoryError, MemoryLayout, MemoryRange,
-    PAGE, Region, Zero,
+    PAGE, Region, Sums, Zero,
 };
 pub use message::{Join, MAGIC, Message, MessageError, Progress, SessionOutcome};
 pub use negotiate::{

@@ -4,7 +4,7 @@
 use minicbor::decode::{Decoder, Error};
 use minicbor::{Decode, Encode};
 
-use crate::{Bulk, CHUNK};
+use crate::{Bulk, CHUNK, Command};
 
 /// Ranges of guest memory begin and end at multiples of this many bytes.
 pub const PAGE: u64 = 4096;
@@ -165,13 +165,23 @@ pub struct Intake<'a> {
     /// The pass has left memory out.
     absent: bool,
     ended: bool,
+    /// Checksums follow each [`Memory`](crate::Command::Memory) frame.
+    summed: bool,
+    /// They are to come about this range, and nothing else before.
+    owed: Option<MemoryRange>,
 }
 
 impl<'a> Intake<'a> {
     /// For a guest with memory as in `layout`, before the first pass.
     #[must_use]
     pub fn new(layout: &'a MemoryLayout) -> Self {
-        Self { layout, pass: 0, bytes: 0, absent: false, ended: false }
+        Self { layout, pass: 0, bytes: 0, absent: false, ended: false, summed: false, owed: None }
+    }
+
+    /// The same, for an end that has agreed on [`Features::PAGE_SUMS`](crate::Features::PAGE_SUMS), if it has.
+    #[must_use]
+    pub fn with_page_sums(self, agreed: bool) -> Self {
+        Self { summed: agreed, ..self }
     }
 
     /// Whether `bulk` may land.
@@ -179,7 +189,23 @@ impl<'a> Intake<'a> {
     /// # Errors
     /// [`MemoryError`]: the peer breaks the protocol.
     pub fn bulk(&mut self, bulk: &Bulk) -> Result<(), MemoryError> {
-        self.take(bulk.range(), bulk.pass())
+        self.take(bulk.range(), bulk.pass())?;
+        self.owed = (self.summed && bulk.command() == Command::Memory).then(|| bulk.range());
+        Ok(())
+    }
+
+    /// Whether `sums` are those of the bulk frame before.
+    ///
+    /// # Errors
+    /// [`MemoryError`]: the peer breaks the protocol.
+    pub fn sums(&mut self, sums: &Sums) -> Result<(), MemoryError> {
+        if sums.pass != self.pass {
+            return Err(MemoryError::Pass { found: sums.pass, now: self.pass });
+        }
+        match self.owed.take() {
+            Some(range) if range == sums.range => Ok(()),
+            _ => Err(MemoryError::Sums { gpa: sums.range.gpa() }),
+        }
     }
 
     /// Whether `range` may be made zero.
@@ -213,7 +239,7 @@ impl<'a> Intake<'a> {
             return Err(MemoryError::Absent { pass: mark.pass });
         }
         let next = self.pass.checked_add(1).ok_or(MemoryError::Pass { found: mark.pass, now: self.pass })?;
-        *self = Self { layout: self.layout, pass: next, bytes: 0, absent: false, ended: mark.last };
+        *self = Self { pass: next, bytes: 0, absent: false, ended: mark.last, ..*self };
         Ok(())
     }
 
@@ -231,6 +257,9 @@ impl<'a> Intake<'a> {
     }
 
     fn check_pass(&self, found: u32) -> Result<(), MemoryError> {
+        if let Some(range) = self.owed {
+            return Err(MemoryError::Unsummed { gpa: range.gpa(), length: range.length() });
+        }
         if self.ended || found != self.pass {
             return Err(MemoryError::Pass { found, now: self.pass });
         }
@@ -241,7 +270,7 @@ impl<'a> Intake<'a> {
 /// Waits until a pass has ended on every connection.
 ///
 /// It also keeps connections together: memory of the next pass is refused until the pass has ended on all of them, so
-/// that an old page never lands on a new one.
+/// that an old page never lands on a new one. And it bounds them together: a pass never has more bytes than the guest.
 #[derive(Debug, Clone)]
 pub struct Barrier {
     /// For each connection, whether it has ended.
@@ -249,21 +278,31 @@ pub struct Barrier {
     pass: u32,
     /// Whether the pass is the last, as the first Mark of it says.
     last: Option<bool>,
+    /// Bytes of guest memory that the pass may still describe.
+    left: u64,
+    /// Bytes that the guest has.
+    most: u64,
 }
 
 impl Barrier {
-    /// For a session with so many connections.
+    /// For a session with so many connections, and a guest with so many bytes of memory.
     #[must_use]
-    pub fn new(connections: u16) -> Self {
-        Self { ended: vec![false; usize::from(connections)], pass: 0, last: None }
+    pub fn new(connections: u16, bytes: u64) -> Self {
+        let ended = vec![false; usize::from(connections)];
+        Self { ended, pass: 0, last: None, left: bytes, most: bytes }
     }
 
-    /// Whether memory of `pass` may land.
+    /// Whether `bytes` of memory of `pass` may land.
     ///
     /// # Errors
-    /// [`MemoryError::Pass`]: the pass before has not ended on every connection.
-    pub fn check(&self, pass: u32) -> Result<(), MemoryError> {
-        if pass == self.pass { Ok(()) } else { Err(MemoryError::Pass { found: pass, now: self.pass }) }
+    /// [`MemoryError::Pass`]: the pass before has not ended on every connection. [`MemoryError::Excess`]: all of them
+    /// together send more than the guest has.
+    pub fn take(&mut self, pass: u32, bytes: u64) -> Result<(), MemoryError> {
+        if pass != self.pass {
+            return Err(MemoryError::Pass { found: pass, now: self.pass });
+        }
+        self.left = self.left.checked_sub(bytes).ok_or(MemoryError::Excess { pass })?;
+        Ok(())
     }
 
     /// The pass has ended on `connection`, which says that it is the last one or not; `true` when it now has on all,
@@ -285,6 +324,7 @@ impl Barrier {
             self.ended.fill(false);
             self.pass = self.pass.saturating_add(1);
             self.last = None;
+            self.left = self.most;
         }
         Ok(all)
     }
@@ -297,6 +337,38 @@ pub struct Zero {
     pub range: MemoryRange,
     /// The pass it belongs to.
     pub pass: u32,
+}
+
+/// Checksums of contents that have gone before, one for each page: a guest that writes a page while it is sent makes
+/// that page wrong, and no other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sums {
+    /// The range of the frame before.
+    pub range: MemoryRange,
+    /// The pass it belongs to.
+    pub pass: u32,
+    /// [`contents_checksum`](crate::contents_checksum) of each page.
+    pub sums: Vec<u32>,
+}
+
+impl Sums {
+    /// The parts of the range that are not as they were sent, where they landed with the checksums `computed`.
+    pub fn damaged(&self, computed: &[u32]) -> Vec<MemoryRange> {
+        let mut parts: Vec<MemoryRange> = Vec::new();
+        let (mut gpa, mut computed) = (self.range.gpa(), computed.iter());
+        for sum in &self.sums {
+            let page = MemoryRange { gpa, length: PAGE };
+            gpa = page.end();
+            if computed.next() == Some(sum) {
+                continue;
+            }
+            match parts.last_mut() {
+                Some(part) if part.end() == page.gpa => part.length = part.length.saturating_add(PAGE),
+                _ => parts.push(page),
+            }
+        }
+        parts
+    }
 }
 
 /// A range of guest memory that the destination is to run without: it drops what it has of it, and asks for it.
@@ -381,6 +453,20 @@ pub enum MemoryError {
     Absent {
         /// Which pass.
         pass: u32,
+    },
+    /// Checksums that are not of the frame before, or that nobody has agreed on.
+    #[error("checksums of memory at {gpa:#x}, which is not what came before")]
+    Sums {
+        /// Guest physical address.
+        gpa: u64,
+    },
+    /// Memory without its checksums.
+    #[error("no checksums follow {length} bytes of memory at {gpa:#x}")]
+    Unsummed {
+        /// Guest physical address.
+        gpa: u64,
+        /// Length in bytes.
+        length: u64,
     },
     /// Frames were lost.
     #[error("a pass of {sent} bytes ends after {received}")]

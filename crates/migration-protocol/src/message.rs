@@ -2,7 +2,7 @@
 
 use crate::{
     Absent, Accept, Command, DescriptorRange, Fault, Frame, FrameError, Hello, Mark, MemoryError,
-    MemoryRange, Missing, Reason, SessionId, Zero,
+    MemoryRange, Missing, PAGE, Reason, SessionId, Sums, Zero,
 };
 
 /// What the payload of a connection's first frame begins with, whichever of Hello, Join, Query and Rejoin it is.
@@ -113,6 +113,8 @@ pub enum Message {
     Cancel(Fault),
     /// [`Command::Committed`].
     Committed(SessionId),
+    /// [`Command::Sums`].
+    Sums(Sums),
     /// [`Command::Absent`].
     Absent(Absent),
     /// [`Command::Want`].
@@ -172,6 +174,7 @@ impl Message {
                     Command::from_number(about).ok_or_else(|| fields.invalid("a command that is none"))?;
                 Self::Nack(about, Fault::new(reason, &text).with_missing(missing))
             }
+            Command::Sums => Self::Sums(fields.sums()?),
             Command::Absent => Self::Absent(Absent { range: fields.range()?, pass: fields.u32()? }),
             Command::Want => Self::Want(fields.range()?),
             Command::Whole => Self::Whole(fields.session()?),
@@ -238,6 +241,7 @@ impl Message {
             Self::Keepalive(_) => Command::Keepalive,
             Self::Cancel(_) => Command::Cancel,
             Self::Committed(_) => Command::Committed,
+            Self::Sums(_) => Command::Sums,
             Self::Absent(_) => Command::Absent,
             Self::Want(_) => Command::Want,
             Self::Whole(_) => Command::Whole,
@@ -249,8 +253,8 @@ impl Message {
     /// The frame that says it.
     ///
     /// # Errors
-    /// [`FrameError::Length`]: a configuration, a saved state, a Hello or a list of descriptors is larger than the
-    /// wire allows, or empty.
+    /// [`FrameError::Length`]: a configuration, a saved state, a Hello or a list of descriptors or checksums is larger
+    /// than the wire allows, or empty.
     pub fn encode(self) -> Result<Frame, FrameError> {
         let command = self.command();
         let mut out = Out(Vec::new());
@@ -284,6 +288,10 @@ impl Message {
             Self::Landed(pass) => drop(out.put(&pass.to_le_bytes())),
             Self::Zero(Zero { range, pass }) | Self::Absent(Absent { range, pass }) => {
                 out.range(range).put(&pass.to_le_bytes());
+            }
+            Self::Sums(Sums { range, pass, sums }) => {
+                out.range(range).put(&pass.to_le_bytes());
+                out.0.extend(sums.iter().flat_map(|sum| sum.to_le_bytes()));
             }
             Self::Again(range) | Self::Want(range) | Self::Lacks(range) => drop(out.range(range)),
             Self::Descriptors(list) => {
@@ -392,6 +400,17 @@ impl Fields<'_> {
             list.push(DescriptorRange { range, offset, descriptor });
         }
         Ok(list)
+    }
+
+    /// A checksum for each page of a range.
+    fn sums(&mut self) -> Result<Sums, MessageError> {
+        let (range, pass) = (self.range()?, self.u32()?);
+        let (sums, rest) = std::mem::take(&mut self.rest).as_chunks();
+        let whole = rest.is_empty() && u64::try_from(sums.len()).ok() == Some(range.length() / PAGE);
+        if !whole {
+            return Err(self.invalid("another number of checksums than its range has pages"));
+        }
+        Ok(Sums { range, pass, sums: sums.iter().map(|sum| u32::from_le_bytes(*sum)).collect() })
     }
 
     fn cbor<T: for<'b> minicbor::Decode<'b, ()>>(&mut self) -> Result<T, MessageError> {

@@ -64,6 +64,16 @@ impl Features {
     /// The guest runs at the destination before all of its memory is there. Never with
     /// [`LOCAL_MEMORY`](Self::LOCAL_MEMORY).
     pub const POST_COPY: Self = Self(1 << 4);
+    /// [`Memory`](crate::Command::Memory) frames of passes are followed by [`Sums`](crate::Command::Sums) instead of carrying
+    /// a checksum: contents need not stand still from their checksum to the link. Nothing is added to
+    /// [`UNCHECKED_MEMORY`](Self::UNCHECKED_MEMORY).
+    pub const PAGE_SUMS: Self = Self(1 << 5);
+
+    /// Whether checksums follow memory.
+    #[must_use]
+    pub const fn sums_pages(self) -> bool {
+        self.contains(Self::PAGE_SUMS) && !self.contains(Self::UNCHECKED_MEMORY)
+    }
 
     /// Both sets.
     #[must_use]

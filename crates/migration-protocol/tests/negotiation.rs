@@ -3,8 +3,9 @@
 
 use proptest::prelude::*;
 use vmm_migration_protocol::{
-    Absent, Accept, Barrier, Bulk, CHUNK, Features, Hello, Intake, MAX_REGIONS, Mark, MemoryError,
-    MemoryLayout, MemoryRange, Offer, PAGE, Reason, Region, SessionId, Versions, Zero,
+    Absent, Accept, Barrier, Bulk, CHUNK, Command, Features, Frame, Hello, Intake, MAX_REGIONS, Mark,
+    MemoryError, MemoryLayout, MemoryRange, Message, Offer, PAGE, Reason, Region, SessionId, Sums, Versions,
+    Zero,
 };
 
 use common::samples::{self, SESSION, hello, layout, offer, range};
@@ -175,7 +176,7 @@ fn only_the_last_pass_leaves_memory_out() {
 
 #[test]
 fn a_pass_ends_when_it_has_ended_everywhere() {
-    let mut barrier = Barrier::new(3);
+    let mut barrier = Barrier::new(3, 4 * PAGE);
     for pass in 0..2 {
         assert_eq!(barrier.mark(1, false), Ok(false));
         assert_eq!(
@@ -184,22 +185,81 @@ fn a_pass_ends_when_it_has_ended_everywhere() {
             "ahead of the others"
         );
         assert_eq!(barrier.mark(0, false), Ok(false));
-        barrier.check(pass).unwrap();
+        barrier.take(pass, PAGE).unwrap();
         let early = MemoryError::Pass { found: pass + 1, now: pass };
-        assert_eq!(barrier.check(pass + 1), Err(early), "memory on a connection that is ahead");
+        assert_eq!(barrier.take(pass + 1, PAGE), Err(early), "memory on a connection that is ahead");
         assert_eq!(barrier.mark(2, false), Ok(true));
-        barrier.check(pass + 1).unwrap();
-        assert!(barrier.check(pass).is_err(), "an old page");
+        barrier.take(pass + 1, PAGE).unwrap();
+        assert!(barrier.take(pass, PAGE).is_err(), "an old page");
     }
     assert!(barrier.mark(3, false).is_err());
 }
 
 #[test]
 fn connections_agree_on_which_pass_is_the_last() {
-    let mut barrier = Barrier::new(2);
+    let mut barrier = Barrier::new(2, PAGE);
     assert_eq!(barrier.mark(0, true), Ok(false));
     assert_eq!(barrier.mark(1, false), Err(MemoryError::Last { connection: 1 }));
     assert_eq!(barrier.mark(1, true), Ok(true));
+}
+
+#[test]
+fn all_connections_together_send_no_more_than_the_guest_has() {
+    let mut barrier = Barrier::new(2, 4 * PAGE);
+    barrier.take(0, 3 * PAGE).unwrap();
+    barrier.take(0, PAGE).unwrap();
+    assert_eq!(barrier.take(0, PAGE), Err(MemoryError::Excess { pass: 0 }));
+    assert_eq!((barrier.mark(0, false), barrier.mark(1, false)), (Ok(false), Ok(true)));
+    barrier.take(1, 4 * PAGE).unwrap();
+}
+
+#[test]
+fn checksums_follow_each_frame_of_memory_where_that_was_agreed_on() {
+    let layout = layout();
+    let bulk = Bulk::memory(range(PAGE, 2 * PAGE), 0, 0).unwrap();
+    let sums = |range, pass| Sums { range, pass, sums: vec![0; 2] };
+    let right = sums(bulk.range(), 0);
+    let stray = MemoryError::Sums { gpa: PAGE };
+
+    let mut intake = Intake::new(&layout);
+    intake.bulk(&bulk).unwrap();
+    assert_eq!(intake.sums(&right), Err(stray), "nobody agreed on them");
+
+    let mut intake = Intake::new(&layout).with_page_sums(true);
+    assert_eq!(intake.sums(&right), Err(stray), "of nothing");
+    intake.bulk(&bulk).unwrap();
+    let owed = Err(MemoryError::Unsummed { gpa: PAGE, length: 2 * PAGE });
+    assert_eq!(intake.bulk(&bulk), owed);
+    assert_eq!(intake.zero(Zero { range: range(0, PAGE), pass: 0 }), owed);
+    assert_eq!(intake.mark(Mark { pass: 0, last: true, bytes: 2 * PAGE }), owed);
+    assert_eq!(intake.sums(&sums(bulk.range(), 1)), Err(MemoryError::Pass { found: 1, now: 0 }));
+    intake.sums(&right).unwrap();
+    assert_eq!(intake.sums(&right), Err(stray), "twice");
+    // A compressed one has its own.
+    intake.bulk(&Bulk::packed(range(0, PAGE), 0, 1, 9).unwrap()).unwrap();
+    intake.mark(Mark { pass: 0, last: false, bytes: 3 * PAGE }).unwrap();
+    intake.bulk(&Bulk::memory(range(PAGE, 2 * PAGE), 1, 0).unwrap()).unwrap();
+    assert_eq!(intake.sums(&sums(range(2 * PAGE, 2 * PAGE), 1)), Err(MemoryError::Sums { gpa: 2 * PAGE }));
+
+    assert!(Features::PAGE_SUMS.sums_pages());
+    assert!(!Features::PAGE_SUMS.and(Features::UNCHECKED_MEMORY).sums_pages());
+}
+
+#[test]
+fn checksums_are_as_many_as_pages_and_tell_which_are_wrong() {
+    let sums = Sums { range: range(4 * PAGE, 5 * PAGE), pass: 3, sums: vec![1, 2, 3, 4, 5] };
+    let frame = Message::Sums(sums.clone()).encode().unwrap();
+    assert_eq!(Message::decode(frame.clone()).unwrap(), Message::Sums(sums.clone()));
+    let mut payload = frame.into_payload();
+    payload.extend([0; 4]);
+    let more = Frame::new(Command::Sums, payload.clone()).unwrap();
+    assert!(Message::decode(more).unwrap_err().to_string().contains("number of checksums"));
+    payload.truncate(20 + 4 * 5 - 1);
+    assert!(Message::decode(Frame::new(Command::Sums, payload).unwrap()).is_err());
+
+    assert!(sums.damaged(&[1, 2, 3, 4, 5]).is_empty());
+    let damaged = sums.damaged(&[9, 9, 3, 9]);
+    assert_eq!(damaged, [range(4 * PAGE, 2 * PAGE), range(7 * PAGE, 2 * PAGE)]);
 }
 
 proptest! {

@@ -30,16 +30,25 @@ pub fn pending(vmm: &Vmm, name: &str, body: &Value) -> Pending {
     Pending::send(vmm.socket(), name, body.to_string().as_bytes())
 }
 
+/// A request's body, with the folder of an end's certificates if it has one.
+#[must_use]
+pub fn with_tls(mut body: Value, tls_dir: Option<&Path>) -> Value {
+    if let (Some(folder), Some(fields)) = (tls_dir, body.as_object_mut()) {
+        fields.insert("tls_dir".to_owned(), json!(folder));
+    }
+    body
+}
+
 /// Begins to wait for a VM at `address`, whose serial port is to go to `serial`.
 ///
 /// # Panics
 /// When the request cannot be sent.
 #[must_use]
-pub fn receive_at(vmm: &Vmm, address: &str, serial: &SerialFile) -> Pending {
+pub fn receive_at(vmm: &Vmm, address: &str, tls_dir: Option<&Path>, serial: &SerialFile) -> Pending {
     // Over TCP the source may name no file unless it is allowed to.
     let serial = json!({ "mode": "File", "file": serial.path() });
     let body = json!({ "receiver_url": address, "paths": ["/"], "serial": serial });
-    pending(vmm, "vm.receive-migration", &body)
+    pending(vmm, "vm.receive-migration", &with_tls(body, tls_dir))
 }
 
 /// The same at a UNIX socket, whose path is given; somebody listens there.
@@ -51,7 +60,7 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
     // A receiver answers at its address for a while after its end.
     static RECEIVERS: AtomicU32 = AtomicU32::new(0);
     let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
-    let pending = receive_at(vmm, &url(&path), serial);
+    let pending = receive_at(vmm, &url(&path), None, serial);
     // The path is there before anybody listens. One who comes and goes is no source.
     wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)
@@ -61,8 +70,8 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
 ///
 /// # Panics
 /// When nobody does.
-pub fn send_to(vmm: &Vmm, address: &str) -> Answer {
-    let body = json!({ "destination_url": address });
+pub fn send_to(vmm: &Vmm, address: &str, tls_dir: Option<&Path>) -> Answer {
+    let body = with_tls(json!({ "destination_url": address }), tls_dir);
     let nobody = |answer: &Answer| answer.body.contains("cannot connect to the receiver");
     wait_until(
         LIMIT,

@@ -12,6 +12,7 @@ mod pending;
 mod requests;
 pub mod terminal;
 mod vmm;
+pub mod withheld;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -407,7 +407,13 @@ impl Subcommand for vm::ReceiveMigration {
     const WORD: &'static str = "receive-migration";
 
     fn arguments() -> Vec<Arg> {
-        vec![url_or_options::<ReceiveMigrationData>("Where to listen, unix:/PATH or tcp:HOST:PORT")]
+        vec![
+            url_or_options::<ReceiveMigrationData>("Where to listen, unix:/PATH or tcp:HOST:PORT"),
+            flag(
+                "detach",
+                "Answer as soon as a source can come; migration-progress and events tell how it ends",
+            ),
+        ]
     }
 
     fn applies(_given: &ArgMatches) -> bool {
@@ -416,7 +422,9 @@ impl Subcommand for vm::ReceiveMigration {
 
     fn request(given: &ArgMatches) -> Asked<Self> {
         let of_url = |receiver_url| ReceiveMigrationData { receiver_url, ..ReceiveMigrationData::default() };
-        Ok(Ask::Made(made(Self::WORD, given, of_url)?, Vec::new()))
+        let mut request = made::<ReceiveMigrationData>(Self::WORD, given, of_url)?;
+        request.detach |= given.get_flag("detach");
+        Ok(Ask::Made(request, Vec::new()))
     }
 
     fn show(reply: Self::Reply) -> Shown {

@@ -49,6 +49,8 @@ pub use recipes::{DiskError, Ports};
 pub use saved::{ClockChoice, ClockV1, GetMemory, MachineV1, Saved, SavedMemory};
 
 use crate::boot_trace::{BootTrace, Recorder};
+use crate::exit::chain;
+use crate::lost_memory;
 use adapters::{IoApicLines, IoEvents, MsiBlocks, PinRoutes};
 use recipes::Ways;
 use stages::{Stage, Stages};
@@ -269,6 +271,22 @@ impl Machine {
     /// Undoes [`hold`](Self::hold).
     pub fn let_go(&mut self) {
         self.vcpus.run();
+    }
+
+    /// Takes it apart. Nothing waits for memory that is still to be filled from a snapshot, whose file may not answer any more:
+    /// it is thrown away.
+    pub fn end(mut self) {
+        if !self.memory.is_filling() {
+            return;
+        }
+        // A vCPU that waits for memory gets zeroes, and stops before it could use them. A device would carry them to a disk: none
+        // is at work by then.
+        self.vcpus.begin_end();
+        match self.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT) {
+            Ok(()) => self.memory.abandon(),
+            Err(error) if self.memory.is_awaited() => lost_memory::withheld(&error),
+            Err(error) => log::warn!("{}", chain(&error)),
+        }
     }
 
     /// Lets a device do what it asked for.

@@ -19,6 +19,7 @@ use vmm_migration_protocol::{
 };
 use vmm_snapshot::{Record, RecordSet};
 
+use super::backlog::Place;
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::making::Made;
@@ -44,6 +45,8 @@ pub struct Arrival {
 /// What the driver tells the control thread, and asks of it.
 #[derive(Debug)]
 pub enum ReceiveStep {
+    /// A source can come from now on.
+    Listening,
     /// Make a machine of it, which nobody sees; answer with Done or Failed.
     Restore(Box<Arrival>),
     /// Take the locks of its disks; answer likewise.
@@ -116,11 +119,11 @@ pub(crate) enum Heard {
 
 /// What came on which connection.
 #[derive(Debug)]
-pub(crate) struct Spoken(u64, Said);
+pub(crate) struct Spoken(u64, Said, Place);
 
-impl From<(u64, Said)> for Heard {
-    fn from((number, said): (u64, Said)) -> Self {
-        Self::Said(Spoken(number, said))
+impl From<(u64, Said, Place)> for Heard {
+    fn from((number, said, place): (u64, Said, Place)) -> Self {
+        Self::Said(Spoken(number, said, place))
     }
 }
 
@@ -173,6 +176,7 @@ impl Incoming {
             filling: Filling::default(),
             told: false,
         };
+        (driver.desk)(ReceiveStep::Listening);
         driver.run(&heard);
         driver.filling.give_up();
         gone.store(true, Ordering::SeqCst);
@@ -290,7 +294,7 @@ impl Driver {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             let wake = wake.into_iter().chain(self.filling.next_wake()).min();
             match heard.recv_timeout(self.clock.until(wake)) {
-                Ok(Heard::Said(Spoken(number, said))) => self.said(number, said),
+                Ok(Heard::Said(Spoken(number, said, _place))) => self.said(number, said),
                 Ok(Heard::Answer(input)) => self.answered(input),
                 Ok(Heard::Ending) => self.filling.end_soon(),
                 Ok(Heard::Made(made)) => self.made(*made),
@@ -434,16 +438,13 @@ impl Driver {
         }
         let offer = Offer {
             versions: Versions::OURS,
-            features: match self.spec.address {
-                MigrationAddress::Unix(_) => Features::LOCAL_MEMORY.and(Features::COMPRESSION),
-                MigrationAddress::Tcp(_) => Features::COMPRESSION,
-            }
-            .and(Features::POST_COPY),
+            features: offered(&self.spec),
             connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
         let (joined, wanted) = (BTreeMap::new(), None);
+        self.ground.begin(number);
         let live = Live { machine, connection: number, socket, wanted, joined, lost: false, until: None };
         self.live = Some(live);
         self.handle(DestinationInput::Frame(frame));
@@ -663,9 +664,9 @@ impl Driver {
     fn land(&mut self, memory: HostMemory) {
         let Some(live) = &self.live else { return };
         let Some(hello) = live.machine.hello() else { return };
-        let agreed = live.machine.accept();
+        let accept = live.machine.accept();
         let (connections, features) =
-            agreed.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
+            accept.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
         let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
         self.ground.open(memory_too, layout, (live.connection, connections), features);
         self.vm.memory = Some(memory);
@@ -698,6 +699,17 @@ impl Driver {
         let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
         self.watch(&memory, &absent)?;
         Ok(Arrival { checked, records, memory })
+    }
+}
+
+/// What a source may use of what this end can do at its address.
+fn offered(spec: &ReceiveSpec) -> Features {
+    let any = Features::COMPRESSION.and(Features::PAGE_SUMS).and(Features::POST_COPY);
+    match spec.address {
+        MigrationAddress::Unix(_) => any.and(Features::LOCAL_MEMORY),
+        // TLS sees to it that memory is what was sent.
+        MigrationAddress::Tcp(_) if spec.tls_dir.is_some() => any.and(Features::UNCHECKED_MEMORY),
+        MigrationAddress::Tcp(_) => any,
     }
 }
 

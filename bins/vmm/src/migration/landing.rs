@@ -10,13 +10,16 @@ use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
+use vmm_memory_manager::straight::slice;
 use vmm_migration_protocol::{
     Absent, Barrier, Bulk, Command, Fault, Features, Frame, Intake, Item, MemoryLayout, MemoryRange, Message,
     PAGE, Reason, Zero, contents_checksum, unpack,
 };
 
+use super::backlog::{Backlog, Place};
 use super::link::{End, Frames, Socket};
 use super::postcopy::arriving::Arriving;
+use super::straight::page_sums;
 
 /// How long a frame may take to be written. They are small, and a socket has room for them.
 pub(super) const WRITE: Duration = Duration::from_secs(1);
@@ -33,6 +36,10 @@ pub(super) struct Ground {
     handed: AtomicU64,
     /// Memory that comes after the hand-over.
     late: Mutex<Option<Arc<Arriving>>>,
+    /// The session's first connection; 0 for none.
+    first: AtomicU64,
+    /// What waits for the driver.
+    backlog: Arc<Backlog>,
 }
 
 #[derive(Debug)]
@@ -47,15 +54,15 @@ struct Open {
 pub(super) struct Target {
     memory: Arc<GuestRam>,
     layout: MemoryLayout,
-    /// It may come compressed.
-    packed: bool,
+    /// What was agreed on.
+    features: Features,
     barrier: Mutex<Barrier>,
     /// What is to come after the hand-over; `None` where nothing may.
     absent: Option<Mutex<Vec<Absent>>>,
 }
 
 impl Ground {
-    /// Takes memory, laid out as in `layout`, on connection `number` and as many more as the session has; with these `features`.
+    /// Takes memory, laid out as in `layout`, on connection `number` and as many more as the session has, in the way that was agreed on.
     pub(super) fn open(
         &self,
         memory: Arc<GuestRam>,
@@ -63,10 +70,9 @@ impl Ground {
         (number, connections): (u64, u16),
         features: Features,
     ) {
-        let barrier = Mutex::new(Barrier::new(connections));
-        let packed = features.contains(Features::LZ4);
+        let barrier = Mutex::new(Barrier::new(connections, layout.bytes()));
         let absent = features.contains(Features::POST_COPY).then(Mutex::default);
-        let target = Arc::new(Target { memory, layout, packed, barrier, absent });
+        let target = Arc::new(Target { memory, layout, features, barrier, absent });
         *self.lock() = Some(Open { target, connections: BTreeMap::from([(number, 0)]) });
     }
 
@@ -111,6 +117,15 @@ impl Ground {
     /// No descriptors are to come any more.
     pub(super) fn refuse_files(&self) {
         self.handed.store(0, Ordering::SeqCst);
+    }
+
+    /// A session has begun on this connection, whose number is not 0.
+    pub(super) fn begin(&self, connection: u64) {
+        self.first.store(connection, Ordering::SeqCst);
+    }
+
+    fn is_first(&self, connection: u64) -> bool {
+        self.first.load(Ordering::SeqCst) == connection
     }
 
     fn takes_files(&self, connection: u64) -> bool {
@@ -165,12 +180,31 @@ pub(super) enum Said {
     Failed(Fault),
 }
 
+impl Said {
+    /// Bytes that it carries, about.
+    fn carried(&self) -> usize {
+        match self {
+            Self::First(_, frame) | Self::Frame(frame) | Self::Files(frame, _) => frame.payload().len(),
+            Self::Garbage(text) | Self::Lost(text) => text.len(),
+            Self::Landed { .. } | Self::Damaged(_) | Self::Whole | Self::Failed(_) => 0,
+        }
+    }
+}
+
 /// Reads `socket` to its end, and tells `to` as connection `number`.
-pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, ground: &Ground, to: &Sender<T>) {
+pub(super) fn read<T: From<(u64, Said, Place)>>(
+    number: u64,
+    socket: &Arc<Socket>,
+    ground: &Ground,
+    to: &Sender<T>,
+) {
     // Who says nothing does not keep others out.
     let _ = socket.set_timeouts(Some(FIRST), Some(WRITE));
     let mut frames = Frames::of(socket);
-    let tell = |said: Said| to.send((number, said).into()).is_ok();
+    let tell = |said: Said| {
+        let place = ground.backlog.place(said.carried());
+        to.send((number, said, place).into()).is_ok()
+    };
     match frames.next() {
         Ok(Item::Frame(frame)) if may_be_first(frame.command()) => {
             let _ = socket.set_timeouts(None, Some(WRITE));
@@ -189,7 +223,7 @@ pub(super) fn read<T: From<(u64, Said)>>(number: u64, socket: &Arc<Socket>, grou
         }
     }
     // Before there is memory, and with it.
-    let end = match control(&mut frames, &|| ground.takes_files(number), &tell) {
+    let end = match control(&mut frames, (ground, number), &tell) {
         Ok(Some(item)) => match (ground.late(number), ground.target(number)) {
             (Some(late), _) => late.land(&mut frames, (number, item), &tell),
             (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
@@ -219,12 +253,13 @@ fn may_be_first(command: Command) -> bool {
 /// Up to the first frame about memory. `None`: nobody listens.
 fn control(
     frames: &mut Frames,
-    takes_files: &dyn Fn() -> bool,
+    (ground, number): (&Ground, u64),
     tell: &dyn Fn(Said) -> bool,
 ) -> Result<Option<Item>, End> {
     loop {
         // Looked at before each wait: a source attaches them to a frame that follows an answer.
-        frames.want_files(takes_files());
+        frames.want_files(ground.takes_files(number));
+        frames.take_large(ground.is_first(number));
         match frames.next()? {
             Item::Frame(frame) if !frame.command().is_data() => {
                 let said = match frame.command() {
@@ -247,53 +282,31 @@ fn land(
     (ground, number, target): (&Ground, u64, Arc<Target>),
     tell: &dyn Fn(Said) -> bool,
 ) -> Result<(), End> {
-    let layout = target.layout.clone();
+    let (layout, features) = (target.layout.clone(), target.features);
     // It does not keep memory that is given up.
     drop(target);
-    let mut intake = Intake::new(&layout);
-    let (mut buffer, mut unpacked, mut item) = (Vec::new(), Vec::new(), first);
-    let garbage = |error: &dyn std::error::Error| End::Garbage(error.to_string());
+    frames.take_large(ground.is_first(number));
+    let mut intake = Intake::new(&layout).with_page_sums(features.sums_pages());
+    let (mut rooms, mut item) = (Rooms::default(), first);
+    let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));
     loop {
-        let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));
         let said = match item {
-            Item::Frame(frame) if !frame.command().is_data() => Some(Said::Frame(frame)),
-            Item::Frame(frame) => match Message::decode(frame).map_err(|error| garbage(&error))? {
-                Message::Zero(zero) => {
-                    let (target, _) = place()?;
-                    target.barrier().check(zero.pass).map_err(|error| garbage(&error))?;
-                    intake.zero(zero).map_err(|error| garbage(&error))?;
-                    clear(&target.memory, zero, &mut buffer).err().map(Said::Failed)
-                }
-                Message::Absent(absent) => {
-                    let (target, _) = place()?;
-                    target.barrier().check(absent.pass).map_err(|error| garbage(&error))?;
-                    intake.absent(absent).map_err(|error| garbage(&error))?;
-                    target.leave_out(absent)
-                }
-                Message::Mark(mark) => {
-                    let (target, index) = place()?;
-                    intake.mark(mark).map_err(|error| garbage(&error))?;
-                    let all = target.barrier().mark(index, mark.last).map_err(|error| garbage(&error))?;
-                    all.then_some(Said::Landed { pass: mark.pass, last: mark.last })
-                }
-                other => Some(Said::Garbage(format!("{:?} is not for this", other.command()))),
-            },
+            Item::Frame(frame) if !frame.command().is_data() => vec![Said::Frame(frame)],
+            Item::Frame(frame) => about(frame, &mut intake, &place()?, &mut rooms)?,
             Item::Bulk(bulk) => {
                 let (target, _) = place()?;
-                if bulk.command() == Command::Packed && !target.packed {
+                if bulk.command() == Command::Packed && !features.contains(Features::LZ4) {
                     return Err(End::Garbage("compression was not agreed on".to_owned()));
                 }
-                target.barrier().check(bulk.pass()).map_err(|error| garbage(&error))?;
-                intake.bulk(&bulk).map_err(|error| garbage(&error))?;
-                buffer.resize(bulk.length(), 0);
-                frames.contents(&mut buffer)?;
-                put(&target.memory, &bulk, &buffer, &mut unpacked)?
+                target.barrier().take(bulk.pass(), bulk.range().length()).map_err(garbage)?;
+                intake.bulk(&bulk).map_err(garbage)?;
+                put(frames, &target, &bulk, &mut rooms)?.into_iter().collect()
             }
         };
-        if let Some(said) = said
-            && !tell(said)
-        {
-            return Ok(());
+        for said in said {
+            if !tell(said) {
+                return Ok(());
+            }
         }
         item = frames.next()?;
         if is_data(&item)
@@ -304,19 +317,81 @@ fn land(
     }
 }
 
-/// Puts contents where they belong. Those that were compressed go through `room`.
-fn put(memory: &GuestRam, bulk: &Bulk, contents: &[u8], room: &mut Vec<u8>) -> Result<Option<Said>, End> {
-    let range = bulk.range();
-    if bulk.check(contents_checksum([contents])).is_err() {
+/// What the driver is to hear of a frame about memory that is not bulk.
+fn about(
+    frame: Frame,
+    intake: &mut Intake<'_>,
+    (target, index): &(Arc<Target>, u16),
+    rooms: &mut Rooms,
+) -> Result<Vec<Said>, End> {
+    let said = match Message::decode(frame).map_err(garbage)? {
+        Message::Zero(zero) => {
+            target.barrier().take(zero.pass, zero.range.length()).map_err(garbage)?;
+            intake.zero(zero).map_err(garbage)?;
+            clear(&target.memory, zero, &mut rooms.arrived).err().map(Said::Failed)
+        }
+        Message::Absent(absent) => {
+            target.barrier().take(absent.pass, absent.range.length()).map_err(garbage)?;
+            intake.absent(absent).map_err(garbage)?;
+            target.leave_out(absent)
+        }
+        Message::Sums(sums) => {
+            intake.sums(&sums).map_err(garbage)?;
+            let found = match slice(&target.memory, sums.range.gpa(), sums.range.length()) {
+                Ok(landed) => page_sums(&landed),
+                Err(error) => return Ok(vec![Said::Failed(cannot(&error))]),
+            };
+            return Ok(sums.damaged(&found).into_iter().map(Said::Damaged).collect());
+        }
+        Message::Mark(mark) => {
+            intake.mark(mark).map_err(garbage)?;
+            let all = target.barrier().mark(*index, mark.last).map_err(garbage)?;
+            all.then_some(Said::Landed { pass: mark.pass, last: mark.last })
+        }
+        other => Some(Said::Garbage(format!("{:?} is not for this", other.command()))),
+    };
+    Ok(said.into_iter().collect())
+}
+
+fn garbage(error: impl std::error::Error) -> End {
+    End::Garbage(error.to_string())
+}
+
+/// Where contents are that do not go straight to where they belong.
+#[derive(Default)]
+struct Rooms {
+    arrived: Vec<u8>,
+    unpacked: Vec<u8>,
+}
+
+/// Puts contents where they belong: straight from the link, unless they have to be right, or have to become others, first.
+fn put(frames: &mut Frames, target: &Target, bulk: &Bulk, rooms: &mut Rooms) -> Result<Option<Said>, End> {
+    let (range, memory) = (bulk.range(), &target.memory);
+    let is_packed = bulk.command() == Command::Packed;
+    let has_sum = !target.features.contains(Features::UNCHECKED_MEMORY);
+    let has_own = has_sum && (is_packed || !target.features.sums_pages());
+    if !is_packed && !has_own {
+        let place = match slice(memory, range.gpa(), range.length()) {
+            Ok(place) => place,
+            Err(error) => return Ok(Some(Said::Failed(cannot(&error)))),
+        };
+        if frames.contents_into(&place)? {
+            return Ok(None);
+        }
+    }
+    let Rooms { arrived, unpacked } = rooms;
+    arrived.resize(bulk.length(), 0);
+    frames.contents(arrived)?;
+    if has_own && bulk.check(contents_checksum([arrived.as_slice()])).is_err() {
         return Ok(Some(Said::Damaged(range)));
     }
-    let contents = if bulk.command() == Command::Packed {
+    let contents = if is_packed {
         // A range of one frame is short.
-        room.resize(usize::try_from(range.length()).unwrap_or_default(), 0);
-        unpack(contents, room).map_err(|error| End::Garbage(error.to_string()))?;
-        room
+        unpacked.resize(usize::try_from(range.length()).unwrap_or_default(), 0);
+        unpack(arrived, unpacked).map_err(garbage)?;
+        unpacked
     } else {
-        contents
+        arrived
     };
     let written = memory.write_slice(contents, GuestAddress(range.gpa()));
     Ok(written.err().map(|error| Said::Failed(cannot(&error))))
@@ -424,17 +499,27 @@ mod tests {
     use std::thread::JoinHandle;
 
     use vm_memory::GuestMemoryBackend;
-    use vmm_migration_protocol::{Mark, Region};
+    use vmm_migration_protocol::{Mark, Region, Sums};
 
     use super::*;
 
     const SIZE: u64 = 4 << 20;
 
+    /// Told and heard at once.
     struct Told(u64, Said);
 
-    impl From<(u64, Said)> for Told {
-        fn from((number, said): (u64, Said)) -> Self {
+    impl From<(u64, Said, Place)> for Told {
+        fn from((number, said, _): (u64, Said, Place)) -> Self {
             Self(number, said)
+        }
+    }
+
+    /// Told, and not heard yet.
+    struct Waiting(Place);
+
+    impl From<(u64, Said, Place)> for Waiting {
+        fn from((_, _, place): (u64, Said, Place)) -> Self {
+            Self(place)
         }
     }
 
@@ -448,11 +533,15 @@ mod tests {
 
     impl Session {
         fn new() -> Self {
+            Self::with(Features::NONE)
+        }
+
+        fn with(features: Features) -> Self {
             let memory = Arc::new(GuestRam::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap());
             let layout = vec![Region { gpa: 0, length: SIZE, zone: "z".to_owned() }];
             let ground = Arc::new(Ground::default());
             assert!(!ground.admit(8, 1), "nothing is taken yet");
-            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), Features::NONE);
+            ground.open(Arc::clone(&memory), MemoryLayout::new(layout).unwrap(), (7, 2), features);
             assert!(ground.admit(8, 1) && !ground.admit(9, 1) && !ground.admit(9, 0));
             let (to, told) = channel();
             Self { ground, memory, to, told }
@@ -506,6 +595,113 @@ mod tests {
         }
         reads.join().unwrap();
         reads_too.join().unwrap();
+    }
+
+    #[test]
+    fn peers_that_are_faster_than_the_driver_wait_and_memory_does_not_grow() {
+        let (ground, (to, told)) = (Arc::new(Ground::default()), channel::<Waiting>());
+        let frame = Message::Query(vmm_migration_protocol::SessionId([1; 16])).encode().unwrap().encode();
+        let (mut peers, mut readers) = (Vec::new(), Vec::new());
+        for number in [7, 8] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_write_timeout(Some(Duration::from_millis(100))).unwrap();
+            let (ground, to, socket) = (Arc::clone(&ground), to.clone(), Arc::new(Socket::Unix(theirs)));
+            readers.push(std::thread::spawn(move || read(number, &socket, &ground, &to)));
+            peers.push(ours);
+        }
+        drop(to);
+        let (many, mut sent) = (frame.repeat(100), 0);
+        for peer in &mut peers {
+            // What the sockets hold comes on top.
+            while peer.write_all(&many).is_ok() {
+                sent += many.len();
+                assert!(sent < 16 << 20, "nobody stops it");
+            }
+        }
+        // They have room in turn, and it is bounded for both together.
+        let held: Vec<Waiting> = std::iter::from_fn(|| told.try_recv().ok()).collect();
+        assert!((1000..=super::super::backlog::MOST / 256).contains(&held.len()), "{}", held.len());
+        drop(held);
+        drop(peers);
+        let rest = told.iter().map(|Waiting(place)| drop(place)).count();
+        assert!(rest > 1000, "{rest}: it goes on");
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+    }
+
+    #[test]
+    fn only_the_first_connection_of_a_session_says_much_at_once() {
+        let session = Session::new();
+        session.ground.begin(7);
+        let state = Message::State(vec![1; 2 << 20]).encode().unwrap().encode();
+        let (mut first, reads) = session.connect(7);
+        let (mut second, reads_too) = session.connect(8);
+        first.write_all(&state).unwrap();
+        assert!(matches!(session.told.recv(), Ok(Told(7, Said::Frame(_)))));
+        // It does not get further than this end reads.
+        let _ = second.write_all(&state);
+        let Ok(Told(8, Said::Garbage(text))) = session.told.recv() else { panic!("it was let through") };
+        assert!(text.contains("too large"), "{text}");
+        drop((first, second));
+        reads.join().unwrap();
+        reads_too.join().unwrap();
+    }
+
+    /// A range with these contents, and the checksums that are said of them.
+    fn summed(gpa: u64, contents: &[u8], sums: Vec<u32>) -> Vec<u8> {
+        let range = MemoryRange::new(gpa, contents.len() as u64).unwrap();
+        let bulk = Bulk::memory(range, 0, 0).unwrap();
+        let sums = Message::Sums(Sums { range, pass: 0, sums }).encode().unwrap().encode();
+        [bulk.header().as_slice(), contents, &sums].concat()
+    }
+
+    #[test]
+    fn a_page_that_changed_on_the_way_is_asked_for_again_and_its_neighbours_are_not() {
+        let session = Session::with(Features::PAGE_SUMS);
+        let (mut first, reads) = session.connect(7);
+        // Larger than what is read at once, and with a small one behind it.
+        let contents: Vec<u8> = (0..100 * 4096).map(|at| (at / 4096 + 1) as u8).collect();
+        let mut sums: Vec<u32> = contents.chunks(4096).map(|page| contents_checksum([page])).collect();
+        sums[41] ^= 1;
+        first.write_all(&summed(1 << 20, &contents, sums)).unwrap();
+        let small = [9; 4096];
+        first.write_all(&summed(0, &small, vec![contents_checksum([&small[..]])])).unwrap();
+        first.write_all(&mark(0, false, 101 * 4096)).unwrap();
+        let Ok(Told(7, Said::Damaged(range))) = session.told.recv() else { panic!("it was not seen") };
+        assert_eq!((range.gpa(), range.length()), ((1 << 20) + 41 * 4096, 4096));
+        drop(first);
+        assert!(matches!(session.told.recv(), Ok(Told(7, Said::Lost(_)))), "the rest is whole");
+        reads.join().unwrap();
+        let mut landed = vec![0; contents.len()];
+        session.memory.read_slice(&mut landed, GuestAddress(1 << 20)).unwrap();
+        assert!(landed == contents && session.first_byte(0) == 9);
+    }
+
+    #[test]
+    fn memory_that_goes_straight_to_its_place_is_within_the_guests_and_has_its_checksums() {
+        let page = [5; 4096];
+        let right = vec![contents_checksum([&page[..]])];
+        let cases = [
+            (summed(SIZE, &page, right.clone()), "not in the guest's memory"),
+            (summed(0, &page, right.clone())[..40 + 4096].to_vec(), ""),
+            (
+                [&summed(0, &page, right.clone())[..40 + 4096], &mark(0, true, 4096)].concat(),
+                "no checksums follow",
+            ),
+            (summed(0, &page, right)[40 + 4096..].to_vec(), "not what came before"),
+        ];
+        for (bytes, expected) in cases {
+            let session = Session::with(Features::PAGE_SUMS);
+            let (mut first, reads) = session.connect(7);
+            first.write_all(&bytes).unwrap();
+            drop(first);
+            let said = session.told.recv().unwrap().1;
+            match said {
+                Said::Garbage(text) => assert!(!expected.is_empty() && text.contains(expected), "{text}"),
+                Said::Lost(_) => assert!(expected.is_empty()),
+                other => panic!("{other:?}"),
+            }
+            reads.join().unwrap();
+        }
     }
 
     /// What `say` makes of a session in which connection 1 has ended pass 0 and connection 0 has not.

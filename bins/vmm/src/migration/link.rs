@@ -1,9 +1,9 @@
 //! Sockets, and frames out of them.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,16 +11,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::addr::SocketAddrArg;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_api::spec::MigrationAddress;
+use vmm_memory_manager::straight::GuestSlice;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
-use super::descriptors;
 use super::tls::{Client, Server, TlsError, TlsStream};
+use super::{descriptors, vectors};
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
+
+/// Contents of at least so many bytes are likely to be followed by such: little more is read with them than the frames in between,
+/// for what is in the buffer is copied once more.
+const LARGE: usize = 64 << 10;
+const BETWEEN: usize = 512;
+
+/// Payload of a frame, at most, but for the one that says all of a VM's state.
+const PAYLOAD: usize = 1 << 20;
 
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
@@ -49,7 +59,7 @@ impl Way {
     /// A connection. A handshake ends when `wanted` says no.
     pub(super) fn connect(&self, wanted: &mut dyn FnMut() -> bool) -> io::Result<Socket> {
         match &self.address {
-            MigrationAddress::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            MigrationAddress::Unix(path) => connect_unix(path, ANSWER).map(Socket::Unix),
             MigrationAddress::Tcp(address) => {
                 let stream = connect_tcp(address)?;
                 stream.set_nodelay(true)?;
@@ -82,6 +92,15 @@ impl Socket {
     /// Whether something has come, or it has ended: waits as long as a read does.
     pub(super) fn has_something(&self) -> bool {
         !matches!(self.peek(RecvFlags::empty()), Err(Errno::AGAIN | Errno::INTR))
+    }
+
+    /// The descriptor, where bytes go to it as they are.
+    pub(super) fn plain(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tcp(stream) => Some(stream.as_fd()),
+            Self::Tls(_) => None,
+        }
     }
 
     fn peek(&self, flags: RecvFlags) -> Result<usize, Errno> {
@@ -173,25 +192,31 @@ impl Write for &Socket {
 fn connect_tcp(address: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::from(ErrorKind::AddrNotAvailable);
     for address in address.to_socket_addrs()? {
-        match connect_within(&address, ANSWER) {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        match connect_within(family, &address, ANSWER) {
             Err(error) => last = error,
-            stream => return stream,
+            Ok(socket) => return Ok(socket.into()),
         }
     }
     Err(last)
 }
 
-/// As `TcpStream::connect_timeout`, without its system calls.
-fn connect_within(address: &SocketAddr, time: Duration) -> io::Result<TcpStream> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+/// Not for ever: a receiver whose queue of connections is full does not take one before it has room.
+fn connect_unix(path: &Path, time: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    connect_within(AddressFamily::UNIX, &address, time).map(UnixStream::from)
+}
+
+/// As `TcpStream::connect_timeout`, without its system calls, and for all families.
+fn connect_within(family: AddressFamily, to: &impl SocketAddrArg, time: Duration) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&socket, Timeout::Send, Some(time))?;
-    rustix::net::connect(&socket, address).map_err(|error| match error {
+    rustix::net::connect(&socket, to).map_err(|error| match error {
         // socket(7): what it gives where the timeout has passed.
         Errno::INPROGRESS | Errno::AGAIN => ErrorKind::TimedOut.into(),
         error => io::Error::from(error),
     })?;
-    Ok(TcpStream::from(socket))
+    Ok(socket)
 }
 
 /// A receiver's address.
@@ -270,10 +295,16 @@ pub(super) enum End {
 /// Frames that arrive on a connection.
 #[derive(Debug)]
 pub(super) struct Frames {
-    from: BufReader<Half>,
+    from: Half,
+    /// What has come and is not taken yet is between `start` and `end`.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
     decoder: Decoder,
     /// Something has come.
     begun: bool,
+    /// A frame may be as large as its command allows.
+    takes_large: bool,
 }
 
 #[derive(Debug)]
@@ -295,32 +326,49 @@ impl Read for Half {
 
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
-        let half = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
-        let from = BufReader::with_capacity(BUFFER, half);
-        Self { from, decoder: Decoder::new(), begun: false }
+        let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
+        Self {
+            from,
+            buffer: vec![0; BUFFER],
+            start: 0,
+            end: 0,
+            decoder: Decoder::new(),
+            begun: false,
+            takes_large: false,
+        }
     }
 
     /// Whether descriptors that come beside frames are wanted from now on.
     pub(super) fn want_files(&mut self, takes: bool) {
-        self.from.get_mut().takes = takes;
+        self.from.takes = takes;
+    }
+
+    /// Whether a frame may be as large as its command allows, from now on: only one connection's may, so that they do not
+    /// need as much each.
+    pub(super) fn take_large(&mut self, takes: bool) {
+        self.takes_large = takes;
     }
 
     /// The descriptors that have come.
     pub(super) fn take_files(&mut self) -> Vec<OwnedFd> {
-        std::mem::take(&mut self.from.get_mut().files)
+        std::mem::take(&mut self.from.files)
     }
 
     /// The next frame, or the beginning of one with memory.
     pub(super) fn next(&mut self) -> Result<Item, End> {
         loop {
-            let available = match self.from.fill_buf() {
-                Ok(available) => available,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::InvalidData => {
-                    return Err(End::Garbage(error.to_string()));
+            if self.start == self.end {
+                (self.start, self.end) = (0, 0);
+                match self.from.read(&mut self.buffer) {
+                    Ok(count) => self.end = count,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == ErrorKind::InvalidData => {
+                        return Err(End::Garbage(error.to_string()));
+                    }
+                    Err(error) => return Err(End::Lost(error.to_string())),
                 }
-                Err(error) => return Err(End::Lost(error.to_string())),
-            };
+            }
+            let available = self.buffer.get(self.start..self.end).unwrap_or_default();
             if available.is_empty() {
                 let decoder = std::mem::take(&mut self.decoder);
                 let text = match decoder.finish() {
@@ -335,10 +383,12 @@ impl Frames {
             }
             let mut rest = available;
             let item = self.decoder.push(&mut rest);
-            let taken = available.len() - rest.len();
-            self.from.consume(taken);
+            self.start = self.end - rest.len();
             match item {
                 Ok(Some(item)) => return Ok(item),
+                Ok(None) if !self.takes_large && self.decoder.announced() > PAYLOAD => {
+                    return Err(End::Garbage("a frame that is too large on this connection".to_owned()));
+                }
                 Ok(None) => {}
                 Err(error) => return Err(End::Garbage(error.to_string())),
             }
@@ -347,7 +397,35 @@ impl Frames {
 
     /// The contents that follow the beginning of a frame with memory.
     pub(super) fn contents(&mut self, bytes: &mut [u8]) -> Result<(), End> {
-        self.from.read_exact(bytes).map_err(|error| End::Lost(error.to_string()))
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let (now, later) = bytes.split_at_mut(there.len().min(bytes.len()));
+        now.copy_from_slice(there.get(..now.len()).unwrap_or_default());
+        self.start += now.len();
+        self.from.read_exact(later).map_err(|error| End::Lost(error.to_string()))
+    }
+
+    /// The same, straight into guest memory. `false`: the link has to be read into a buffer.
+    pub(super) fn contents_into(&mut self, memory: &GuestSlice<'_>) -> Result<bool, End> {
+        let lost = |error: &dyn std::error::Error| End::Lost(error.to_string());
+        let Some(fd) = self.from.socket.plain() else { return Ok(false) };
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        memory.copy_from(there);
+        let mut filled = there.len().min(memory.len());
+        self.start += filled;
+        let room = if memory.len() < LARGE { BUFFER } else { BETWEEN };
+        while filled < memory.len() {
+            let rest = memory.offset(filled).map_err(|error| lost(&error))?;
+            let ahead = self.buffer.get_mut(..room).unwrap_or_default();
+            let count = match vectors::receive(fd, &rest, ahead) {
+                Ok(0) => return Err(lost(&io::Error::from(ErrorKind::UnexpectedEof))),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => 0,
+                Err(error) => return Err(lost(&error)),
+            };
+            (self.start, self.end) = (0, count.saturating_sub(rest.len()));
+            filled += count.min(rest.len());
+        }
+        Ok(true)
     }
 }
 
@@ -374,5 +452,18 @@ mod tests {
         fs::write(&path, "a file").unwrap();
         assert!(Listener::bind(&address).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+    #[test]
+    fn a_receiver_that_takes_no_more_connections_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let listener =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let listener = listener.unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let time = Duration::from_millis(20);
+        let _queued = connect_unix(&path, time).unwrap();
+        assert_eq!(connect_unix(&path, time).unwrap_err().kind(), ErrorKind::TimedOut);
     }
 }

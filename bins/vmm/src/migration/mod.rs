@@ -4,10 +4,12 @@
 //! |---|---|---|
 //! | `outgoing` | `migration` | drives the source |
 //! | `sender` | `migration-out`, one per connection | writes frames and memory, so that the driver never waits for the link |
+//! | `straight`, `vectors` | | memory to and from a link without a copy |
 //! | `course` | | what a pass sends, which these threads share |
 //! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
+//! | `backlog` | | what connections have said and the driver has not heard yet |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `making` | `migration-make` | steps of a destination that may take long |
@@ -19,6 +21,7 @@
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
 
 mod aside;
+mod backlog;
 mod course;
 mod descriptors;
 mod fit;
@@ -32,8 +35,10 @@ mod pace;
 mod postcopy;
 mod sender;
 mod slowing;
+mod straight;
 #[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
 mod tls;
+mod vectors;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

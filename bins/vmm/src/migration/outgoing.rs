@@ -325,7 +325,7 @@ impl Driver {
             session,
             owed: late.owed,
             pass: late.pass,
-            packs: source.features().contains(Features::LZ4),
+            features: source.features(),
             sent: Arc::new(AtomicU64::new(source.progress().sent.bytes)),
         };
         let wanted = late.socket.get().map_or_else(|| Arc::clone(&socket), Arc::clone);
@@ -376,8 +376,8 @@ impl Driver {
 
     fn send_memory(&mut self, pass: u32, what: What, last: bool) {
         self.session.shared.sent.store(0, Ordering::Relaxed);
-        let packs = self.machine.features().contains(Features::LZ4);
-        self.session.shared.packs.store(packs, Ordering::SeqCst);
+        // Once agreed on, they stay.
+        let _ = self.session.shared.features.set(self.machine.features());
         self.late.pass = pass.saturating_add(1);
         let course = Arc::new(match what {
             What::All => Course::new(pass, None, last),

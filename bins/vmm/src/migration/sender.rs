@@ -3,15 +3,15 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Absent, Bulk, Command, Fault, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE, Packer,
-    Reason, SourceInput, Zero, contents_checksum,
+    Absent, Bulk, Command, Fault, Features, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE,
+    Packer, Reason, SourceInput, Sums, Zero, contents_checksum,
 };
 use vmm_snapshot::directory::MemorySource;
 
@@ -19,6 +19,8 @@ use super::LOOK;
 use super::course::{Course, Piece};
 use super::link::Socket;
 use super::pace::Pace;
+use super::straight::Batch;
+use super::vectors;
 use crate::exit::chain;
 
 /// How long one write waits for the link before the thread looks whether it is to end.
@@ -49,13 +51,17 @@ pub(super) struct Shared {
     pub(super) over: AtomicBool,
     /// Bytes of the pass on the link.
     pub(super) sent: AtomicU64,
-    /// Memory goes compressed, as far as that makes it smaller.
-    pub(super) packs: AtomicBool,
+    /// What was agreed on, before there is a pass.
+    pub(super) features: OnceLock<Features>,
     /// How fast they may follow each other.
     pub(super) pace: Pace,
 }
 
 impl Shared {
+    fn features(&self) -> Features {
+        self.features.get().copied().unwrap_or_default()
+    }
+
     fn is_unwanted(&self) -> bool {
         self.interrupted.load(Ordering::SeqCst) || self.over.load(Ordering::SeqCst)
     }
@@ -222,16 +228,27 @@ impl Pen {
     }
 
     fn portions(&mut self, course: &Course, between: Between<'_>) -> Result<(), Fault> {
-        self.packer = self.shared.packs.load(Ordering::SeqCst).then(Packer::new);
+        self.packer = self.shared.features().contains(Features::LZ4).then(Packer::new);
+        let (memory, summed) = (Arc::clone(&self.memory), self.shared.features().sums_pages());
         let (mut described, mut pieces, mut buffer) = (self.absent(course)?, Vec::new(), Vec::new());
         loop {
-            course.take(&self.memory, &mut pieces).map_err(|error| unreadable(&error))?;
+            course.take(&memory, &mut pieces).map_err(|error| unreadable(&error))?;
             if pieces.is_empty() {
                 break;
             }
+            let mut batch = Batch::default();
             for piece in &pieces {
-                described += self.piece((piece, &mut buffer), course, between)?;
+                let lies = if self.goes_straight() {
+                    memory.lying(piece.region, piece.range.clone()).map_err(|error| unreadable(&error))?
+                } else {
+                    None
+                };
+                match lies {
+                    Some(lies) => batch.add(&memory, piece, &lies, (course, summed))?,
+                    None => described += self.piece((piece, &mut buffer), course, between)?,
+                }
             }
+            described += self.batch(&batch, course, between)?;
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
@@ -248,7 +265,35 @@ impl Pen {
         Ok(described)
     }
 
-    /// Sends a part of a region, and gives the bytes described.
+    /// Whether memory may change from the moment when it is looked at to when it is on the link, and the link takes it as it is.
+    fn goes_straight(&self) -> bool {
+        let features = self.shared.features();
+        let unsummed = features.sums_pages() || features.contains(Features::UNCHECKED_MEMORY);
+        unsummed && self.packer.is_none() && self.socket.plain().is_some()
+    }
+
+    /// Sends what is in `batch`, and gives the bytes described.
+    fn batch(&mut self, batch: &Batch<'_>, course: &Course, between: Between<'_>) -> Result<u64, Fault> {
+        let mut parts = batch.parts();
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        self.wait_for(bytes, course, between)?;
+        let mut rest = parts.as_mut_slice();
+        while !rest.is_empty() && self.broken.is_none() {
+            let mut sent = 0;
+            self.try_write(|socket| {
+                let to = socket.plain().ok_or(ErrorKind::Unsupported)?;
+                vectors::send(to, rest).inspect(|count| sent = *count)
+            });
+            let gone = vectors::skip(rest, sent);
+            rest = rest.get_mut(gone..).unwrap_or_default();
+        }
+        self.shared.sent.fetch_add(bytes, Ordering::Relaxed);
+        between(self, Duration::ZERO);
+        self.check(course)?;
+        Ok(batch.described())
+    }
+
+    /// Sends a part of a region by way of a buffer, and gives the bytes described.
     fn piece(
         &mut self,
         (piece, buffer): (&Piece, &mut Vec<u8>),
@@ -273,11 +318,17 @@ impl Pen {
                 self.message(Message::Zero(Zero { range, pass: course.number }))?;
             } else {
                 let mut packer = self.packer.take();
-                let (bulk, contents) = bulk((range, course.number), run.bytes, packer.as_mut())
+                let features = self.shared.features();
+                let (bulk, contents) = bulk((range, course.number), run.bytes, (features, packer.as_mut()))
                     .map_err(|error| failed(&error))?;
                 self.wait_for(contents.len() as u64, course, between)?;
                 self.counted(&[&bulk.header(), contents]);
                 self.packer = packer;
+                if features.sums_pages() && bulk.command() == Command::Memory {
+                    let sums = run.bytes.chunks(ZERO_PAGE.len()).map(|page| contents_checksum([page]));
+                    let (pass, sums) = (course.number, sums.collect());
+                    self.message(Message::Sums(Sums { range, pass, sums }))?;
+                }
             }
             between(self, Duration::ZERO);
             self.check(course)?;
@@ -366,11 +417,16 @@ impl Pen {
 pub(super) fn bulk<'a>(
     (range, pass): (MemoryRange, u32),
     bytes: &'a [u8],
-    packer: Option<&'a mut Packer>,
+    (features, packer): (Features, Option<&'a mut Packer>),
 ) -> Result<(Bulk, &'a [u8]), FrameError> {
+    let has_sum = !features.contains(Features::UNCHECKED_MEMORY);
+    let sum = |has_own: bool, bytes| if has_own { contents_checksum([bytes]) } else { 0 };
     match packer.and_then(|packer| packer.pack(bytes)) {
-        Some(packed) => Ok((Bulk::packed(range, pass, contents_checksum([packed]), packed.len())?, packed)),
-        None => Ok((Bulk::memory(range, pass, contents_checksum([bytes]))?, bytes)),
+        Some(packed) => Ok((Bulk::packed(range, pass, sum(has_sum, packed), packed.len())?, packed)),
+        None => {
+            let has_own = has_sum && !features.sums_pages();
+            Ok((Bulk::memory(range, pass, sum(has_own, bytes))?, bytes))
+        }
     }
 }
 
@@ -400,11 +456,11 @@ pub(super) fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
     runs
 }
 
-fn unreadable(error: &io::Error) -> Fault {
+pub(super) fn unreadable(error: &io::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
 }
 
-fn failed(error: &dyn std::error::Error) -> Fault {
+pub(super) fn failed(error: &dyn std::error::Error) -> Fault {
     Fault::new(Reason::Failed, &chain(error).to_string())
 }
 

@@ -13,7 +13,7 @@ use super::saving::{Pace, still};
 use super::tracks::Tracks;
 use super::writer::{SaveError, Since, Still, THREAD};
 use crate::exit::chain;
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineError};
 
 /// A guest at one moment. It runs on.
 #[derive(Debug)]
@@ -24,8 +24,8 @@ pub(super) struct Moment {
     pub(super) since: Option<Since>,
     /// How long it stood still.
     blackout: Duration,
-    /// It runs on.
-    runs: bool,
+    /// Why it does not run on, if it does not.
+    stuck: Option<MachineError>,
 }
 
 /// Frozen memory, and the thread that serves its faults. Dropped, it is as any other.
@@ -52,14 +52,17 @@ pub(super) fn freeze(
     machine.pause().map_err(SaveError::Guest)?;
     let start = Instant::now();
     let taken = take(machine, tracks, spec, freezer, hook);
-    let resumed = machine.resume();
+    let stuck = machine.resume().err();
     let blackout = start.elapsed();
-    if let Err(error) = &resumed {
-        log::error!("the guest does not run on after its snapshot: {}", chain(error));
+    match &stuck {
+        None => log::info!("the guest runs on, its memory is saved as it was"),
+        Some(error) => log::error!("the guest does not run on after its snapshot: {}", chain(error)),
     }
-    let (memory, still, since) = taken?;
-    log::info!("the guest runs on, its memory is saved as it was");
-    Ok(Some(Moment { memory, still, since, blackout, runs: resumed.is_ok() }))
+    match (taken, stuck) {
+        (Ok((memory, still, since)), stuck) => Ok(Some(Moment { memory, still, since, blackout, stuck })),
+        (Err(error), None) => Err(error),
+        (Err(error), Some(resume)) => Err(error.stuck(resume)),
+    }
 }
 
 /// What there is to be had while the guest stands still. Its memory comes last: after that nobody may write there before
@@ -80,8 +83,8 @@ fn take(
 
 impl Moment {
     /// What the guest does while it is written.
-    pub(super) fn pace(&self) -> Pace {
-        if self.runs { Pace::Over(self.blackout) } else { Pace::Stuck(self.blackout) }
+    pub(super) fn pace(&mut self) -> Pace {
+        Pace::after(self.blackout, self.stuck.take())
     }
 }
 

@@ -57,7 +57,10 @@ struct Job {
     /// Of its machine.
     machine: u64,
     number: u64,
-    asker: Replier<()>,
+    /// Absent once it has been answered.
+    asker: Option<Replier<()>>,
+    /// It is answered when a source can come.
+    detach: bool,
     cancels: Vec<Replier<()>>,
     start: Instant,
     to: Sender<Heard>,
@@ -106,6 +109,7 @@ impl Vmm {
         let (machine, number) = (self.boot.machines, self.jobs.saving.jobs);
         self.events.tell(machine, &Event::JobStarted { job: number, kind: KIND.into() });
         self.jobs.moving.begin(MigrationRole::Destination, number, false);
+        let detach = spec.detach;
         let cpuid = self.means.hypervisor.supported_cpuid();
         let cpuid = cpuid.inspect_err(|error| log::warn!("CPUs are not compared: {}", chain(error))).ok();
         let (to, heard) = channel();
@@ -118,7 +122,7 @@ impl Vmm {
             heard: (to.clone(), heard),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
-        let job = Job { machine, number, asker, cancels, start, to, held };
+        let job = Job { machine, number, asker: Some(asker), detach, cancels, start, to, held };
         match thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
             Ok(handle) => {
                 // Admission keeps this from failing.
@@ -141,6 +145,7 @@ impl Vmm {
             return;
         };
         match step {
+            ReceiveStep::Listening => self.listens(),
             ReceiveStep::Restore(arrival) => self.make_arrived(*arrival),
             ReceiveStep::TakeLocks => {
                 let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.as_mut());
@@ -167,6 +172,13 @@ impl Vmm {
                 self.jobs.moving.goes_on(format!("{state:?}"), progress);
             }
             ReceiveStep::Over(result) => self.received(result),
+        }
+    }
+
+    fn listens(&mut self) {
+        let asker = self.jobs.receive.job.as_mut().filter(|job| job.detach).and_then(|job| job.asker.take());
+        if let Some(asker) = asker {
+            asker.reply(Ok(()));
         }
     }
 
@@ -260,7 +272,7 @@ impl Vmm {
                 job.cancels.into_iter().for_each(|cancel| {
                     cancel.reply(Err(super::saving::too_late(self.slot.phase())));
                 });
-                job.asker.reply(Ok(()));
+                answer(job.asker, Ok(()));
             }
             None => {
                 let done = self.jobs.moving.done();
@@ -272,7 +284,7 @@ impl Vmm {
                 job.cancels.into_iter().for_each(|cancel| {
                     cancel.reply(Err(super::saving::too_late(self.slot.phase())));
                 });
-                job.asker.reply(Ok(()));
+                answer(job.asker, Ok(()));
             }
         }
         self.go_on();
@@ -292,7 +304,7 @@ impl Vmm {
         let reply = ApiError::from_error(told::code(cancelled), &error);
         self.jobs.moving.end(told::status(cancelled), Some(&reply));
         job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
-        job.asker.reply(Err(reply));
+        answer(job.asker, Err(reply));
     }
 
     /// Cancels it. Gives the client back where there is none.
@@ -308,7 +320,14 @@ impl Vmm {
         self.jobs.receive.thread = None;
         let Some(job) = self.jobs.receive.job.take() else { return };
         let gone = || ApiError::new(Code::Cancelled, "the VMM ends");
-        job.asker.reply(Err(gone()));
+        answer(job.asker, Err(gone()));
         job.cancels.into_iter().for_each(|cancel| cancel.reply(Ok(())));
+    }
+}
+
+/// Answers a client that still waits.
+fn answer(asker: Option<Replier<()>>, result: Result<(), ApiError>) {
+    if let Some(asker) = asker {
+        asker.reply(result);
     }
 }

@@ -21,7 +21,7 @@ use super::tracks::{TrackError, Tracks};
 use super::writer::{self, Answer, Memory, SaveError, SaveStep, Still, Watch, Writer};
 use super::{Vmm, VmmError, boot, freezing, told};
 use crate::exit::chain;
-use crate::machine::{EventPost, Machine};
+use crate::machine::{EventPost, Machine, MachineError};
 
 /// The kind of the job, in events.
 const KIND: &str = "snapshot";
@@ -64,7 +64,7 @@ struct Thread {
 }
 
 /// What the guest does meanwhile.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum Pace {
     /// It is paused, and stays so.
     Paused,
@@ -75,7 +75,7 @@ pub(super) enum Pace {
     /// It stood still for so long, and runs.
     Over(Duration),
     /// It stands still for so long already, because it cannot run on.
-    Stuck(Duration),
+    Stuck(Duration, MachineError),
 }
 
 impl Vmm {
@@ -102,7 +102,12 @@ impl Vmm {
                     Some(Job { number, asker, cancels, spec, start, pace, thread, failure });
             }
             Err(error) => {
-                self.give_tracks_back(pace);
+                self.give_tracks_back(&pace);
+                if matches!(error, SaveError::Stuck { .. }) {
+                    // There is a machine.
+                    let _ = self.slot.pause();
+                    self.note(&Event::Paused);
+                }
                 let reply = self.save_failed(number, error);
                 asker.reply(Err(reply));
             }
@@ -121,7 +126,7 @@ impl Vmm {
         let (tracks, hook) = (&mut self.jobs.saving.tracks, self.means.sandbox.threads());
         let (memory, since, still) = match pace {
             Pace::Live => match freezing::freeze(machine, tracks, spec, hook)? {
-                Some(moment) => {
+                Some(mut moment) => {
                     told::changes(&self.events, machine);
                     *pace = moment.pace();
                     (Memory::Frozen(moment.memory), moment.since, Some(moment.still))
@@ -205,16 +210,13 @@ impl Vmm {
     fn run_on(&mut self) {
         let (Some(job), Some(machine)) = (&mut self.jobs.saving.job, self.slot.machine_mut()) else { return };
         let Pace::Blackout(since) = job.pace else { return };
-        let resumed = machine.resume();
+        let stuck = machine.resume().err();
         let blackout = since.elapsed();
         told::changes(&self.events, machine);
-        job.pace = match resumed {
-            Ok(()) => Pace::Over(blackout),
-            Err(error) => {
-                log::error!("the guest does not run on after its snapshot: {}", chain(&error));
-                Pace::Stuck(blackout)
-            }
-        };
+        if let Some(error) = &stuck {
+            log::error!("the guest does not run on after its snapshot: {}", chain(error));
+        }
+        job.pace = Pace::after(blackout, stuck);
     }
 
     fn answer(&self, answer: Answer) {
@@ -257,19 +259,23 @@ impl Vmm {
         match &result {
             Ok(_) if spec.track => {
                 self.jobs.saving.tracks.keep(&spec.folder);
-                self.end_live(pace);
+                self.end_live(&pace);
             }
-            Ok(_) => self.end_live(pace),
-            Err(_) => self.give_tracks_back(pace),
+            Ok(_) => self.end_live(&pace),
+            Err(_) => self.give_tracks_back(&pace),
         }
         let guest = pace.guest();
         let _ = self.slot.end_save(guest);
-        let result = match result {
-            Ok(id) => {
+        if matches!(pace, Pace::Stuck(..)) {
+            self.note(&Event::Paused);
+        }
+        let result = match (result, pace) {
+            (Ok(id), pace) => {
                 self.tell_saved(number, id, start, pace.blackout());
                 Ok(())
             }
-            Err(error) => Err(self.save_failed(number, error)),
+            (Err(error), Pace::Stuck(_, resume)) => Err(self.save_failed(number, error.stuck(resume))),
+            (Err(error), _) => Err(self.save_failed(number, error)),
         };
         self.post_info();
         for cancel in cancels {
@@ -296,7 +302,7 @@ impl Vmm {
     }
 
     /// Nothing is tracked for a live snapshot any more.
-    fn end_live(&mut self, pace: Pace) {
+    fn end_live(&mut self, pace: &Pace) {
         let Some(machine) = self.slot.machine_mut().filter(|_| !matches!(pace, Pace::Paused)) else { return };
         if let Err(error) = self.jobs.saving.tracks.end_live(machine.memory_mut()) {
             log::debug!("the tracker of a live snapshot: {}", chain(&error));
@@ -304,7 +310,7 @@ impl Vmm {
     }
 
     /// What was tracked before still is.
-    fn give_tracks_back(&mut self, pace: Pace) {
+    fn give_tracks_back(&mut self, pace: &Pace) {
         self.end_live(pace);
         let Some(machine) = self.slot.machine_mut() else { return };
         if let Err(error) = self.jobs.saving.tracks.give_back(machine.memory_mut()) {
@@ -360,18 +366,26 @@ impl Vmm {
 }
 
 impl Pace {
+    /// After it stood still for so long; why it does not run on, if it does not.
+    pub(super) fn after(blackout: Duration, stuck: Option<MachineError>) -> Self {
+        match stuck {
+            None => Self::Over(blackout),
+            Some(error) => Self::Stuck(blackout, error),
+        }
+    }
+
     /// What the guest does when it is over.
-    const fn guest(self) -> Guest {
+    const fn guest(&self) -> Guest {
         match self {
             Self::Live | Self::Over(_) => Guest::Runs,
-            Self::Paused | Self::Blackout(_) | Self::Stuck(_) => Guest::Rests,
+            Self::Paused | Self::Blackout(_) | Self::Stuck(..) => Guest::Rests,
         }
     }
 
     /// How long the guest stood still because of the snapshot.
-    const fn blackout(self) -> Option<Duration> {
+    const fn blackout(&self) -> Option<Duration> {
         match self {
-            Self::Over(time) | Self::Stuck(time) => Some(time),
+            Self::Over(time) | Self::Stuck(time, _) => Some(*time),
             Self::Paused | Self::Live | Self::Blackout(_) => None,
         }
     }

@@ -375,6 +375,17 @@ impl Vmm {
     }
 }
 
+/// What this end would use.
+fn offered(spec: &SendSpec) -> Features {
+    let packs = match spec.compression {
+        Compression::None => Features::NONE,
+        Compression::Lz4 => Features::LZ4,
+    };
+    // TLS sees to it that memory arrives as it was sent.
+    let checks = if spec.tls_dir.is_some() { Features::UNCHECKED_MEMORY } else { Features::PAGE_SUMS };
+    packs.and(checks)
+}
+
 /// What the protocol is told of the VM.
 fn setup(
     configured: &Configured,
@@ -392,11 +403,7 @@ fn setup(
         versions: Versions::OURS,
         session: SessionId(session),
         purpose: if spec.check { Purpose::Check } else { Purpose::Migrate },
-        features: match spec.compression {
-            Compression::None => Features::NONE,
-            Compression::Lz4 => Features::LZ4,
-        }
-        .and(required),
+        features: offered(spec).and(required),
         required,
         connections: spec.connections,
         memory: memory.map_err(|error| SendError::Refused(error.into()))?,

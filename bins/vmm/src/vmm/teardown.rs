@@ -13,7 +13,7 @@ impl Teardown {
     /// Takes `machine` apart and then calls `done`.
     pub(super) fn begin(&mut self, machine: Machine, done: impl FnOnce() + Send + 'static) {
         let work = move || {
-            drop(machine);
+            machine.end();
             done();
         };
         match Builder::new().name("teardown".to_owned()).spawn(work) {

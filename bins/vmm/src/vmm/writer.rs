@@ -25,6 +25,7 @@ use vmm_state::GuestEvent;
 use super::freezing::ServedMemory;
 use super::tracks::TrackError;
 use crate::events::Events;
+use crate::exit::chain;
 use crate::machine::{EventPost, MachineError, MachineEvent};
 
 /// The thread that writes a snapshot, and those that help it.
@@ -278,12 +279,28 @@ pub enum SaveError {
     /// The guest cannot stand still, or not run on.
     #[error("the guest does not obey")]
     Guest(#[source] MachineError),
+    /// Neither was it taken nor does the guest run on.
+    #[error("the guest cannot run on and stays paused ({})", chain(&**.resume))]
+    Stuck {
+        /// Why it cannot.
+        resume: Box<MachineError>,
+        /// Why the snapshot was not taken.
+        #[source]
+        source: Box<SaveError>,
+    },
     /// The guest ended before it was saved, or meanwhile.
     #[error("the guest has ended: {0}")]
     Ended(GuestEvent),
     /// It was cancelled.
     #[error("the snapshot was cancelled")]
     Cancelled,
+}
+
+impl SaveError {
+    /// The same, and the guest does not run on.
+    pub(super) fn stuck(self, resume: MachineError) -> Self {
+        Self::Stuck { resume: Box::new(resume), source: Box::new(self) }
+    }
 }
 
 impl From<WriteError> for SaveError {

@@ -1,5 +1,11 @@
 //! A VMM without its control thread, for tests over the scripted hypervisor.
-#![allow(dead_code, clippy::unwrap_used, clippy::panic, reason = "test code; each user takes a part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code; each user takes a part"
+)]
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -12,6 +18,7 @@ use vmm::machine::{MachineEvent, MachineMessage};
 use vmm::sandbox::Sandbox;
 use vmm::vmm::{Policy, TABLE, Vmm};
 use vmm_api::command::{Host, Incoming, Outcome, ReplySlot};
+use vmm_api::events::{Journal, StreamItem};
 use vmm_cpu_manager::set::{VcpuEvent, VcpuEventKind};
 use vmm_epoll::{Inbox, mailbox};
 use vmm_hypervisor::fake::Fake;
@@ -20,6 +27,9 @@ use vmm_state::{GuestEvent, Phase, Reactions};
 use vmm_tests::harness::{LIMIT, Requests};
 use vmm_tests::tiny::Guest;
 
+mod disk;
+pub(crate) mod doorman;
+
 /// The control thread's state with a scripted hypervisor, and the control thread's work as far as a test does it.
 pub(crate) struct Rig {
     pub(crate) folder: tempfile::TempDir,
@@ -27,6 +37,8 @@ pub(crate) struct Rig {
     /// Mode of the serial port.
     serial: &'static str,
     inbox: Inbox<MachineMessage>,
+    /// All that was told.
+    events: Journal,
     /// The other end of a migration, which says nothing.
     peer: Option<UnixListener>,
 }
@@ -42,8 +54,10 @@ impl Rig {
         std::fs::write(folder.path().join("disk"), [0; 4096]).unwrap();
         let (post, inbox) = mailbox().unwrap();
         let policy = Policy { serves_clients: true, verify_state: false, reactions };
-        let vmm = Vmm::new(Arc::new(fake), post, policy, Events::new());
-        Self { folder, vmm, serial, inbox, peer: None }
+        let events = Events::new();
+        let stream = events.stream();
+        let vmm = Vmm::new(Arc::new(fake), post, policy, events);
+        Self { folder, vmm, serial, inbox, events: stream, peer: None }
     }
 
     /// The same in a sandbox.
@@ -159,6 +173,14 @@ impl Rig {
 
     pub(crate) fn info(&mut self) -> Value {
         serde_json::from_slice(&self.ask("vm.info").unwrap().bytes).unwrap()
+    }
+
+    /// How often the event `name` was told.
+    pub(crate) fn told(&self, name: &str) -> usize {
+        let mut lines = Vec::new();
+        self.events.read(1, usize::MAX, &mut lines, None);
+        let is_it = |line: &&[u8]| matches!(StreamItem::parse(line).unwrap(), StreamItem::Event(event) if event.name() == name);
+        lines.split_inclusive(|byte| *byte == b'\n').filter(is_it).count()
     }
 
     pub(crate) fn guest_does(&mut self, event: GuestEvent) {

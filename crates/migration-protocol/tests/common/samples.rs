@@ -3,7 +3,7 @@
 use vmm_migration_protocol::{
     Absent, Accept, Bulk, Command, CpuNeeds, CpuidLeaf, DescriptorRange, Fault, Features, Hello, Join, Mark,
     MemoryLayout, MemoryRange, Message, Missing, MissingKind, Offer, PAGE, Progress, Purpose, Reason, Region,
-    SessionId, SessionOutcome, Versions, Zero, contents_checksum,
+    SessionId, SessionOutcome, Sums, Versions, Zero, contents_checksum,
 };
 
 use super::Whole;
@@ -82,6 +82,7 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Keepalive(Progress { bytes: 7 * PAGE, pass: 2, blackout_ms: 12 }),
         Message::Cancel(Fault::new(Reason::Cancelled, "by the receiver's operator")),
         Message::Committed(SESSION),
+        Message::Sums(Sums { range: range(PAGE, 2 * PAGE), pass: 1, sums: vec![0x1122_3344, 7] }),
         Message::Absent(Absent { range: range(0x10_0000, 2 * PAGE), pass: 3 }),
         Message::Want(range(0x10_0000, PAGE)),
         Message::Whole(SESSION),

@@ -70,7 +70,7 @@ impl DestinationEnd {
             committed: false,
             interrupted: false,
             intakes: Vec::new(),
-            barrier: Barrier::new(0),
+            barrier: Barrier::new(0, 0),
             broken_undo: None,
             damage: false,
         }
@@ -249,7 +249,7 @@ impl World {
                 assert!(destination.vm.is_none());
                 let connections = destination.machine.accept().unwrap().connections;
                 destination.intakes = (0..connections).map(|_| Intake::new(layout())).collect();
-                destination.barrier = Barrier::new(connections);
+                destination.barrier = Barrier::new(connections, layout().bytes());
                 let memory = vec![0; PAGES];
                 destination.vm = Some(Vm { memory, mapped: false, restored: false, running: false });
             }

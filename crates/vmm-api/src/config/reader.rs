@@ -105,23 +105,28 @@ impl Reader {
     }
 
     /// Reads the field `name`, or answers with its default where it is absent or has a fault.
-    pub(crate) fn field<T: Wire>(&mut self, found: &Found<'_>, name: &str, default: impl FnOnce() -> T) -> T {
-        let Some(field) = found.table.by_name(name) else {
-            return default();
-        };
-        self.path.enter_field(field.name);
-        let given = found.entries.iter().find(|(given, _)| given.name == field.name);
-        let value = match given {
-            Some((_, node)) => T::read(node, self),
-            None => {
-                if field.need != Need::Optional {
-                    self.fault(FaultKind::Invalid, "is required, and missing");
-                }
-                None
-            }
-        };
+    pub(crate) fn field<T: Wire>(
+        &mut self,
+        found: &Found<'_>,
+        name: &'static str,
+        default: impl FnOnce() -> T,
+    ) -> T {
+        let value = self.enter(found, name).and_then(|node| T::read(node, self));
         self.path.leave();
         value.unwrap_or_else(default)
+    }
+
+    /// Goes to the field `name`, and says what is given for it. Apart from [`Self::field`], of which each field of the
+    /// contract has a copy of its own.
+    #[inline(never)]
+    fn enter<'n>(&mut self, found: &Found<'n>, name: &'static str) -> Option<&'n Node> {
+        self.path.enter_field(name);
+        let field = found.table.by_name(name)?;
+        let given = found.entries.iter().find(|(given, _)| given.name == field.name);
+        if given.is_none() && field.need != Need::Optional {
+            self.fault(FaultKind::Invalid, "is required, and missing");
+        }
+        given.map(|(_, node)| *node)
     }
 
     fn entry<'n>(&mut self, name: &str, value: &'n Node, found: &mut Found<'n>) {

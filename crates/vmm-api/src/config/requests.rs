@@ -242,6 +242,8 @@ object! {
         [current; key = ""] console: Option<RestoredConsoleConfig> = None,
         /// Where the debug console goes.
         [current; key = ""] debug_console: Option<RestoredConsoleConfig> = None,
+        /// Answer as soon as a source can come: how it ends, `vm.migration-progress` and the events tell.
+        [current] detach: bool = false,
     }
 }
 

@@ -136,6 +136,8 @@ pub struct ReceiveSpec {
     pub address: MigrationAddress,
     /// Folder of the certificates. `None`: no TLS. Of TCP only.
     pub tls_dir: Option<PathBuf>,
+    /// The client does not wait for the VM.
+    pub detach: bool,
     /// What the source may name; `None`: the default of the address.
     paths: Option<Vec<PathBuf>>,
     overrides: Overrides,
@@ -159,7 +161,7 @@ impl ReceiveSpec {
         };
         match address {
             Ok(address) if faults.is_empty() => {
-                Ok(Self { address, tls_dir, paths: config.paths.clone(), overrides })
+                Ok(Self { address, tls_dir, detach: config.detach, paths: config.paths.clone(), overrides })
             }
             _ => Err(faults),
         }

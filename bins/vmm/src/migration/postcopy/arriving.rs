@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_memory_manager::absent::{AbsentError, AbsentMemory};
 use vmm_migration_protocol::{
-    Bulk, Command, Fault, Item, MemoryLayout, MemoryRange, Message, Reason, contents_checksum, unpack,
+    Bulk, Command, Fault, Features, Item, MemoryLayout, MemoryRange, Message, Reason, contents_checksum,
+    unpack,
 };
 
 use crate::exit::chain;
@@ -17,8 +18,8 @@ use crate::migration::link::{End, Frames};
 pub(in crate::migration) struct Arriving {
     memory: Arc<AbsentMemory>,
     layout: MemoryLayout,
-    /// It may come compressed.
-    packed: bool,
+    /// What was agreed on.
+    features: Features,
     /// The number that it carries.
     pass: u32,
     /// The connections that it comes on, by their numbers here.
@@ -26,8 +27,13 @@ pub(in crate::migration) struct Arriving {
 }
 
 impl Arriving {
-    pub(super) fn new(memory: Arc<AbsentMemory>, layout: MemoryLayout, packed: bool, pass: u32) -> Self {
-        Self { memory, layout, packed, pass, connections: Mutex::default() }
+    pub(super) fn new(
+        memory: Arc<AbsentMemory>,
+        layout: MemoryLayout,
+        features: Features,
+        pass: u32,
+    ) -> Self {
+        Self { memory, layout, features, pass, connections: Mutex::default() }
     }
 
     /// Takes it on connection `number`, too.
@@ -113,13 +119,15 @@ impl Arriving {
         room: &mut Vec<u8>,
     ) -> Result<(), End> {
         let packed = bulk.command() == Command::Packed;
-        if packed && !self.packed {
+        if packed && !self.features.contains(Features::LZ4) {
             return Err(End::Garbage("compression was not agreed on".to_owned()));
         }
         let came = if packed { &mut *room } else { &mut *contents };
         came.resize(bulk.length(), 0);
         frames.contents(came)?;
-        bulk.check(contents_checksum([&**came])).map_err(|error| End::Garbage(error.to_string()))?;
+        if !self.features.contains(Features::UNCHECKED_MEMORY) {
+            bulk.check(contents_checksum([&**came])).map_err(|error| End::Garbage(error.to_string()))?;
+        }
         if packed {
             // A range of one frame is short.
             contents.resize(usize::try_from(bulk.range().length()).unwrap_or_default(), 0);
@@ -166,7 +174,7 @@ mod tests {
         let absent = Arc::new(AbsentMemory::watch(Arc::clone(&memory), pages).unwrap());
         absent.leave().unwrap();
         let layout = MemoryLayout::new(vec![Region { gpa: 0, length: SIZE, zone: "z".into() }]).unwrap();
-        let arriving = Arriving::new(Arc::clone(&absent), layout, false, PASS);
+        let arriving = Arriving::new(Arc::clone(&absent), layout, Features::PAGE_SUMS, PASS);
         arriving.admit(7);
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(bytes).unwrap();

@@ -9,9 +9,8 @@ use vmm_device_model::thread;
 use vmm_memory_manager::absent::AbsentMemory;
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
-    Absent as Left, Command, DestinationInput, Fault, Features, Filler, FillerAction, FillerInput,
-    FillerKind, FillerOutcome, FillerState, FillerStep, Frame, Join, MemoryRange, Message, Output, Reason,
-    SessionId,
+    Absent as Left, Command, DestinationInput, Fault, Filler, FillerAction, FillerInput, FillerKind,
+    FillerOutcome, FillerState, FillerStep, Frame, Join, MemoryRange, Message, Output, Reason, SessionId,
 };
 
 use super::FillStep;
@@ -193,8 +192,7 @@ impl Driver {
         let memory =
             AbsentMemory::watch(Arc::clone(memory.memory()), pages).map_err(|error| failed(&error))?;
         let memory = Arc::new(memory);
-        let packed = accept.contains(Features::LZ4);
-        let arriving = Arc::new(Arriving::new(Arc::clone(&memory), hello.memory, packed, pass));
+        let arriving = Arc::new(Arriving::new(Arc::clone(&memory), hello.memory, accept, pass));
         let wanting = Arc::new(Wanting::new(Arc::clone(&memory)));
         let mut absent = Absent { memory, arriving, wanting, serving: None };
         let serving = Arc::clone(&absent.wanting);

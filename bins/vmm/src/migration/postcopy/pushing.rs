@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Fault, Frame, Item, MemoryRange, Message, Output, Packer, Reason, SourceInput, Zero,
+    Fault, Features, Frame, Item, MemoryRange, Message, Output, Packer, Reason, SourceInput, Zero,
 };
 use vmm_snapshot::directory::MemorySource;
 
@@ -41,6 +41,8 @@ pub(super) struct Quill {
     pub(super) sent: Arc<AtomicU64>,
     /// The number that memory carries.
     pub(super) pass: u32,
+    pub(super) features: Features,
+    /// Where memory goes compressed.
     pub(super) packer: Option<Packer>,
 }
 
@@ -57,6 +59,8 @@ impl Quill {
         let offset = run.start - self.memory.gpa(region).unwrap_or(0);
         let mut buffer = vec![0; usize::try_from(run.end - run.start).unwrap_or(0)];
         self.memory.read(region, offset, &mut buffer).map_err(|error| unreadable(&error.to_string()))?;
+        // The guest stands still here, and no sums follow.
+        let features = self.features.common(Features::UNCHECKED_MEMORY);
         let mut gpa = run.start;
         for part in runs(&buffer) {
             let range = MemoryRange::new(gpa, part.bytes.len() as u64).map_err(|error| failed(&error))?;
@@ -67,8 +71,8 @@ impl Quill {
                 continue;
             }
             let mut packer = self.packer.take();
-            let (bulk, contents) =
-                bulk((range, self.pass), part.bytes, packer.as_mut()).map_err(|error| failed(&error))?;
+            let (bulk, contents) = bulk((range, self.pass), part.bytes, (features, packer.as_mut()))
+                .map_err(|error| failed(&error))?;
             self.write(&bulk.header())?;
             self.write(contents)?;
             self.packer = packer;
@@ -262,6 +266,7 @@ mod tests {
             stop: Arc::default(),
             sent: Arc::default(),
             pass: 2,
+            features: Features::NONE,
             packer: None,
         }
     }

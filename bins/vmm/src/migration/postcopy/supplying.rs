@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use vmm_device_model::thread;
 use vmm_migration_protocol::{
-    End, Failure, Fault, Packer, Reason, SourceInput, Supplier, SupplierAction, SupplierInput,
+    End, Failure, Fault, Features, Packer, Reason, SourceInput, Supplier, SupplierAction, SupplierInput,
     SupplierOutcome, SupplierState, SupplierStep,
 };
 
@@ -30,8 +30,7 @@ pub(in crate::migration) struct Goods {
     pub(in crate::migration) session: Session,
     pub(in crate::migration) owed: Arc<Owed>,
     pub(in crate::migration) pass: u32,
-    /// Memory goes compressed, as far as that makes it smaller.
-    pub(in crate::migration) packs: bool,
+    pub(in crate::migration) features: Features,
     pub(in crate::migration) sent: Arc<AtomicU64>,
 }
 
@@ -323,7 +322,8 @@ impl Goods {
             stop: Arc::clone(stop),
             sent: Arc::clone(&self.sent),
             pass: self.pass,
-            packer: self.packs.then(Packer::new),
+            features: self.features,
+            packer: self.features.contains(Features::LZ4).then(Packer::new),
         }
     }
 }
