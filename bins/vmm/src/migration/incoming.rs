@@ -316,17 +316,6 @@ impl Driver {
         }
     }
 
-    /// The control thread's answer to a step, of whichever machine is at work.
-    fn answered(&mut self, input: DestinationInput) {
-        match input {
-            DestinationInput::Done(output) if self.filling.is_live() => self.fill(FillerInput::Done(output)),
-            DestinationInput::Failed(fault) if self.filling.is_live() => {
-                self.fill(FillerInput::Failed(fault));
-            }
-            input => self.handle(input),
-        }
-    }
-
     fn tell(&self) {
         let Some(machine) = self.live.as_ref().map(|live| &live.machine).filter(|_| !self.told) else {
             return;
@@ -357,15 +346,6 @@ impl Driver {
             (said, Some(index)) => self.said_beside(index, said),
             (said, None) => self.said_first(number, ours, said),
         }
-    }
-
-    /// On the connection on which nothing may come yet.
-    fn said_where_memory_is_wanted(&mut self, said: Said) {
-        self.handle(match said {
-            Said::Lost(text) => DestinationInput::Lost(format!("the connection for wanted memory: {text}")),
-            Said::Garbage(text) => DestinationInput::Garbage(text),
-            other => DestinationInput::Garbage(format!("{other:?}, where memory is wanted")),
-        });
     }
 
     /// On connection `index` of the session, which is not the first.
@@ -475,15 +455,6 @@ impl Driver {
         live.joined.insert(number, (index, socket));
     }
 
-    /// Whether the connection for wanted memory is to come.
-    fn expects_wanted(&self, join: &Join) -> bool {
-        self.live.as_ref().is_some_and(|Live { machine, wanted, .. }| {
-            let agreed = machine.accept().is_some_and(|accept| accept.features.contains(Features::POST_COPY));
-            let ours = machine.hello().is_some_and(|hello| hello.session == join.session);
-            agreed && ours && join.role == Join::WANTED && wanted.is_none() && machine.state().takes_memory()
-        })
-    }
-
     /// The index of a connection that may come.
     fn expected(&self, join: &Join) -> Option<u16> {
         let machine = &self.live.as_ref()?.machine;
@@ -583,7 +554,7 @@ impl Driver {
             },
             DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
             DestinationStep::Run => match self.filling.leave() {
-                Ok(()) => return (self.desk)(ReceiveStep::Run(self.filling.left())),
+                Ok(()) => return (self.desk)(ReceiveStep::Run(self.to_come())),
                 Err(fault) => Err(fault),
             },
             DestinationStep::MapMemory(ranges) => self.map(&ranges),

@@ -39,6 +39,9 @@ impl Vmm {
     pub(super) fn fill_says(&mut self, machine: u64, step: FillStep) {
         let Some(filling) = self.jobs.receive.filling.as_mut().filter(|filling| filling.machine == machine)
         else {
+            if matches!(step, FillStep::Hold | FillStep::Release) {
+                self.fill_step_done();
+            }
             return;
         };
         let (number, guest) = (filling.number, filling.guest);
@@ -73,6 +76,10 @@ impl Vmm {
     fn guest_is(&mut self, guest: Guest) {
         let _ = self.slot.end_migrate(guest);
         let _ = self.slot.begin_migrate();
+        self.fill_step_done();
+    }
+
+    fn fill_step_done(&self) {
         if let Some(to) = self.jobs.receive.driver() {
             let _ = to.send(Heard::Answer(DestinationInput::Done(Output::Nothing)));
         }

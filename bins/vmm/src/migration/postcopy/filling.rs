@@ -9,8 +9,9 @@ use vmm_device_model::thread;
 use vmm_memory_manager::absent::AbsentMemory;
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
-    Absent as Left, Command, DestinationInput, Fault, Filler, FillerAction, FillerInput, FillerKind,
-    FillerOutcome, FillerState, FillerStep, Frame, Join, MemoryRange, Message, Output, Reason, SessionId,
+    Absent as Left, Command, DestinationInput, Fault, Features, Filler, FillerAction, FillerInput,
+    FillerKind, FillerOutcome, FillerState, FillerStep, Frame, Join, MemoryRange, Message, Output, Reason,
+    SessionId,
 };
 
 use super::FillStep;
@@ -19,7 +20,7 @@ use super::owed::pages_of;
 use super::wanting::Wanting;
 use crate::exit::{ExitCode, chain};
 use crate::migration::THREAD;
-use crate::migration::incoming::{Driver, ReceiveStep};
+use crate::migration::incoming::{Driver, Live, ReceiveStep};
 use crate::migration::landing::Said;
 use crate::migration::link::Socket;
 use crate::signals;
@@ -205,6 +206,12 @@ impl Driver {
         Ok(())
     }
 
+    /// How much memory is to come when the guest runs; `None` without post-copy.
+    pub(in crate::migration) fn to_come(&self) -> Option<u64> {
+        let agreed = self.live.as_ref()?.machine.accept()?.features;
+        agreed.contains(Features::POST_COPY).then(|| self.filling.left().unwrap_or(0))
+    }
+
     /// The guest is this end's, and memory may be to come.
     pub(in crate::migration) fn begin_filling(&mut self) {
         let Some(live) = &self.live else { return };
@@ -343,6 +350,35 @@ impl Driver {
 
     fn tell_fill(&self, step: FillStep) {
         (self.desk)(ReceiveStep::Fill(step));
+    }
+
+    /// The control thread's answer to a step, of whichever machine is at work.
+    pub(in crate::migration) fn answered(&mut self, input: DestinationInput) {
+        match input {
+            DestinationInput::Done(output) if self.filling.is_live() => self.fill(FillerInput::Done(output)),
+            DestinationInput::Failed(fault) if self.filling.is_live() => {
+                self.fill(FillerInput::Failed(fault));
+            }
+            input => self.handle(input),
+        }
+    }
+
+    /// On the connection on which nothing may come yet.
+    pub(in crate::migration) fn said_where_memory_is_wanted(&mut self, said: Said) {
+        self.handle(match said {
+            Said::Lost(text) => DestinationInput::Lost(format!("the connection for wanted memory: {text}")),
+            Said::Garbage(text) => DestinationInput::Garbage(text),
+            other => DestinationInput::Garbage(format!("{other:?}, where memory is wanted")),
+        });
+    }
+
+    /// Whether the connection for wanted memory is to come.
+    pub(in crate::migration) fn expects_wanted(&self, join: &Join) -> bool {
+        self.live.as_ref().is_some_and(|Live { machine, wanted, .. }| {
+            let agreed = machine.accept().is_some_and(|accept| accept.features.contains(Features::POST_COPY));
+            let ours = machine.hello().is_some_and(|hello| hello.session == join.session);
+            agreed && ours && join.role == Join::WANTED && wanted.is_none() && machine.state().takes_memory()
+        })
     }
 
     /// Tells how much is to come.
