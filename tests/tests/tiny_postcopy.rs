@@ -172,7 +172,6 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
         assert_eq!(received.answer().status, 204);
         for vmm in [&first, &second] {
             let now = until(vmm, "a lost link", |now| now["status"] == "Severed");
-            assert!(now["owed_bytes"].as_u64().unwrap() > 0, "{now}");
             let causes = now["causes"].to_string();
             assert!(causes.contains("the link is lost"), "{now}");
             let (phase, state) = (vmm.api().phase(), vmm.api().state());
@@ -183,6 +182,8 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
             let body = json!({ "destination_url": "file:///nowhere" });
             refused(&vmm.api().put_json("vm.snapshot", &body), 409, "a migration is under way");
         }
+        // The source knows what it has not sent, which may be nothing.
+        assert!(progress(&second)["owed_bytes"].as_u64().unwrap() > 0, "{}", progress(&second));
         refused(&second.api().put("vm.cancel"), 409, "nothing to cancel");
         refused(&first.api().put("vm.migration-keep"), 409, "the guest is the destination's");
         assert!(!sent.is_answered());

@@ -87,7 +87,8 @@ pub struct MigrationProgressReply {
     /// How long the guest would stand still if the last pass began now; absent while it is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_blackout_ms: Option<u64>,
-    /// Bytes of guest memory that the destination does not have yet, while its guest runs; absent before and after that.
+    /// Bytes of guest memory that the destination does not have yet, while its guest runs; absent before and after that. At the source,
+    /// those that it has not sent yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owed_bytes: Option<u64>,
     /// How long the guest stood still, as the source saw it; absent before the end, and for one that was paused.
