@@ -10,28 +10,17 @@ use serde_json::{Value, json};
 use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, counting_in, counts};
-use vmm_tests::harness::saving::{from, live, refused, url};
+use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with, counts};
+use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
-use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
 /// A guest that writes to all of its memory without a pause, in memory of this kind.
 fn writing_guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
     let vmm = Vmm::with_api(scratch, ["-v"]);
-    let serial = writing_in(&vmm, scratch, memory);
+    let serial = counting_with(&vmm, scratch, &json!({ "memory": memory }));
     (vmm, serial)
-}
-
-/// The same in `vmm`.
-fn writing_in(vmm: &Vmm, scratch: &Scratch, memory: &Value) -> SerialFile {
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["memory"] = memory.clone();
-    vmm.api().create(&config);
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
-    serial
 }
 
 #[test]
@@ -276,7 +265,8 @@ fn a_user_without_a_userfaultfd_saves_in_passes_and_fills_first() {
         let (scratch, given) = (Scratch::new(), is_given(hidden));
         let about = format!("hidden: {hidden}, shared: {shared}, given: {given}");
         let vmm = Vmm::without_capabilities(&scratch, &["-v"], hidden);
-        let serial = writing_in(&vmm, &scratch, &json!({ "size": 64 << 20, "shared": shared }));
+        let memory = json!({ "size": 64 << 20, "shared": shared });
+        let serial = counting_with(&vmm, &scratch, &json!({ "memory": memory }));
         let saved = scratch.path("saved");
         vmm.api().done("vm.snapshot", &live(&saved));
         let (log, told) = (vmm.stderr.text(), passes(&vmm));
@@ -314,15 +304,14 @@ fn a_confined_vm_is_saved_live_and_filled_behind() {
             false => Vmm::without_capabilities(&scratch, &["-v"], false),
         };
         let vmm = start();
-        let (serial, allowed) = (SerialFile::new(scratch.path("serial")), scratch.path("allowed"));
+        let allowed = scratch.path("allowed");
         fs::create_dir(&allowed).unwrap();
-        let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-        config["memory"] = json!({ "size": 64 << 20, "shared": true });
-        config["landlock_enable"] = json!(true);
-        config["landlock_rules"] = json!([{ "path": allowed, "access": "rw" }]);
-        vmm.api().create(&config);
-        vmm.api().puts(&["vm.boot"]);
-        serial.wait_for("00000003\n");
+        let fields = json!({
+            "memory": { "size": 64 << 20, "shared": true },
+            "landlock_enable": true,
+            "landlock_rules": [{ "path": allowed, "access": "rw" }],
+        });
+        let serial = counting_with(&vmm, &scratch, &fields);
         let (saved, again) = (allowed.join("saved"), allowed.join("again"));
         vmm.api().done("vm.snapshot", &live(&saved));
         refused(&vmm.api().put_json("vm.snapshot", &live(&scratch.path("elsewhere"))), 500, "landlock");

@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,9 +19,9 @@ use rustix::net::{
 };
 use serde_json::{Value, json};
 use vmm_state::Phase;
-use vmm_tests::harness::counting::goes_on;
-use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
-use vmm_tests::tiny::Guest;
+use vmm_tests::harness::counting::{counting_with, goes_on};
+use vmm_tests::harness::migrating::{arrives_paused, receive, url};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
 
 /// One test at a time: each ends many VMs, and KVM takes long where many end at once.
 fn turn() -> MutexGuard<'static, ()> {
@@ -32,12 +32,7 @@ fn turn() -> MutexGuard<'static, ()> {
 /// Boots a guest that counts in memory such as this.
 fn guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
     let vmm = Vmm::with_api(scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["memory"] = memory.clone();
-    vmm.api().create(&config);
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let serial = counting_with(&vmm, scratch, &json!({ "memory": memory }));
     (vmm, serial)
 }
 
@@ -45,26 +40,8 @@ fn shared() -> Value {
     json!({ "size": 32 << 20, "shared": true })
 }
 
-/// Begins to wait for a VM, whose serial port is to go to `serial`, and gives the address.
-fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathBuf) {
-    static RECEIVERS: AtomicU32 = AtomicU32::new(0);
-    let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
-    let body = json!({
-        "receiver_url": format!("unix:{}", path.display()),
-        "serial": { "mode": "File", "file": serial.path() },
-    });
-    let pending = Pending::send(vmm.socket(), "vm.receive-migration", body.to_string().as_bytes());
-    wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
-    (pending, path)
-}
-
 fn to(path: &Path) -> Value {
-    json!({ "destination_url": format!("unix:{}", path.display()), "local": true })
-}
-
-fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
+    json!({ "destination_url": url(path), "local": true })
 }
 
 /// Where the guest's memory is: the process's mappings of files with this in their names.
@@ -112,17 +89,8 @@ fn a_paused_guest_in_several_zones_arrives_paused() {
         { "id": "file", "size": 8 << 20, "shared": true, "file": file },
         { "id": "folder", "size": 8 << 20, "shared": true, "file": scratch.folder() },
     ] });
-    let (mut first, serial) = guest(&scratch, &memory);
-    first.api().puts(&["vm.pause"]);
-    let second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
-    assert_eq!(second.api().phase(), Phase::Paused);
-    second.api().puts(&["vm.resume"]);
-    goes_on(&serial, &other);
+    let (first, serial) = guest(&scratch, &memory);
+    arrives_paused(&scratch, first, &serial, to);
 }
 
 #[test]

@@ -13,19 +13,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::json;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::{pending, receive, receive_at, to};
-use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::harness::migrating::{arrives_paused, pending, receive, receive_at, to};
+use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
 /// One test at a time: each ends many VMs, and KVM takes long where many end at once.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
 }
 
 #[test]
@@ -56,17 +51,8 @@ fn a_guest_goes_on_elsewhere_and_comes_to_a_third() {
 fn a_paused_guest_arrives_paused() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = counting_guest(&scratch);
-    first.api().puts(&["vm.pause"]);
-    let second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
-    assert_eq!(second.api().phase(), Phase::Paused);
-    second.api().puts(&["vm.resume"]);
-    goes_on(&serial, &other);
+    let (first, serial) = counting_guest(&scratch);
+    arrives_paused(&scratch, first, &serial, to);
 }
 
 /// A source that nobody receives stays as it is, and can be sent again.

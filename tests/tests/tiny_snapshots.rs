@@ -13,9 +13,9 @@ use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
-use vmm_tests::harness::saving::{from, refused, to, url};
+use vmm_tests::harness::saving::{from, to, url};
 use vmm_tests::harness::{
-    Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, resident_kib, vm_config, wait_until,
+    Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, refused, resident_kib, vm_config, wait_until,
 };
 use vmm_tests::tiny::Guest;
 

@@ -13,7 +13,7 @@ use vmm_state::Phase;
 use vmm_tests::certificates::{Authority, Good, write};
 use vmm_tests::harness::counting::{counting_guest, goes_on};
 use vmm_tests::harness::migrating::with_tls;
-use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
 
 /// One test at a time: each ends many VMs, and KVM takes long where many end at once.
 fn turn() -> MutexGuard<'static, ()> {
@@ -48,11 +48,6 @@ fn is_listening(port: u16) -> bool {
 
 fn to(host: &str, port: u16, tls_dir: Option<&Path>) -> Value {
     with_tls(json!({ "destination_url": format!("tcp:{host}:{port}") }), tls_dir)
-}
-
-fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
 }
 
 #[test]

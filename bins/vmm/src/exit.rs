@@ -22,7 +22,7 @@ pub enum ExitCode {
     GuestCrashed = 10,
     /// A thread made a system call that its filter forbids.
     ForbiddenCall = 12,
-    /// Guest memory that a snapshot's file holds is lost.
+    /// Guest memory is lost: that of a snapshot's file, or what the other end of a migration had.
     LostMemory = 13,
 }
 
@@ -61,7 +61,7 @@ impl ExitCode {
                 "A thread made a system call that its filter forbids; the log names both, see [security.md](security.md)."
             }
             Self::LostMemory => {
-                "A snapshot's file that guest memory comes from has shrunk, is damaged or cannot be read; the log names it, see [snapshot.md](snapshot.md)."
+                "A snapshot's file that guest memory comes from has shrunk, is damaged or cannot be read; the log names it, see [snapshot.md](snapshot.md). Or some of a guest's memory was at the other end of a migration, see [migration.md](migration.md#post-copy)."
             }
         }
     }

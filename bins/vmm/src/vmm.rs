@@ -1,6 +1,7 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
 mod boot;
+mod filling;
 mod freezing;
 mod guest;
 mod handlers;
@@ -172,9 +173,19 @@ impl Vmm {
 
     /// Ends the process: the VM is switched off.
     pub fn end(&mut self, code: ExitCode) {
-        self.give_up_receive();
+        let owes = self.owes();
+        if let Some(bytes) = owes {
+            log::error!("the guest at the destination is lost: {bytes} bytes of its memory were here");
+        }
+        if self.jobs.receive.filling.is_none() {
+            self.give_up_receive();
+        }
+        let lost = self.end_filling();
         self.remove();
         self.boot.before.wait();
+        // A guest's end may want memory that is to come.
+        self.give_up_receive();
+        let code = if lost || owes.is_some() { ExitCode::LostMemory } else { code };
         if self.ending.is_none() {
             self.events.tell(NO_MACHINE, &Event::VmmShutdown);
         }

@@ -30,6 +30,8 @@ struct Ends {
     addresses: u32,
     /// A source that fails may not have been heard: the destination then waits on, and is cancelled.
     is_lonely: bool,
+    /// The guest goes on before its memory is there.
+    is_late: bool,
 }
 
 impl Ends {
@@ -40,6 +42,7 @@ impl Ends {
             destination: rig(destination),
             addresses: 0,
             is_lonely: false,
+            is_late: false,
         };
         ends.source.drive_the_disk(source);
         if phase == Phase::Paused {
@@ -62,7 +65,8 @@ impl Ends {
             self.destination.pump();
             outcomes[1] = received.try_recv().ok();
         }
-        let body = json!({ "destination_url": url }).to_string().into_bytes();
+        let mode = if self.is_late { "Postcopy" } else { "Precopy" };
+        let body = json!({ "destination_url": url, "memory_mode": mode }).to_string().into_bytes();
         let waiting = [self.source.begin_with("vm.send-migration", body), received];
         let mut cancelled = false;
         while outcomes.iter().any(Option::is_none) {
@@ -83,6 +87,11 @@ impl Ends {
     /// The guest is at its new place, and nowhere else.
     fn moved(&mut self, fakes: &[Fake; 2], phase: Phase, about: &str) {
         assert_eq!(self.source.vmm.ending(), Some(ExitCode::Success), "{about}");
+        let end = Instant::now() + LIMIT;
+        while self.is_late && self.destination.vmm.phase() == Phase::Migrating {
+            assert!(Instant::now() < end, "memory does not come: {about}");
+            self.destination.pump();
+        }
         assert_eq!(fakes[0].live(), Live::default(), "{about}");
         assert_eq!(self.destination.vmm.phase(), phase, "{about}");
     }
@@ -101,11 +110,23 @@ impl Ends {
 
 #[test]
 fn whatever_call_fails_exactly_one_end_has_the_guest() {
-    for (side, phase) in [(0, Phase::Running), (1, Phase::Running), (0, Phase::Paused), (1, Phase::Paused)] {
+    fail_each_call(
+        &[(0, Phase::Running), (1, Phase::Running), (0, Phase::Paused), (1, Phase::Paused)],
+        false,
+    );
+}
+
+#[test]
+fn whatever_call_fails_a_guest_that_leaves_its_memory_is_at_one_end() {
+    fail_each_call(&[(0, Phase::Running), (1, Phase::Running), (0, Phase::Paused)], true);
+}
+
+fn fail_each_call(cases: &[(usize, Phase)], is_late: bool) {
+    for (side, phase) in cases.iter().copied() {
         let fakes = [Fake::new(), Fake::new()];
         let live = RefCell::new(Live::default());
         let ready = || {
-            let ends = Ends::new(&fakes, phase);
+            let ends = Ends { is_late, ..Ends::new(&fakes, phase) };
             *live.borrow_mut() = fakes[0].live();
             ends
         };
@@ -136,6 +157,8 @@ fn whatever_call_fails_exactly_one_end_has_the_guest() {
 const KINDS: [ThreadKind; 3] = [ThreadKind("migration"), set::THREAD, block::THREAD];
 /// No end starts as many threads of one kind, however they race.
 const MOST: usize = 8;
+/// The same where memory follows the guest.
+const MOST_LATE: usize = 16;
 
 impl Ends {
     /// The same with a doorman at each end.
@@ -145,7 +168,8 @@ impl Ends {
             let sandbox = Sandbox::new(Arc::clone(&doormen[end]) as _, PathPolicy::Never);
             rig.confined(sandbox)
         };
-        let mut ends = Self { source: rig(0), destination: rig(1), addresses: 0, is_lonely: true };
+        let mut ends =
+            Self { source: rig(0), destination: rig(1), addresses: 0, is_lonely: true, is_late: false };
         ends.source = ends.source.brought_to(Phase::Running);
         ends.source.drive_the_disk(&fakes[0]);
         ends
@@ -154,12 +178,22 @@ impl Ends {
 
 #[test]
 fn whatever_thread_cannot_begin_exactly_one_end_has_the_guest() {
+    refuse_each_thread(MOST, false);
+}
+
+/// After the hand-over the source comes again.
+#[test]
+fn whatever_thread_cannot_begin_a_guest_that_leaves_its_memory_gets_it() {
+    refuse_each_thread(MOST_LATE, true);
+}
+
+fn refuse_each_thread(most: usize, is_late: bool) {
     for side in 0..2 {
         let (mut before, mut after) = (0, 0);
-        for (kind, nth) in KINDS.into_iter().flat_map(|kind| (1..=MOST).map(move |nth| (kind, nth))) {
+        for (kind, nth) in KINDS.into_iter().flat_map(|kind| (1..=most).map(move |nth| (kind, nth))) {
             let fakes = [Fake::new(), Fake::new()];
             let doormen = [Arc::new(Doorman::default()), Arc::new(Doorman::default())];
-            let mut ends = Ends::guarded(&fakes, &doormen);
+            let mut ends = Ends { is_late, ..Ends::guarded(&fakes, &doormen) };
             let live = fakes[0].live();
             doormen[side].refuse(kind, nth);
             let outcomes = ends.migrate();
@@ -179,7 +213,7 @@ fn whatever_thread_cannot_begin_exactly_one_end_has_the_guest() {
                 }
                 [Err(_), Ok(_)] => panic!("two guests: {about}"),
             }
-            assert!(nth < MOST || !refused, "more than {MOST} threads: {about}");
+            assert!(nth < most || !refused, "more than {most} threads: {about}");
         }
         assert!(before > 2, "end {side}: {before} threads");
         assert_eq!(after, side, "the disk's thread, where the guest goes on");

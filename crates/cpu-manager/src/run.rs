@@ -34,7 +34,7 @@ pub(crate) enum Order {
     Restore(Box<VcpuV1>, Tsc, Sender<(u32, Result<Option<u64>, StateError>)>),
     /// Raise a non-maskable interrupt and tell.
     Nmi(Sender<(u32, Result<(), HypervisorError>)>),
-    /// Keep out of the guest for so long, if it runs.
+    /// Keep out of the guest for so long, if it runs, or until Run.
     Rest(Duration),
     /// End.
     Stop,
@@ -112,6 +112,7 @@ impl Runner {
         let until = Instant::now() + time;
         loop {
             let next = match self.orders.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Order::Run) => return Next::Run,
                 // One that comes before the last is over adds nothing.
                 Ok(Order::Rest(_)) => Next::Run,
                 Ok(order) => self.obey(order, Next::Run),

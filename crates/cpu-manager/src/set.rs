@@ -27,6 +27,9 @@ use crate::topology::Topology;
 /// blocks in an access, or a host without CPU time, could hold it longer.
 const OBEY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longer than anybody waits.
+const HOLD: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 /// What the threads of vCPUs are.
 pub const THREAD: ThreadKind = ThreadKind("vcpu");
 
@@ -264,12 +267,20 @@ impl VcpuSet {
         &self.apic_ids
     }
 
-    /// Runs the guest. No effect while it runs.
+    /// Runs the guest. No effect while it runs, unless it is [held](Self::hold).
     pub fn run(&mut self) {
         self.running = true;
         for thread in &self.threads {
             // Not kicked: whoever parks waits for orders, and who runs already need not stop to be told so.
             let _ = thread.orders.send(Order::Run);
+        }
+    }
+
+    /// Keeps every vCPU out of the guest until it is told to [run](Self::run), and waits for none: one that waits for memory obeys
+    /// when it has that. All else that is asked of them is done meanwhile. No effect on a guest that is paused.
+    pub fn hold(&self) {
+        for thread in &self.threads {
+            thread.order(Order::Rest(HOLD));
         }
     }
 

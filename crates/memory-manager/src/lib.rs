@@ -4,6 +4,8 @@
 //! - [`zone`]: RAM as the host backs it: memfd, file, huge pages, anonymous memory;
 //! - [`map`]: the RAM of one VM, its slots in the hypervisor, and the handle that devices get;
 //! - [`source`]: RAM as a snapshot's writer reads it, without touching what was never written;
+//! - [`absent`]: RAM that arrives from elsewhere while its guest runs;
+//! - [`pages`]: sets of pages of it;
 //! - [`straight`]: RAM that goes to and from sockets without a copy;
 //! - [`fill`]: RAM that is filled from a snapshot while its guest runs;
 //! - [`freeze`]: RAM as it is at one moment, for such a writer while the guest runs on;
@@ -12,6 +14,7 @@
 //! - [`userfault`]: page faults of guest memory, handled here;
 //! - [`dirty`]: one collector of dirty pages for any number of named trackers.
 
+pub mod absent;
 pub mod dirty;
 pub mod fill;
 pub mod freeze;
@@ -19,6 +22,7 @@ pub mod handover;
 pub mod layout;
 pub mod map;
 mod pagemap;
+pub mod pages;
 pub mod restore;
 pub mod source;
 pub mod straight;

@@ -57,6 +57,18 @@ pub(crate) fn advise(start: usize, len: usize, advice: Advice) -> io::Result<()>
     }
 }
 
+/// Drops `len` bytes of guest memory at address `start`, whole pages, so that they are not there; of `shared` memory from its file.
+pub(crate) fn discard(start: u64, len: u64, shared: bool) -> io::Result<()> {
+    let advice = if shared { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+    let len = usize::try_from(len).map_err(io::Error::other)?;
+    // SAFETY: the caller names guest memory that it keeps mapped, which is always accessed by volatile copies, and what it holds is
+    // any bytes.
+    match unsafe { libc::madvise(start as *mut libc::c_void, len, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// RAM and swap of this host, in bytes.
 pub(crate) fn host_memory() -> io::Result<u64> {
     // SAFETY: all zeroes is a valid sysinfo.

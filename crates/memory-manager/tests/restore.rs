@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use common::{
     MIB, PAGE, allocated, content, create, mappings, resident, restore, save, vm, work, write, zone,
@@ -255,21 +256,20 @@ fn a_failure_of_any_call_leaves_nothing_behind() {
     for fill in BOTH {
         let saved = Saved { layout: &layout, chain: &chain, fill };
         let fake = Fake::new();
-        let mut nth = 1;
-        loop {
-            let vm = vm(&fake);
-            fake.fail_nth(nth);
-            let restored = MemoryMap::restore(vm, &zones, &saved, &work());
-            fake.heal();
-            let Err(error) = restored else { break };
-            assert!(matches!(error, RestoreError::Memory(ZoneError::Slot(_))), "{error:?}");
-            assert_eq!(fake.live(), Live::default());
-            assert!(
-                !std::fs::read_to_string("/proc/self/maps").unwrap().contains(dir.path().to_str().unwrap())
-            );
-            nth += 1;
-        }
-        assert_eq!(nth, 3, "one call per slot failed once");
+        let calls = fake.fail_each(
+            || vm(&fake),
+            |vm| MemoryMap::restore(Arc::clone(vm), &zones, &saved, &work()),
+            |failed, vm, restored| {
+                drop(vm);
+                assert_eq!(restored.is_err(), failed.is_some(), "{failed:?} failed unnoticed");
+                let Err(error) = restored else { return };
+                assert!(matches!(error, RestoreError::Memory(ZoneError::Slot(_))), "{error:?}");
+                assert_eq!(fake.live(), Live::default());
+                let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+                assert!(!maps.contains(dir.path().to_str().unwrap()));
+            },
+        );
+        assert_eq!(calls, 2, "one call per slot failed once");
     }
     // Stopped on request, too.
     let stop = vmm_snapshot::directory::Work {

@@ -15,6 +15,8 @@ pub enum MigrationStatus {
     Active,
     /// Nobody knows where the VM is; it stays paused here.
     InDoubt,
+    /// The guest is at the destination, without all of its memory, and the link is lost: it stands still.
+    Severed,
     /// It is done.
     Completed,
     /// It failed; the VM is where it was.
@@ -25,8 +27,15 @@ pub enum MigrationStatus {
 
 impl MigrationStatus {
     /// Every word.
-    pub const ALL: [Self; 6] =
-        [Self::None, Self::Active, Self::InDoubt, Self::Completed, Self::Failed, Self::Cancelled];
+    pub const ALL: [Self; 7] = [
+        Self::None,
+        Self::Active,
+        Self::InDoubt,
+        Self::Severed,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+    ];
 }
 
 /// Which end of a migration this VMM is.
@@ -78,10 +87,13 @@ pub struct MigrationProgressReply {
     /// How long the guest would stand still if the last pass began now; absent while it is not known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_blackout_ms: Option<u64>,
+    /// Bytes of guest memory that the destination does not have yet, while its guest runs; absent before and after that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owed_bytes: Option<u64>,
     /// How long the guest stood still, as the source saw it; absent before the end, and for one that was paused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blackout_us: Option<u64>,
-    /// Why it failed, outermost first.
+    /// Why it failed, or stands still, outermost first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub causes: Vec<String>,
 }

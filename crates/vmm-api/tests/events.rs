@@ -56,6 +56,8 @@ fn one_of_each(text: &str) -> Vec<Event> {
         },
         Event::Migrated { duration_us: 1, blackout_us: Some(1), sent_bytes: 1, passes: 1 },
         Event::MigrationInDoubt { job: 1 },
+        Event::MigrationSevered { job: 1, reason: "x".into() },
+        Event::MigrationRestored { job: 1 },
         Event::MigrationFailed { reason: "x".into() },
         Event::Resizing,
         Event::Resized,

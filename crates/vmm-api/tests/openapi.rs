@@ -99,6 +99,7 @@ fn replies_are_what_their_schemas_say() {
         bandwidth: Some(1),
         dirty_rate: Some(1),
         expected_blackout_ms: Some(1),
+        owed_bytes: Some(1),
         blackout_us: Some(1),
         causes: vec!["a".into()],
         ..bare.clone()

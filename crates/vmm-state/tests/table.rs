@@ -3,8 +3,8 @@
 
 use std::path::Path;
 use vmm_state::{
-    ACTIONS, Action, Admission, EventCell, EventRow, GUEST_EVENTS, Phase, Reaction, Reason, admit,
-    lifecycle_markdown, on_guest_event,
+    ACTIONS, Action, Admission, EventCell, GUEST_EVENTS, Phase, Reaction, Reason, admit, lifecycle_markdown,
+    on_guest_event,
 };
 
 /// E, C, B, R, P, V (saving), M, A (receiving), S: the phase after success, then after failure. `ok`: nothing to do. Else the reason.
@@ -118,24 +118,26 @@ fn words(text: &str) -> Vec<Vec<String>> {
     rows.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect()
 }
 
+/// A line of a golden table.
+fn line(name: &str, cells: impl Iterator<Item = String>) -> Vec<String> {
+    [name.to_owned()].into_iter().chain(cells).collect()
+}
+
+/// The line of `name`, whose cells are what `cell` says of each phase.
+fn line_of_phases(name: &str, cell: impl Fn(Phase) -> String) -> Vec<String> {
+    line(name, Phase::ALL.iter().map(|phase| cell(*phase)))
+}
+
 #[test]
 fn every_action_in_every_phase() {
-    let mut ours = Vec::new();
-    for row in &ACTIONS {
-        let cells = Phase::ALL.iter().map(|phase| action_cell(*phase, row.action));
-        ours.push([row.name.to_owned()].into_iter().chain(cells).collect::<Vec<_>>());
-    }
-    assert_eq!(ours, words(GOLDEN));
+    let ours = ACTIONS.iter().map(|row| line_of_phases(row.name, |phase| action_cell(phase, row.action)));
+    assert_eq!(ours.collect::<Vec<_>>(), words(GOLDEN));
 }
 
 #[test]
 fn every_guest_event_in_every_phase() {
-    let mut ours = Vec::new();
-    for row in &GUEST_EVENTS {
-        let cells = Phase::ALL.iter().map(|phase| event_cell(*phase, row.event));
-        ours.push([row.name.to_owned()].into_iter().chain(cells).collect::<Vec<_>>());
-    }
-    assert_eq!(ours, words(GOLDEN_EVENTS));
+    let ours = GUEST_EVENTS.iter().map(|row| line_of_phases(row.name, |phase| event_cell(phase, row.event)));
+    assert_eq!(ours.collect::<Vec<_>>(), words(GOLDEN_EVENTS));
 }
 
 #[test]
@@ -144,11 +146,8 @@ fn every_reaction_to_every_guest_event() {
         let step = reaction.step();
         format!("{reaction}:{}{}", letter(step.done), letter(step.failed))
     };
-    let row = |row: &EventRow| {
-        [row.name.to_owned()].into_iter().chain(row.reactions.iter().map(choice)).collect::<Vec<_>>()
-    };
-    let ours: Vec<_> = GUEST_EVENTS.iter().map(row).collect();
-    assert_eq!(ours, words(GOLDEN_REACTIONS));
+    let ours = GUEST_EVENTS.iter().map(|row| line(row.name, row.reactions.iter().map(choice)));
+    assert_eq!(ours.collect::<Vec<_>>(), words(GOLDEN_REACTIONS));
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! A guest that counts, so that it shows when a moment of it is lost or comes twice.
 
+use serde_json::{Value, json};
+
 use super::{Scratch, SerialFile, Vmm, vm_config};
 use crate::tiny::Guest;
 
@@ -20,8 +22,20 @@ pub fn counting_guest(scratch: &Scratch) -> (Vmm, SerialFile) {
 /// When it does not.
 #[must_use]
 pub fn counting_in(vmm: &Vmm, scratch: &Scratch) -> SerialFile {
+    counting_with(vmm, scratch, &json!({}))
+}
+
+/// The same with other fields in the configuration, as `{"memory": {...}}`.
+///
+/// # Panics
+/// When it does not, or they are no object.
+#[must_use]
+pub fn counting_with(vmm: &Vmm, scratch: &Scratch, fields: &Value) -> SerialFile {
     let serial = SerialFile::new(scratch.path("serial"));
-    vmm.api().create(&vm_config(&scratch.guest(Guest::Pages), serial.path()));
+    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+    let config_fields = config.as_object_mut().expect("an object");
+    config_fields.extend(fields.as_object().expect("an object").clone());
+    vmm.api().create(&config);
     vmm.api().puts(&["vm.boot"]);
     serial.wait_for("00000003\n");
     serial

@@ -6,7 +6,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::{Value, json};
+use vmm_state::Phase;
 
+use super::counting::goes_on;
 use super::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
 
 /// The address of a UNIX socket.
@@ -64,6 +66,24 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
     // The path is there before anybody listens. One who comes and goes is no source.
     wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)
+}
+
+/// Pauses the guest of `first`, which has counted on `serial`, and sends it, as the body that `to` makes of a path says. It
+/// arrives paused, and goes on.
+///
+/// # Panics
+/// When it does not.
+pub fn arrives_paused(scratch: &Scratch, mut first: Vmm, serial: &SerialFile, to: impl Fn(&Path) -> Value) {
+    first.api().puts(&["vm.pause"]);
+    let second = Vmm::with_api(scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, scratch, &other);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    assert_eq!(second.api().phase(), Phase::Paused);
+    second.api().puts(&["vm.resume"]);
+    goes_on(serial, &other);
 }
 
 /// Sends the VM to `address` as soon as somebody listens there.

@@ -35,6 +35,15 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 
 const POLL: Duration = Duration::from_millis(5);
 
+/// The answer has this status, and says so.
+///
+/// # Panics
+/// When it has not, or does not.
+pub fn refused(answer: &Answer, status: u16, words: &str) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
+}
+
 /// The `vmm` binary: `$VMM_BIN`, else the one that cargo built into the same target folder as this program.
 ///
 /// # Panics

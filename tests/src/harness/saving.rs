@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Answer, SerialFile};
+use super::SerialFile;
 
 /// The URL of a snapshot.
 #[must_use]
@@ -22,15 +22,6 @@ pub fn to(folder: &Path) -> Value {
 #[must_use]
 pub fn from(folder: &Path, serial: &SerialFile) -> Value {
     json!({ "source_url": url(folder), "resume": true, "serial": { "mode": "File", "file": serial.path() } })
-}
-
-/// The answer has this status, and says so.
-///
-/// # Panics
-/// When it has not, or does not.
-pub fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
 }
 
 /// The body of a `vm.snapshot` of a VM that may run.

@@ -106,17 +106,8 @@ fn memory_goes_over_as_many_connections_as_are_wanted_and_16_at_most() {
 fn a_paused_guest_goes_over_several_connections() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = counting_guest(&scratch);
-    first.api().puts(&["vm.pause"]);
-    let second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &over(&path, 3));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
-    assert_eq!(second.api().phase(), Phase::Paused);
-    second.api().puts(&["vm.resume"]);
-    goes_on(&serial, &other);
+    let (first, serial) = counting_guest(&scratch);
+    arrives_paused(&scratch, first, &serial, |path| over(path, 3));
 }
 
 #[test]

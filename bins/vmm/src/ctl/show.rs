@@ -88,6 +88,7 @@ pub(super) fn migration(reply: &MigrationProgressReply) -> String {
     add("dirtied", reply.dirty_rate.map(rate));
     add("vCPUs slowed", (reply.throttle > 0).then(|| format!("{} %", reply.throttle)));
     add("blackout expected", reply.expected_blackout_ms.map(|ms| format!("{ms} ms")));
+    add("owed", reply.owed_bytes.map(about));
     add("blackout", reply.blackout_us.map(seconds));
     add("because", (!reply.causes.is_empty()).then(|| plain(&reply.causes.join(": "))));
     table(&facts.into_iter().map(|(name, fact)| [name.to_owned(), fact]).collect::<Vec<_>>())

@@ -263,6 +263,16 @@ impl Machine {
         Ok(())
     }
 
+    /// Keeps the guest from running, and waits for nobody: its memory may not be there. Devices go on with what they have.
+    pub fn hold(&self) {
+        self.vcpus.hold();
+    }
+
+    /// Undoes [`hold`](Self::hold).
+    pub fn let_go(&mut self) {
+        self.vcpus.run();
+    }
+
     /// Takes it apart. Nothing waits for memory that is still to be filled from a snapshot, whose file may not answer any more:
     /// it is thrown away.
     pub fn end(mut self) {

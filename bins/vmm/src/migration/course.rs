@@ -6,7 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use vmm_memory_manager::dirty::Changed;
 use vmm_memory_manager::source::GuestMemorySource;
-use vmm_migration_protocol::{Fault, PAGE};
+use vmm_migration_protocol::{Fault, MemoryRange, PAGE};
 use vmm_snapshot::directory::MemorySource;
 
 /// Bytes of memory in a portion, at most. Small, so that frames come between, a checksum is of what is sent, and the
@@ -32,6 +32,8 @@ pub(super) struct Course {
     /// All of it is to be sent: what never was is zero already.
     pub(super) all: bool,
     left: Mutex<Left>,
+    /// What the destination is to be without.
+    absent: Mutex<Vec<MemoryRange>>,
     /// Why no connection goes on.
     stopped: OnceLock<Fault>,
 }
@@ -67,7 +69,18 @@ impl Course {
                 What::Changed(pieces)
             }
         };
-        Self { number, last, all, left: Mutex::new(Left { what, current: None }), stopped: OnceLock::new() }
+        let left = Mutex::new(Left { what, current: None });
+        Self { number, last, all, left, absent: Mutex::default(), stopped: OnceLock::new() }
+    }
+
+    /// The last pass, which sends nothing, and leaves these out.
+    pub(super) fn leaving(number: u32, absent: Vec<MemoryRange>) -> Self {
+        Self { absent: Mutex::new(absent), ..Self::new(number, Some(Changed::new()), true) }
+    }
+
+    /// What the destination is to be without, for whoever asks first.
+    pub(super) fn take_absent(&self) -> Vec<MemoryRange> {
+        std::mem::take(&mut *self.absent.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The next portion, into `pieces`; none of it is empty. Nothing: all is taken.

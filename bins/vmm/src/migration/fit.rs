@@ -7,9 +7,11 @@ use vmm_api::config::{Fault as ConfigFault, FaultKind};
 use vmm_api::spec::{Checked, ReceiveSpec};
 use vmm_cpu_manager::compat;
 use vmm_hypervisor::state::CpuidEntry;
-use vmm_migration_protocol::{CpuNeeds, CpuidLeaf, Fault, Hello, Missing, MissingKind, Reason};
+use vmm_memory_manager::absent;
+use vmm_migration_protocol::{CpuNeeds, CpuidLeaf, Fault, Features, Hello, Missing, MissingKind, Reason};
 
-use crate::preflight;
+use crate::exit::chain;
+use crate::{machine, preflight};
 
 /// What this host gives a guest.
 #[derive(Debug, Clone)]
@@ -47,6 +49,11 @@ pub(super) fn check(
         let name = format!("{} bytes, the configuration has {zones}", hello.memory.bytes());
         lacks(MissingKind::Memory, &name);
     }
+    if hello.required.contains(Features::POST_COPY)
+        && let Err(text) = absent(&checked)
+    {
+        lacks(MissingKind::Memory, &text);
+    }
     let foreign = spec.foreign(&checked.spec);
     for (place, path) in &foreign {
         let name = format!("{place}: {} is not among this receiver's paths", path.display());
@@ -57,6 +64,12 @@ pub(super) fn check(
         resources(&checked).iter().for_each(|name| lacks(MissingKind::Resource, name));
     }
     if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
+}
+
+/// Whether its guest can run before its memory is there.
+fn absent(checked: &Checked) -> Result<(), String> {
+    let zones = machine::zones(&checked.spec).map_err(|error| chain(&error))?;
+    absent::supported(&zones).map_err(|error| format!("for post-copy: {}", chain(&error)))
 }
 
 /// What the processor lacks.
@@ -113,7 +126,7 @@ mod tests {
     use vmm_api::config::ReceiveMigrationData;
     use vmm_hypervisor::Hypervisor;
     use vmm_hypervisor::fake::Fake;
-    use vmm_migration_protocol::{Features, MemoryLayout, Purpose, Region, SessionId, Versions};
+    use vmm_migration_protocol::{MemoryLayout, Purpose, Region, SessionId, Versions};
 
     use super::*;
 

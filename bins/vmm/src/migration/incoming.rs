@@ -13,8 +13,9 @@ use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
     Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
-    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, Frame, Hello, Join, Limits,
-    MAX_CONNECTIONS, Message, Offer, Outcomes, Output, Progress, Reason, SessionId, SessionOutcome, Versions,
+    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, FillerInput, Frame, Hello,
+    Join, Limits, MAX_CONNECTIONS, Message, Offer, Outcomes, Output, Progress, Reason, SessionId,
+    SessionOutcome, Versions,
 };
 use vmm_snapshot::{Record, RecordSet};
 
@@ -24,6 +25,8 @@ use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::making::Made;
 use super::outgoing::PERIOD;
+use super::postcopy::FillStep;
+use super::postcopy::filling::{Filling, Numbered};
 use super::tls::{Server, TlsError};
 use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making};
 use crate::exit::chain;
@@ -49,8 +52,10 @@ pub enum ReceiveStep {
     Restore(Box<Arrival>),
     /// Take the locks of its disks; answer likewise.
     TakeLocks,
-    /// The VM is here: show it, and run it; answer likewise.
-    Run,
+    /// The VM is here: show it, and run it; answer likewise. So many bytes of its memory are to come, if that is how it goes.
+    Run(Option<u64>),
+    /// About memory that is to come.
+    Fill(FillStep),
     /// Drop all of it; answer likewise.
     Discard,
     /// Give the locks back; answer likewise.
@@ -107,6 +112,8 @@ pub(crate) enum Heard {
     Made(Box<Made>),
     /// An operator wants it to end.
     Cancel,
+    /// The VMM is to end as soon as the VM has.
+    Ending,
     /// It is not wanted any more, and nobody answers.
     Gone,
 }
@@ -167,13 +174,16 @@ impl Incoming {
             live: None,
             vm: Vm::default(),
             queries: BTreeMap::new(),
+            filling: Filling::default(),
             told: false,
         };
         (driver.desk)(ReceiveStep::Listening);
         driver.run(&heard);
+        driver.filling.give_up();
         gone.store(true, Ordering::SeqCst);
         listener.close();
         driver.ground.close();
+        driver.ground.follow(None);
         driver.live.iter().for_each(Live::shutdown);
         driver.queries.values().for_each(|(socket, _)| socket.shutdown(Shutdown::Both));
     }
@@ -218,16 +228,18 @@ impl Accepting {
 }
 
 /// The session under way.
-struct Live {
-    machine: Destination,
-    connection: u64,
-    socket: Arc<Socket>,
+pub(super) struct Live {
+    pub(super) machine: Destination,
+    pub(super) connection: u64,
+    pub(super) socket: Arc<Socket>,
+    /// Where memory is asked for after the hand-over.
+    pub(super) wanted: Option<Numbered>,
     /// The further connections, by number.
     joined: BTreeMap<u64, (u16, Arc<Socket>)>,
     /// It has been read to its end.
     lost: bool,
     /// Read on until then, at most.
-    until: Option<Instant>,
+    pub(super) until: Option<Instant>,
 }
 
 impl Live {
@@ -240,7 +252,10 @@ impl Live {
     /// Connection 0 goes first, so that what is said there comes before the others are seen to be gone.
     fn shutdown(&self) {
         self.socket.shutdown(Shutdown::Both);
-        self.joined.values().for_each(|(_, socket)| socket.shutdown(Shutdown::Both));
+        let joined = self.joined.values().map(|(_, socket)| socket);
+        joined
+            .chain(self.wanted.as_ref().map(|(_, socket)| socket))
+            .for_each(|socket| socket.shutdown(Shutdown::Both));
     }
 }
 
@@ -255,19 +270,20 @@ struct Vm {
     handed_over: bool,
 }
 
-struct Driver {
-    clock: Clock,
+pub(super) struct Driver {
+    pub(super) clock: Clock,
     spec: ReceiveSpec,
     host: Host,
-    desk: Box<dyn Fn(ReceiveStep) + Send>,
-    ground: Arc<Ground>,
+    pub(super) desk: Box<dyn Fn(ReceiveStep) + Send>,
+    pub(super) ground: Arc<Ground>,
     to: Sender<Heard>,
-    threads: Arc<dyn ThreadHook>,
+    pub(super) threads: Arc<dyn ThreadHook>,
     outcomes: Outcomes,
-    live: Option<Live>,
+    pub(super) live: Option<Live>,
     vm: Vm,
     /// Connections that asked.
     queries: BTreeMap<u64, (Arc<Socket>, SessionId)>,
+    pub(super) filling: Filling,
     /// The control thread knows how it ended.
     told: bool,
 }
@@ -277,20 +293,26 @@ impl Driver {
         let mut last = Instant::now();
         while !self.is_done() {
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
+            let wake = wake.into_iter().chain(self.filling.next_wake()).min();
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said, _place))) => self.said(number, said),
-                Ok(Heard::Answer(input)) => self.handle(input),
+                Ok(Heard::Answer(input)) => self.answered(input),
+                Ok(Heard::Ending) => self.filling.end_soon(),
                 Ok(Heard::Made(made)) => self.made(*made),
                 Ok(Heard::Cancel) if self.live.is_some() => {
                     self.handle(DestinationInput::Cancel("by this end's operator".to_owned()));
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
-                Err(RecvTimeoutError::Timeout) => self.handle(DestinationInput::Tick),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.handle(DestinationInput::Tick);
+                    self.fill(FillerInput::Tick);
+                }
                 Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
             }
             if last.elapsed() >= PERIOD {
                 last = Instant::now();
                 self.tell();
+                self.tell_left();
             }
         }
     }
@@ -310,10 +332,15 @@ impl Driver {
         }
         let now = self.clock.now();
         let known = |session| self.outcomes.answer(now, session) != SessionOutcome::Unknown;
-        self.told && self.live.is_none() && !self.outcomes.sessions().any(known)
+        self.told && self.live.is_none() && self.filling.is_over() && !self.outcomes.sessions().any(known)
     }
 
     fn said(&mut self, number: u64, said: Said) {
+        let Some(said) = self.filling_says(number, said) else { return };
+        let is_wanted = |live: &Live| live.wanted.as_ref().is_some_and(|(wanted, _)| *wanted == number);
+        if self.live.as_ref().is_some_and(is_wanted) {
+            return self.said_where_memory_is_wanted(said);
+        }
         let ours = self.live.as_ref().is_some_and(|live| live.connection == number);
         let joined = self.live.as_ref().and_then(|live| live.joined.get(&number)).map(|(index, _)| *index);
         match (said, joined) {
@@ -324,6 +351,10 @@ impl Driver {
 
     /// On connection `index` of the session, which is not the first.
     fn said_beside(&mut self, index: u16, said: Said) {
+        if self.filling.is_live() {
+            // Nothing goes there any more.
+            return;
+        }
         let about = |text: &str| format!("connection {index}: {text}");
         self.handle(match said {
             Said::Lost(text) => DestinationInput::Lost(about(&text)),
@@ -334,6 +365,7 @@ impl Driver {
             Said::Landed { pass, last } => DestinationInput::Landed { pass, last },
             Said::Damaged(range) => DestinationInput::Damaged(range),
             Said::Failed(fault) => DestinationInput::Failed(fault),
+            Said::Whole => return,
         });
     }
 
@@ -392,15 +424,24 @@ impl Driver {
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
-        let joined = BTreeMap::new();
+        let (joined, wanted) = (BTreeMap::new(), None);
         self.ground.begin(number);
-        self.live = Some(Live { machine, connection: number, socket, joined, lost: false, until: None });
+        let live = Live { machine, connection: number, socket, wanted, joined, lost: false, until: None };
+        self.live = Some(live);
         self.handle(DestinationInput::Frame(frame));
     }
 
     /// A further connection, if it is one of the session's: whoever knows its id was told by its source.
     fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
         let index = match Message::decode(frame) {
+            Ok(Message::Join(join)) if self.expects_wanted(&join) => {
+                if let (Ok(ack), Some(live)) = (Message::Ack(Command::Join).encode(), &mut self.live) {
+                    // If that fails, it is lost, and read so.
+                    let _ = socket.send(&ack);
+                    live.wanted = Some((number, socket));
+                }
+                return;
+            }
             Ok(Message::Join(join)) => self.expected(&join).filter(|index| self.ground.admit(number, *index)),
             _ => None,
         };
@@ -420,7 +461,7 @@ impl Driver {
         let machine = &self.live.as_ref()?.machine;
         let connections = machine.accept()?.connections;
         let ours = machine.hello()?.session == join.session && machine.state().takes_memory();
-        (ours && join.role == 0 && (1..connections).contains(&join.index)).then_some(join.index)
+        (ours && join.role == Join::MEMORY && (1..connections).contains(&join.index)).then_some(join.index)
     }
 
     /// A source asks what became of its session.
@@ -446,7 +487,7 @@ impl Driver {
     }
 
     /// Gives the machine an input, and does what it then wants.
-    fn handle(&mut self, input: DestinationInput) {
+    pub(super) fn handle(&mut self, input: DestinationInput) {
         let now = self.clock.now();
         let Some(live) = &mut self.live else { return };
         live.machine.handle(now, input);
@@ -487,7 +528,10 @@ impl Driver {
             }
             // The next may be the VM.
             DestinationAction::Report(DestinationOutcome::Checked) => self.vm = Vm::default(),
-            DestinationAction::Report(outcome) => self.over(Ok(outcome)),
+            DestinationAction::Report(outcome) => {
+                self.over(Ok(outcome));
+                self.begin_filling();
+            }
         }
     }
 
@@ -510,7 +554,10 @@ impl Driver {
                 Err(fault) => Err(fault),
             },
             DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
-            DestinationStep::Run => return (self.desk)(ReceiveStep::Run),
+            DestinationStep::Run => match self.filling.leave() {
+                Ok(()) => return (self.desk)(ReceiveStep::Run(self.to_come())),
+                Err(fault) => Err(fault),
+            },
             DestinationStep::MapMemory(ranges) => self.map(&ranges),
         };
         self.answer(result);
@@ -521,6 +568,8 @@ impl Driver {
             DestinationUndo::Discard => {
                 self.ground.close();
                 self.ground.refuse_files();
+                self.ground.follow(None);
+                self.filling = Filling::default();
                 let handed_over = std::mem::take(&mut self.vm).handed_over;
                 if handed_over {
                     return (self.desk)(ReceiveStep::Discard);
@@ -590,9 +639,14 @@ impl Driver {
         let accept = live.machine.accept();
         let (connections, features) =
             accept.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
-        let ahead = Ahead::start(&self.threads, Arc::clone(memory.memory()), connections)
-            .inspect_err(|error| log::debug!("migration: nothing is allocated ahead: {error}"))
-            .ok();
+        // What has been allocated could not be told from what came, where some comes after the hand-over.
+        let ahead = if features.contains(Features::POST_COPY) {
+            None
+        } else {
+            Ahead::start(&self.threads, Arc::clone(memory.memory()), connections)
+                .inspect_err(|error| log::debug!("migration: nothing is allocated ahead: {error}"))
+                .ok()
+        };
         let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
         self.ground.open(memory_too, layout, (live.connection, connections), features, ahead);
         self.vm.memory = Some(memory);
@@ -615,6 +669,7 @@ impl Driver {
 
     fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {
         // Nothing may write to it any more.
+        let absent = self.ground.absent();
         self.ground.close();
         let (Some(checked), Some(memory)) = (self.vm.checked.take(), self.vm.memory.take()) else {
             return Err(Fault::new(Reason::Failed, "there is no memory"));
@@ -622,13 +677,14 @@ impl Driver {
         let record: Record = minicbor::decode(state)
             .map_err(|error| Fault::new(Reason::Violation, &format!("the state: {error}")))?;
         let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
+        self.watch(&memory, &absent)?;
         Ok(Arrival { checked, records, memory })
     }
 }
 
 /// What a source may use of what this end can do at its address.
 fn offered(spec: &ReceiveSpec) -> Features {
-    let any = Features::COMPRESSION.and(Features::PAGE_SUMS);
+    let any = Features::COMPRESSION.and(Features::PAGE_SUMS).and(Features::POST_COPY);
     match spec.address {
         MigrationAddress::Unix(_) => any.and(Features::LOCAL_MEMORY),
         // TLS sees to it that memory is what was sent.
@@ -677,6 +733,7 @@ mod tests {
             live: Some(live),
             vm: Vm::default(),
             queries: BTreeMap::new(),
+            filling: Filling::default(),
             told: false,
         }
     }
@@ -717,7 +774,8 @@ mod tests {
         let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
         let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
         let (to, heard) = std::sync::mpsc::channel();
-        let live = Live { machine, connection: 1, socket, joined: BTreeMap::new(), lost: false, until: None };
+        let (joined, wanted) = (BTreeMap::new(), None);
+        let live = Live { machine, connection: 1, socket, wanted, joined, lost: false, until: None };
         let mut driver = driver(&to, live);
         let (done, busy) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {

@@ -53,7 +53,13 @@ impl Session {
         sockets.into_iter().map(|(index, socket)| self.start(index, socket)).collect()
     }
 
-    fn check(&self) -> Result<(), Fault> {
+    /// Closes the further connections.
+    pub(super) fn close(&self) {
+        let all = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+    }
+
+    pub(super) fn check(&self) -> Result<(), Fault> {
         if self.shared.interrupted.load(Ordering::SeqCst) || self.shared.over.load(Ordering::SeqCst) {
             return Err(Fault::new(Reason::Cancelled, "interrupted"));
         }
@@ -63,7 +69,7 @@ impl Session {
     fn connect(&self, index: u16) -> std::io::Result<Arc<Socket>> {
         let socket = self.way.connect(&mut || self.check().is_ok())?;
         socket.set_timeouts(Some(PATIENCE), Some(ANSWER))?;
-        let join = Message::Join(Join { session: self.id, index, role: 0 });
+        let join = Message::Join(Join { session: self.id, index, role: Join::MEMORY });
         socket.send(&join.encode().map_err(std::io::Error::other)?)?;
         Ok(Arc::new(socket))
     }
@@ -88,7 +94,7 @@ impl Session {
 }
 
 /// Waits until the destination has taken the connection.
-fn joined(socket: &Arc<Socket>) -> Result<(), String> {
+pub(super) fn joined(socket: &Arc<Socket>) -> Result<(), String> {
     let answer = match Frames::of(socket).next() {
         Ok(Item::Frame(frame)) => Message::decode(frame).map_err(|error| error.to_string())?,
         Ok(Item::Bulk(_)) => return Err("memory comes the wrong way".to_owned()),

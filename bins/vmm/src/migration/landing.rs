@@ -12,13 +12,14 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_device_model::dma::GuestRam;
 use vmm_memory_manager::straight::slice;
 use vmm_migration_protocol::{
-    Barrier, Bulk, Command, Fault, Features, Frame, Intake, Item, MemoryLayout, MemoryRange, Message, PAGE,
-    Reason, Zero, contents_checksum, unpack,
+    Absent, Barrier, Bulk, Command, Fault, Features, Frame, Intake, Item, MemoryLayout, MemoryRange, Message,
+    PAGE, Reason, Zero, contents_checksum, unpack,
 };
 
 use super::ahead::Ahead;
 use super::backlog::{Backlog, Place};
 use super::link::{End, Frames, Socket};
+use super::postcopy::arriving::Arriving;
 use super::straight::page_sums;
 
 /// How long a frame may take to be written. They are small, and a socket has room for them.
@@ -34,6 +35,8 @@ pub(super) struct Ground {
     open: Mutex<Option<Open>>,
     /// The connection on which descriptors of memory are to come; 0 for none.
     handed: AtomicU64,
+    /// Memory that comes after the hand-over.
+    late: Mutex<Option<Arc<Arriving>>>,
     /// The session's first connection; 0 for none.
     first: AtomicU64,
     /// What waits for the driver.
@@ -57,6 +60,8 @@ pub(super) struct Target {
     /// Allocates ahead of what arrives, where there is a thread for it.
     ahead: Option<Ahead>,
     barrier: Mutex<Barrier>,
+    /// What is to come after the hand-over; `None` where nothing may.
+    absent: Option<Mutex<Vec<Absent>>>,
 }
 
 impl Ground {
@@ -70,7 +75,8 @@ impl Ground {
         ahead: Option<Ahead>,
     ) {
         let barrier = Mutex::new(Barrier::new(connections, layout.bytes()));
-        let target = Arc::new(Target { memory, layout, features, ahead, barrier });
+        let absent = features.contains(Features::POST_COPY).then(Mutex::default);
+        let target = Arc::new(Target { memory, layout, features, ahead, barrier, absent });
         *self.lock() = Some(Open { target, connections: BTreeMap::from([(number, 0)]) });
     }
 
@@ -87,6 +93,24 @@ impl Ground {
 
     pub(super) fn close(&self) {
         *self.lock() = None;
+    }
+
+    /// What the last pass has left out.
+    pub(super) fn absent(&self) -> Vec<Absent> {
+        let open = self.lock();
+        let absent = open.as_ref().and_then(|open| open.target.absent.as_ref());
+        absent.map(|all| all.lock().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
+    }
+
+    /// Memory that comes after the hand-over goes there.
+    pub(super) fn follow(&self, arriving: Option<Arc<Arriving>>) {
+        *self.late.lock().unwrap_or_else(PoisonError::into_inner) = arriving;
+    }
+
+    /// Where it goes that comes on connection `number`.
+    fn late(&self, number: u64) -> Option<Arc<Arriving>> {
+        let late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.clone().filter(|late| late.takes(number))
     }
 
     /// Descriptors of memory are to come on this connection, whose number is not 0.
@@ -125,6 +149,15 @@ impl Ground {
 }
 
 impl Target {
+    /// Notes that this comes after the hand-over.
+    fn leave_out(&self, range: Absent) -> Option<Said> {
+        let Some(absent) = &self.absent else {
+            return Some(Said::Garbage("post-copy was not agreed on".to_owned()));
+        };
+        absent.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+        None
+    }
+
     fn barrier(&self) -> MutexGuard<'_, Barrier> {
         self.barrier.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -145,6 +178,8 @@ pub(super) enum Said {
         last: bool,
     },
     Damaged(MemoryRange),
+    /// All of memory is there, under a guest that runs.
+    Whole,
     /// Memory cannot land.
     Failed(Fault),
 }
@@ -155,7 +190,7 @@ impl Said {
         match self {
             Self::First(_, frame) | Self::Frame(frame) | Self::Files(frame, _) => frame.payload().len(),
             Self::Garbage(text) | Self::Lost(text) => text.len(),
-            Self::Landed { .. } | Self::Damaged(_) | Self::Failed(_) => 0,
+            Self::Landed { .. } | Self::Damaged(_) | Self::Whole | Self::Failed(_) => 0,
         }
     }
 }
@@ -193,9 +228,10 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     }
     // Before there is memory, and with it.
     let end = match control(&mut frames, (ground, number), &tell) {
-        Ok(Some(item)) => match ground.target(number) {
-            Some((target, _)) => land(&mut frames, item, (ground, number, target), &tell),
-            None => Err(End::Garbage("memory out of place".to_owned())),
+        Ok(Some(item)) => match (ground.late(number), ground.target(number)) {
+            (Some(late), _) => late.land(&mut frames, (number, item), &tell),
+            (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
+            (None, None) => Err(End::Garbage("memory out of place".to_owned())),
         },
         Ok(None) => return,
         Err(end) => Err(end),
@@ -207,8 +243,15 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     }
 }
 
+fn is_data(item: &Item) -> bool {
+    match item {
+        Item::Frame(frame) => frame.command().is_data(),
+        Item::Bulk(_) => true,
+    }
+}
+
 fn may_be_first(command: Command) -> bool {
-    matches!(command, Command::Hello | Command::Join | Command::Query)
+    matches!(command, Command::Hello | Command::Join | Command::Query | Command::Rejoin)
 }
 
 /// Up to the first frame about memory. `None`: nobody listens.
@@ -274,6 +317,11 @@ fn land(
             }
         }
         item = frames.next()?;
+        if is_data(&item)
+            && let Some(late) = ground.late(number)
+        {
+            return late.land(frames, (number, item), tell);
+        }
     }
 }
 
@@ -289,6 +337,11 @@ fn about(
             target.barrier().take(zero.pass, zero.range.length()).map_err(garbage)?;
             intake.zero(zero).map_err(garbage)?;
             clear(&target.memory, zero, &mut rooms.arrived).err().map(Said::Failed)
+        }
+        Message::Absent(absent) => {
+            target.barrier().take(absent.pass, absent.range.length()).map_err(garbage)?;
+            intake.absent(absent).map_err(garbage)?;
+            target.leave_out(absent)
         }
         Message::Sums(sums) => {
             intake.sums(&sums).map_err(garbage)?;

@@ -16,6 +16,7 @@
 //! | `making` | `migration-make` | steps of a destination that may take long |
 //! | `link` | | sockets, and frames out of them |
 //! | `descriptors` | | memory that is handed over instead of being sent |
+//! | `postcopy` | | memory that follows the guest: see there |
 //! | `tls` | | sockets that are encrypted, with the cargo feature of that name |
 //!
 //! What concerns the VM is the control thread's: `vmm::sending` and `vmm::receiving`.
@@ -33,6 +34,7 @@ mod link;
 mod making;
 pub(crate) mod outgoing;
 mod pace;
+mod postcopy;
 mod sender;
 mod slowing;
 mod straight;
@@ -52,6 +54,7 @@ pub(crate) use descriptors::ranges;
 pub(crate) use fit::{Host, needs};
 pub use incoming::{Arrival, ReceiveError, ReceiveStep};
 pub use outgoing::{SendError, SendStep};
+pub use postcopy::{FillStep, SupplyStep};
 pub(crate) use slowing::Slowing;
 pub use tls::TlsError;
 

@@ -4,9 +4,9 @@ use std::fmt;
 use std::fs::File;
 use std::net::Shutdown;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,14 +14,19 @@ use vmm_api::spec::MigrationAddress;
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Command, Failure, Fault, FrameError, Item, Message, Output, Reason, SessionId, Source, SourceAction,
-    SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep, SourceUndo, What,
+    Command, Failure, Fault, Features, FrameError, Item, Message, Output, Reason, SessionId, Source,
+    SourceAction, SourceInput, SourceOutcome, SourceProgress, SourceSetup, SourceState, SourceStep,
+    SourceUndo, Supplier, What,
 };
 
 use super::course::Course;
 use super::joining::Session;
 use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::pace::Pace;
+use super::postcopy::SupplyStep;
+use super::postcopy::opening;
+use super::postcopy::owed::Owed;
+use super::postcopy::supplying::{Goods, Supplying};
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
 use super::{Aside, Clock, LINGER, THREAD, TlsError};
 use crate::exit::chain;
@@ -45,6 +50,8 @@ pub enum SendStep {
     Given,
     /// Nobody knows where the VM is.
     InDoubt(Failure),
+    /// The destination has the VM, and not all of its memory.
+    Supply(SupplyStep),
     /// It is over, and what is left of it is the thread. `Ok`: the VM is elsewhere.
     Over(Result<(), SendError>),
 }
@@ -77,6 +84,14 @@ pub enum SendError {
     /// The link was lost during the hand-over.
     #[error("it is in doubt where the VM is: the guest stays paused here")]
     InDoubt(#[source] Failure),
+    /// The link was lost after it.
+    #[error(
+        "the guest is the destination's and stands still there: it lacks memory that is here, and the link is lost"
+    )]
+    Severed(#[source] Failure),
+    /// The destination had the VM, and does not get the rest of its memory.
+    #[error("the guest is lost: it is the destination's, and some of its memory was here")]
+    Lost(#[source] Failure),
     /// Something of the VM stands against it.
     #[error("the VM cannot be migrated")]
     Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -131,6 +146,7 @@ impl Outgoing {
         };
         let clock = Clock::start();
         let id = self.setup.hello.session;
+        let late = Late::new(&self.setup);
         let machine = match Source::new(clock.now(), self.setup) {
             Ok(machine) => machine,
             Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Setup(error)))),
@@ -157,18 +173,20 @@ impl Outgoing {
             drop(reads);
         };
         let threads = &session.threads;
-        let started = thread::spawn(threads, THREAD, "migration-in", reading)
-            .and_then(|_| thread::spawn(threads, THREAD, "migration-out", move || writer.run()));
-        let writing = match started {
-            Ok(writing) => writing,
+        let started = thread::spawn(threads, THREAD, "migration-in", reading).and_then(|reading| {
+            let writing = thread::spawn(threads, THREAD, "migration-out", move || writer.run())?;
+            Ok([reading, writing])
+        });
+        let on_zero = match started {
+            Ok(both) => both,
             Err(error) => {
                 socket.shutdown(Shutdown::Both);
                 return (self.desk)(SendStep::Over(Err(SendError::Thread(error))));
             }
         };
         let (aside, desk) = (self.aside, self.desk);
-        let driver = Driver { clock, machine, socket, queue, aside, desk, session };
-        driver.run(&inputs, writing, &self.gone);
+        let driver = Driver { clock, machine, socket, queue, aside, desk, session, late };
+        driver.run(&inputs, on_zero, &self.gone);
     }
 }
 
@@ -195,7 +213,7 @@ fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Resu
 }
 
 /// Gives what arrives to the driver.
-fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
+pub(super) fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
     loop {
         let input = match frames.next() {
             Ok(Item::Frame(frame)) => SourceInput::Frame(frame),
@@ -218,10 +236,35 @@ struct Driver {
     aside: Arc<Aside>,
     desk: Desk,
     session: Session,
+    late: Late,
+}
+
+/// What is for memory that follows the hand-over.
+struct Late {
+    /// The guest will go on without all of its memory.
+    wanted: bool,
+    owed: Arc<Owed>,
+    /// The connection on which the destination asks for it.
+    socket: Arc<OnceLock<Arc<Socket>>>,
+    /// The number that it carries.
+    pass: u32,
+}
+
+impl Late {
+    fn new(setup: &SourceSetup) -> Self {
+        Self {
+            // One that is paused leaves nothing behind.
+            wanted: setup.hello.required.contains(Features::POST_COPY) && !setup.paused,
+            owed: Arc::new(Owed::none(setup.hello.memory.clone())),
+            socket: Arc::default(),
+            pass: 0,
+        }
+    }
 }
 
 impl Driver {
-    fn run(mut self, inputs: &Receiver<SourceInput>, writing: JoinHandle<()>, gone: &AtomicBool) {
+    /// `on_zero` reads and writes connection 0.
+    fn run(mut self, inputs: &Receiver<SourceInput>, on_zero: [JoinHandle<()>; 2], gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -243,6 +286,10 @@ impl Driver {
             }
         }
         self.tell();
+        if let (Some(Ok(())), Some(supplier)) = (&over, self.machine.supplier()) {
+            return self.supply(supplier, inputs, on_zero, gone);
+        }
+        let [_, writing] = on_zero;
         match over {
             // The process may end as soon as that is known, so first it is seen to that the other end knows.
             Some(Ok(())) => {
@@ -260,6 +307,29 @@ impl Driver {
         }
         self.session.shared.over.store(true, Ordering::SeqCst);
         self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Goes on until the destination has all of memory.
+    fn supply(
+        self,
+        machine: Supplier,
+        inputs: &Receiver<SourceInput>,
+        [reading, writing]: [JoinHandle<()>; 2],
+        gone: &AtomicBool,
+    ) {
+        let Self { clock, machine: source, socket, queue, desk, session, late, .. } = self;
+        // What was to be said before is on the link then.
+        drop(queue);
+        let _ = writing.join();
+        let goods = Goods {
+            session,
+            owed: late.owed,
+            pass: late.pass,
+            features: source.features(),
+            sent: Arc::new(AtomicU64::new(source.progress().sent.bytes)),
+        };
+        let wanted = late.socket.get().map_or_else(|| Arc::clone(&socket), Arc::clone);
+        Supplying::new((clock, machine), goods, (socket, wanted), reading, desk).run(inputs, gone);
     }
 
     fn take(&mut self, input: SourceInput) {
@@ -290,19 +360,7 @@ impl Driver {
         match action {
             SourceAction::Send(frame) => self.write(Out::Frame(frame)),
             SourceAction::Run(SourceStep::SendMemory { pass, what, last, .. }) => {
-                let what = match what {
-                    What::All => None,
-                    What::Taken => Some(self.aside.take()),
-                    What::Absent => {
-                        let fault = Fault::new(Reason::Failed, "this build has no post-copy");
-                        self.answer(SourceInput::Failed(fault));
-                        return None;
-                    }
-                };
-                self.session.shared.sent.store(0, Ordering::Relaxed);
-                // Once agreed on, they stay.
-                let _ = self.session.shared.features.set(self.machine.features());
-                self.write(Out::Pass(Arc::new(Course::new(pass, what, last))));
+                self.send_memory(pass, what, last);
             }
             SourceAction::Run(SourceStep::Ask) => self.ask(),
             SourceAction::Run(SourceStep::Connect { connections }) => self.connect(connections),
@@ -314,6 +372,35 @@ impl Driver {
             SourceAction::Report(outcome) => return self.report(outcome),
         }
         None
+    }
+
+    fn send_memory(&mut self, pass: u32, what: What, last: bool) {
+        self.session.shared.sent.store(0, Ordering::Relaxed);
+        // Once agreed on, they stay.
+        let _ = self.session.shared.features.set(self.machine.features());
+        self.late.pass = pass.saturating_add(1);
+        let course = Arc::new(match what {
+            What::All => Course::new(pass, None, last),
+            What::Taken => Course::new(pass, Some(self.aside.take()), last),
+            What::Absent => Course::leaving(pass, self.late.owed.set(&self.aside.take())),
+        });
+        if !self.late.wanted || self.late.socket.get().is_some() {
+            return self.write(Out::Pass(course));
+        }
+        // Before anything else, the way for what the destination will want.
+        let (queue, place) = (self.queue.clone(), Arc::clone(&self.late.socket));
+        self.beside("migration-join", move |session| match opening::wanted(session) {
+            Ok(socket) => {
+                let _ = place.set(socket);
+                let _ = queue.send(Out::Pass(course));
+                None
+            }
+            Err(fault) => {
+                // The other end may say on connection 0 why it does not take it.
+                std::thread::park_timeout(GRACE);
+                Some(SourceInput::Failed(fault))
+            }
+        });
     }
 
     fn report(&self, outcome: SourceOutcome) -> Option<Result<(), SendError>> {
@@ -346,11 +433,11 @@ impl Driver {
         let queue = self.queue.clone();
         self.beside("migration-join", move |session| match session.open(connections) {
             // They are there before a pass is.
-            Ok(lanes) => queue.send(Out::Lanes(lanes)).map_or(DONE, |()| DONE),
+            Ok(lanes) => Some(queue.send(Out::Lanes(lanes)).map_or(DONE, |()| DONE)),
             Err(fault) => {
                 // The other end may say on connection 0 why it does not take them.
                 std::thread::park_timeout(GRACE);
-                SourceInput::Failed(fault)
+                Some(SourceInput::Failed(fault))
             }
         });
     }
@@ -359,17 +446,18 @@ impl Driver {
     fn ask(&self) {
         debug_assert_eq!(self.machine.state(), SourceState::Asking);
         self.beside("migration-ask", |session| match outcome_of(&session.way, session.id) {
-            Ok(frame) => SourceInput::Frame(frame),
-            Err(text) => SourceInput::Failed(Fault::new(Reason::Failed, &text)),
+            Ok(frame) => Some(SourceInput::Frame(frame)),
+            Err(text) => Some(SourceInput::Failed(Fault::new(Reason::Failed, &text))),
         });
     }
 
-    /// Does a step that waits for the other end on a thread of its own.
-    fn beside(&self, name: &str, step: impl FnOnce(&Session) -> SourceInput + Send + 'static) {
+    /// Does a step that waits for the other end on a thread of its own; `None`: somebody else will answer.
+    fn beside(&self, name: &str, step: impl FnOnce(&Session) -> Option<SourceInput> + Send + 'static) {
         let session = self.session.clone();
         let work = move || {
-            let answer = step(&session);
-            let _ = session.answers.send(answer);
+            if let Some(answer) = step(&session) {
+                let _ = session.answers.send(answer);
+            }
         };
         if let Err(error) = thread::spawn(&self.session.threads, THREAD, name, work) {
             self.answer(SourceInput::Failed(Fault::new(Reason::Failed, &error.to_string())));

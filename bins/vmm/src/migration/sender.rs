@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
-    Bulk, Command, Fault, Features, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE, Packer,
-    Reason, SourceInput, Sums, Zero, contents_checksum,
+    Absent, Bulk, Command, Fault, Features, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE,
+    Packer, Reason, SourceInput, Sums, Zero, contents_checksum,
 };
 use vmm_snapshot::directory::MemorySource;
 
@@ -27,7 +27,7 @@ use crate::exit::chain;
 pub(super) const PATIENCE: Duration = Duration::from_millis(50);
 
 /// A link that takes nothing for so long is lost.
-const STALLED: Duration = Duration::from_secs(10);
+pub(super) const STALLED: Duration = Duration::from_secs(10);
 
 static ZERO_PAGE: [u8; PAGE as usize] = [0; PAGE as usize];
 
@@ -230,7 +230,7 @@ impl Pen {
     fn portions(&mut self, course: &Course, between: Between<'_>) -> Result<(), Fault> {
         self.packer = self.shared.features().contains(Features::LZ4).then(Packer::new);
         let (memory, summed) = (Arc::clone(&self.memory), self.shared.features().sums_pages());
-        let (mut described, mut pieces, mut buffer) = (0, Vec::new(), Vec::new());
+        let (mut described, mut pieces, mut buffer) = (self.absent(course)?, Vec::new(), Vec::new());
         loop {
             course.take(&memory, &mut pieces).map_err(|error| unreadable(&error))?;
             if pieces.is_empty() {
@@ -252,6 +252,17 @@ impl Pen {
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
+    }
+
+    /// Says what the destination is to be without, and gives the bytes of that.
+    fn absent(&mut self, course: &Course) -> Result<u64, Fault> {
+        let mut described = 0;
+        for range in course.take_absent() {
+            self.message(Message::Absent(Absent { range, pass: course.number }))?;
+            self.check(course)?;
+            described += range.length();
+        }
+        Ok(described)
     }
 
     /// Whether memory may change from the moment when it is looked at to when it is on the link, and the link takes it as it is.
@@ -403,7 +414,7 @@ impl Pen {
 }
 
 /// The beginning of a frame with these bytes of memory, and its contents: smaller, if a packer makes them so.
-fn bulk<'a>(
+pub(super) fn bulk<'a>(
     (range, pass): (MemoryRange, u32),
     bytes: &'a [u8],
     (features, packer): (Features, Option<&'a mut Packer>),
@@ -420,13 +431,13 @@ fn bulk<'a>(
 }
 
 /// Pages next to each other that are all zero, or all not.
-struct Run<'a> {
-    zero: bool,
-    bytes: &'a [u8],
+pub(super) struct Run<'a> {
+    pub(super) zero: bool,
+    pub(super) bytes: &'a [u8],
 }
 
 /// The runs of whole pages.
-fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
+pub(super) fn runs(bytes: &[u8]) -> Vec<Run<'_>> {
     let is_zero = |page: &[u8]| *page == ZERO_PAGE;
     let (mut runs, mut start) = (Vec::new(), 0);
     let mut before: Option<bool> = None;

@@ -117,7 +117,7 @@ mod tests {
         use crate::sandbox::{API_THREAD, CONTROL_THREAD, MONITOR_THREAD, OUTPUT_THREAD};
         let limits = [
             (CONTROL_THREAD, 91),
-            (crate::migration::THREAD, 61),
+            (crate::migration::THREAD, 64),
             (crate::vmm::writer::THREAD, 50),
             (API_THREAD, 36),
             (set::THREAD, 30),

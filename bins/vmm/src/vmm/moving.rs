@@ -68,6 +68,25 @@ impl Moving {
         self.reply.expected_blackout_ms = None;
     }
 
+    /// The destination does without so many bytes; `sent` is how much has been on the link.
+    pub(super) fn owes(&mut self, bytes: u64, sent: Option<u64>) {
+        self.reply.owed_bytes = Some(bytes);
+        self.reply.sent_bytes = sent.unwrap_or(self.reply.sent_bytes);
+        self.reply.step = Some(if sent.is_some() { "Supplying" } else { "Filling" }.to_owned());
+    }
+
+    /// The link is lost, and the guest stands still.
+    pub(super) fn sever(&mut self, error: &ApiError) {
+        self.reply.status = MigrationStatus::Severed;
+        self.reply.causes.clone_from(&error.causes);
+    }
+
+    /// It is there again.
+    pub(super) fn restore(&mut self) {
+        self.reply.status = MigrationStatus::Active;
+        self.reply.causes.clear();
+    }
+
     /// Nobody knows where the VM is.
     pub(super) fn doubt(&mut self, error: &ApiError) {
         self.reply.status = MigrationStatus::InDoubt;
@@ -78,6 +97,7 @@ impl Moving {
     pub(super) fn end(&mut self, status: MigrationStatus, error: Option<&ApiError>) {
         self.reply = self.reply();
         self.since = None;
+        self.reply.owed_bytes = None;
         self.reply.status = status;
         self.reply.causes = error.map(|error| error.causes.clone()).unwrap_or_default();
         if status != MigrationStatus::Completed {

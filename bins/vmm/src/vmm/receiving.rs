@@ -14,8 +14,10 @@ use vmm_api::progress::{MigrationRole, MigrationStatus};
 use vmm_api::spec::ReceiveSpec;
 use vmm_device_model::thread;
 use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
+use vmm_state::Guest;
 
 use super::boot::Asker;
+use super::filling::Filling;
 use super::restore::{Origin, Restore};
 use super::{Configured, Vmm, VmmError, boot, told};
 use crate::exit::chain;
@@ -33,6 +35,20 @@ pub(super) struct Receiving {
     job: Option<Job>,
     /// The last receiver: after its end it answers sources that lost the link.
     thread: Option<Thread>,
+    /// A guest whose memory is to come.
+    pub(super) filling: Option<Filling>,
+}
+
+impl Receiving {
+    /// The last receiver goes on until the process ends.
+    pub(super) fn forget(&mut self) {
+        self.thread.take().into_iter().for_each(std::mem::forget);
+    }
+
+    /// Who is told something by the last receiver's name.
+    pub(super) fn driver(&self) -> Option<&Sender<Heard>> {
+        self.thread.as_ref().map(|thread| &thread.to)
+    }
 }
 
 /// A VM that is waited for, and who waits.
@@ -120,9 +136,14 @@ impl Vmm {
 
     /// The driver asks or tells something.
     pub(super) fn receive_says(&mut self, machine: u64, step: ReceiveStep) {
-        if self.jobs.receive.job.as_ref().is_none_or(|job| job.machine != machine) {
-            return;
+        if let ReceiveStep::Fill(step) = step {
+            return self.fill_says(machine, step);
         }
+        let Some(number) =
+            self.jobs.receive.job.as_ref().filter(|job| job.machine == machine).map(|job| job.number)
+        else {
+            return;
+        };
         match step {
             ReceiveStep::Listening => self.listens(),
             ReceiveStep::Restore(arrival) => self.make_arrived(*arrival),
@@ -136,10 +157,15 @@ impl Vmm {
                 let released = held.map_or(Ok(()), |held| held.machine.release_disks());
                 self.answer_receiver(released.map_err(VmmError::from));
             }
-            ReceiveStep::Run => {
+            ReceiveStep::Run(to_come) => {
                 let result = self.adopt().and_then(|()| self.resume());
+                if let Some(bytes) = to_come {
+                    let guest = if result.is_ok() { Guest::Runs } else { Guest::Rests };
+                    self.begin_filling(number, bytes, guest);
+                }
                 self.answer_receiver(result);
             }
+            ReceiveStep::Fill(_) => {}
             ReceiveStep::Discard => self.discard(),
             ReceiveStep::Progress(state, memory, progress) => {
                 self.jobs.moving.memory(memory);
@@ -237,6 +263,17 @@ impl Vmm {
         let Some(job) = self.jobs.receive.job.take() else { return };
         match error {
             Some(error) => self.not_received(job, error),
+            None if self.jobs.receive.filling.is_some() => {
+                log::info!(
+                    "the guest runs here, in {} us; memory is to come",
+                    told::micros(job.start.elapsed())
+                );
+                self.post_info();
+                job.cancels.into_iter().for_each(|cancel| {
+                    cancel.reply(Err(super::saving::too_late(self.slot.phase())));
+                });
+                answer(job.asker, Ok(()));
+            }
             None => {
                 let done = self.jobs.moving.done();
                 self.jobs.moving.end(MigrationStatus::Completed, None);

@@ -33,19 +33,30 @@ const KIND: &str = "migration";
 /// A VM on its way out, and who waits for its end.
 #[derive(Debug)]
 pub(super) struct Job {
-    number: u64,
-    clients: Clients,
+    pub(super) number: u64,
+    pub(super) clients: Clients,
     /// It only asks.
     check: bool,
     /// The VMM stays.
-    preserve: bool,
+    pub(super) preserve: bool,
     guest: Pace,
-    /// It is in doubt where the VM is, and that has been said.
-    in_doubt: bool,
+    pub(super) doubt: Doubt,
+    /// The VM is the destination's, and does without so many bytes of memory that are here.
+    pub(super) owes: Option<u64>,
     slowing: Option<Slowing>,
     inputs: Sender<SourceInput>,
     aside: Arc<Aside>,
     gone: Arc<AtomicBool>,
+}
+
+/// What only the other end, or an operator, can decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Doubt {
+    None,
+    /// Where the VM is; that has been said.
+    Place,
+    /// Whether the destination will get the memory that is here.
+    Memory,
 }
 
 /// What the guest does meanwhile.
@@ -143,7 +154,8 @@ impl Vmm {
             check: spec.check,
             preserve: spec.preserve,
             guest: if paused { Pace::Paused } else { Pace::Runs },
-            in_doubt: false,
+            doubt: Doubt::None,
+            owes: None,
             slowing: None,
             inputs,
             aside,
@@ -161,6 +173,7 @@ impl Vmm {
                 return events.iter().for_each(|event| self.note(event));
             }
             SendStep::Given => return self.given(),
+            SendStep::Supply(step) => return self.supply_says(step),
             SendStep::InDoubt(failure) => return self.in_doubt(&SendError::InDoubt(failure)),
             SendStep::Over(result) => return self.sent(result),
         };
@@ -245,7 +258,7 @@ impl Vmm {
         log::error!("{}", chain(error));
         let number = job.number;
         let reply = ApiError::from_error(Code::MigrationFailed, error);
-        job.in_doubt = true;
+        job.doubt = Doubt::Place;
         job.clients.doubt(&reply);
         self.jobs.moving.doubt(&reply);
         self.note(&Event::MigrationInDoubt { job: number });
@@ -254,6 +267,10 @@ impl Vmm {
     /// The end: the VM is elsewhere, or as it was.
     fn sent(&mut self, result: Result<(), SendError>) {
         let Some(job) = self.jobs.send.take() else { return };
+        let result = match result {
+            Err(error @ SendError::Lost(_)) => return self.lost_elsewhere(job, error),
+            result => result,
+        };
         let Job { number, clients, check, preserve, guest, .. } = job;
         let error = match result {
             Ok(()) if !check => return self.given_away(number, clients, preserve),
@@ -299,7 +316,7 @@ impl Vmm {
     }
 
     /// Tells of a migration that is not, and gives the reply.
-    fn send_failed(&mut self, job: u64, error: SendError) -> ApiError {
+    pub(super) fn send_failed(&mut self, job: u64, error: SendError) -> ApiError {
         let cancelled = error.is_cancelled();
         self.note(&told::job_end(job, cancelled));
         // Its causes may hold paths, which are not for events.
@@ -315,7 +332,7 @@ impl Vmm {
     pub(super) fn cancel_send(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
         let Some(job) = &mut self.jobs.send else { return Some(asker) };
         job.clients.cancels.push(asker);
-        let input = if job.in_doubt {
+        let input = if job.doubt != Doubt::None {
             SourceInput::Ask
         } else {
             SourceInput::Cancel("by this end's operator".to_owned())
@@ -326,9 +343,12 @@ impl Vmm {
 
     /// In doubt where the VM is, the operator says it.
     pub(super) fn decide_send(&mut self, verdict: Verdict, asker: Replier<()>) {
-        let Some(job) = self.jobs.send.as_mut().filter(|job| job.in_doubt) else {
+        let Some(job) = self.jobs.send.as_mut().filter(|job| job.doubt != Doubt::None) else {
             return asker.reply(Err(ApiError::new(Code::WrongPhase, "it is not in doubt where the VM is")));
         };
+        if (job.doubt, verdict) == (Doubt::Memory, Verdict::Here) {
+            return asker.reply(Err(super::filling::is_elsewhere()));
+        }
         log::warn!("the operator says that the VM is {}", verdict.place());
         job.clients.deciders.push((verdict, asker));
         let _ = job.inputs.send(match verdict {
@@ -378,12 +398,13 @@ fn setup(
     let region = |place: &Place| Region { gpa: place.gpa, length: place.size, zone: place.zone.clone() };
     let memory = MemoryLayout::new(places.iter().map(region).collect());
     let cpu = migration::needs(configured.spec.cpus.boot, machine.phys_bits(), machine.cpuid());
+    let required = if spec.postcopy { Features::POST_COPY } else { Features::NONE };
     let hello = Hello {
         versions: Versions::OURS,
         session: SessionId(session),
         purpose: if spec.check { Purpose::Check } else { Purpose::Migrate },
-        features: offered(spec),
-        required: Features::NONE,
+        features: offered(spec).and(required),
+        required,
         connections: spec.connections,
         memory: memory.map_err(|error| SendError::Refused(error.into()))?,
         cpu,

@@ -24,6 +24,8 @@ pub(super) struct Served {
 #[derive(Debug)]
 struct Of {
     phase: Phase,
+    /// As clients of the contract see it.
+    shown: Phase,
     config: Arc<VmConfig>,
     /// Ptys have their paths since a boot.
     boots: u64,
@@ -33,8 +35,8 @@ struct Of {
 
 impl Of {
     fn is(&self, other: &Self) -> bool {
-        let Self { phase, config, boots, machine, last_event } = other;
-        self.phase == *phase
+        let Self { phase, shown, config, boots, machine, last_event } = other;
+        (self.phase, self.shown) == (*phase, *shown)
             && Arc::ptr_eq(&self.config, config)
             && (self.boots, self.machine, self.last_event) == (*boots, *machine, *last_event)
     }
@@ -51,6 +53,7 @@ impl Vmm {
         let Some(board) = &self.served.board else { return };
         let of = self.slot.config().map(|configured| Of {
             phase: self.slot.phase(),
+            shown: self.slot.shown(),
             config: Arc::clone(&configured.wire),
             boots: configured.boots,
             machine: self.boot.machines,

@@ -63,6 +63,12 @@ impl Clients {
         }
     }
 
+    /// The VM is elsewhere, and lost. Who said that nothing is needed here is right.
+    pub(super) fn lost(self, error: &ApiError) {
+        self.deciders.into_iter().for_each(|(_, decider)| decider.reply(Ok(())));
+        self.cancels.into_iter().chain(self.asker).for_each(|waiting| waiting.reply(Err(error.clone())));
+    }
+
     /// The VM is removed.
     pub(super) fn gone(self) {
         let gone = || ApiError::new(Code::Cancelled, "the VM was removed while it was given away");

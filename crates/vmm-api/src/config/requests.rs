@@ -227,7 +227,7 @@ object! {
         [current, required] receiver_url: String = String::new(),
         /// Folder of the certificates, for TLS over TCP: ca-cert.pem, server-cert.pem, server-key.pem.
         [current] tls_dir: Option<PathBuf> = None,
-        /// When memory travels.
+        /// When memory travels: the source says it, and either is taken.
         [current] memory_mode: MigrationMode = MigrationMode::Precopy,
         /// Memory zones that move on the host.
         [later] zone_updates: Option<Vec<VmMemoryZoneUpdateData>> = None,

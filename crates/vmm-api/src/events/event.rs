@@ -384,6 +384,18 @@ events! {
         /// Number of the job.
         job: u64,
     } = "vm" "migration-in-doubt";
+    /// The link is lost while memory of the guest is at the source still: the guest stands still at the destination. At either end.
+    MigrationSevered {
+        /// Number of the job.
+        job: u64,
+        /// What happened, in short.
+        reason: Text,
+    } = "vm" "migration-severed";
+    /// The link is there again, and the guest goes on. At either end.
+    MigrationRestored {
+        /// Number of the job.
+        job: u64,
+    } = "vm" "migration-restored";
     /// A migration failed or was cancelled, at either end.
     MigrationFailed {
         /// What failed, in short; the log and the reply to the client say more.

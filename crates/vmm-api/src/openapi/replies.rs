@@ -184,8 +184,13 @@ fn migration_progress() -> Value {
                 count.clone(),
                 "How long the guest would stand still now; absent likewise.",
             ),
+            (
+                "owed_bytes",
+                count.clone(),
+                "Bytes that the destination does not have yet, while its guest runs; absent before and after that.",
+            ),
             ("blackout_us", count, "How long it stood still, as the source saw it; absent if it was paused."),
-            ("causes", TEXTS(), "Why it failed, outermost first."),
+            ("causes", TEXTS(), "Why it failed, or stands still, outermost first."),
         ],
     )
 }

@@ -72,6 +72,8 @@ pub struct SendSpec {
     pub compression: Compression,
     /// vCPUs may be slowed down.
     pub auto_converge: bool,
+    /// The guest goes on at the destination before all of its memory is there.
+    pub postcopy: bool,
 }
 
 impl SendSpec {
@@ -81,7 +83,11 @@ impl SendSpec {
     /// All faults, with their JSON paths.
     pub fn check(config: &SendMigrationData) -> Result<Self, Vec<Fault>> {
         let mut faults = Walk::faults_of(config);
-        refuse_postcopy(config.memory_mode, &mut faults);
+        let postcopy = config.memory_mode == MigrationMode::Postcopy;
+        if postcopy && config.local {
+            let message = "contradicts local, with which all memory is there at once";
+            faults.push(Fault::new("memory_mode", FaultKind::Invalid, message));
+        }
         let connections = u16::try_from(config.connections).unwrap_or(u16::MAX);
         if !(1..=MAX_CONNECTIONS).contains(&config.connections) {
             let message = format!("expected 1 to {MAX_CONNECTIONS}, found {}", config.connections);
@@ -116,6 +122,7 @@ impl SendSpec {
                 max_bandwidth: config.max_bandwidth,
                 compression: config.compression,
                 auto_converge: config.auto_converge,
+                postcopy,
             }),
             _ => Err(faults),
         }
@@ -143,7 +150,6 @@ impl ReceiveSpec {
     /// All faults, with their JSON paths.
     pub fn check(config: &ReceiveMigrationData) -> Result<Self, Vec<Fault>> {
         let mut faults = Walk::faults_of(config);
-        refuse_postcopy(config.memory_mode, &mut faults);
         let address =
             MigrationAddress::parse("receiver_url", &config.receiver_url).map_err(|fault| faults.push(fault));
         let tls_dir = check_tls(config.tls_dir.as_deref(), address.as_ref().ok(), &mut faults);
@@ -211,13 +217,6 @@ fn check_tls(
     folder.map(Path::to_owned)
 }
 
-fn refuse_postcopy(mode: MigrationMode, faults: &mut Vec<Fault>) {
-    if mode == MigrationMode::Postcopy {
-        let message = "memory travels before the destination runs; post-copy is not built yet";
-        faults.push(Fault::new("memory_mode", FaultKind::NotBuilt, message));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,6 +249,7 @@ mod tests {
         let mut faults = faults.unwrap_err();
         faults.sort();
         assert_eq!(faults, ["connections", "destination_url", "memory_mode"]);
+        assert!(send(r#"{"destination_url": "unix:/m", "memory_mode": "Postcopy"}"#).unwrap().postcopy);
         let faults = send(r#"{"destination_url": "unix:/m", "check": true, "detach": true}"#);
         assert_eq!(faults.unwrap_err(), ["detach"]);
     }

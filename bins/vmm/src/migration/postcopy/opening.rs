@@ -1,0 +1,83 @@
+//! The ways to a destination that lacks memory.
+
+use std::net::Shutdown;
+use std::sync::Arc;
+
+use vmm_memory_manager::pages::Pages;
+use vmm_migration_protocol::{Command, Fault, Frame, Item, Join, Message, Reason};
+
+use super::owed::Owed;
+use crate::exit::chain;
+use crate::migration::joining::{Session, joined};
+use crate::migration::link::{ANSWER, End, Frames, Socket};
+
+/// What a destination says to a source that comes again.
+pub(super) enum Again {
+    /// It lacks these.
+    Lacks(Pages, Ways),
+    /// It lacks nothing, or has given the guest up.
+    Over(Frame, Arc<Socket>),
+}
+
+/// The connections of a session.
+pub(super) struct Ways {
+    pub(super) main: Arc<Socket>,
+    pub(super) wanted: Arc<Socket>,
+}
+
+/// Opens the connection on which the destination asks for memory, and gets it.
+///
+/// # Errors
+/// The destination is not to be reached, or does not take it.
+pub(in crate::migration) fn wanted(session: &Session) -> Result<Arc<Socket>, Fault> {
+    let opened = || -> Result<Arc<Socket>, String> {
+        let failed = |error: std::io::Error| chain(&error);
+        let socket = session.way.connect(&mut || session.check().is_ok()).map_err(failed)?;
+        socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
+        let join = Message::Join(Join { session: session.id, index: 0, role: Join::WANTED });
+        let join = join.encode().map_err(|error| error.to_string())?;
+        socket.send(&join).map_err(failed)?;
+        let socket = Arc::new(socket);
+        joined(&socket)?;
+        Ok(socket)
+    };
+    opened().map_err(|text| Fault::new(Reason::Failed, &format!("the connection for wanted memory: {text}")))
+}
+
+/// Takes the session up again.
+///
+/// # Errors
+/// The destination is not to be reached, or something else than an answer came.
+pub(super) fn again(session: &Session, owed: &Owed) -> Result<Again, Fault> {
+    let failed = |text: String| Fault::new(Reason::Failed, &format!("looking for the destination: {text}"));
+    let io = |error: std::io::Error| failed(chain(&error));
+    let main = Arc::new(session.way.connect(&mut || session.check().is_ok()).map_err(io)?);
+    main.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(io)?;
+    let rejoin = Message::Rejoin(session.id).encode().map_err(|error| failed(error.to_string()))?;
+    main.send(&rejoin).map_err(io)?;
+    let (mut frames, mut pages) = (Frames::of(&main), owed.pages());
+    loop {
+        let frame = match frames.next() {
+            Ok(Item::Frame(frame)) => frame,
+            Ok(Item::Bulk(_)) => return Err(failed("memory comes the wrong way".to_owned())),
+            Err(End::Garbage(text) | End::Lost(text)) => return Err(failed(text)),
+        };
+        if matches!(frame.command(), Command::Whole | Command::Nack) {
+            return Ok(Again::Over(frame, main));
+        }
+        match Message::decode(frame) {
+            Ok(Message::Lacks(range)) if owed.covers(&range) => pages.insert(range.gpa()..range.end()),
+            Ok(Message::Ack(Command::Rejoin)) => break,
+            Ok(Message::Keepalive(_)) => {}
+            Ok(other) => return Err(failed(format!("{} frame for an answer", other.command()))),
+            Err(error) => return Err(failed(error.to_string())),
+        }
+    }
+    match wanted(session) {
+        Ok(wanted) => Ok(Again::Lacks(pages, Ways { main, wanted })),
+        Err(fault) => {
+            main.shutdown(Shutdown::Both);
+            Err(fault)
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The end that has given the VM away, and owes memory: it drives the protocol's [`Supplier`].
+
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use vmm_device_model::thread;
+use vmm_migration_protocol::{
+    End, Failure, Fault, Features, Packer, Reason, SourceInput, Supplier, SupplierAction, SupplierInput,
+    SupplierOutcome, SupplierState, SupplierStep,
+};
+
+use super::SupplyStep;
+use super::opening::{self, Again, Ways};
+use super::owed::Owed;
+use super::pushing::{Out, Pusher, Quill, serve};
+use crate::migration::joining::Session;
+use crate::migration::link::{Frames, Socket};
+use crate::migration::outgoing::{DONE, Desk, PERIOD, SendError, SendStep, listen};
+use crate::migration::sender::PATIENCE;
+use crate::migration::{Clock, LINGER, THREAD};
+
+/// What all links of a session send.
+#[derive(Clone)]
+pub(in crate::migration) struct Goods {
+    pub(in crate::migration) session: Session,
+    pub(in crate::migration) owed: Arc<Owed>,
+    pub(in crate::migration) pass: u32,
+    pub(in crate::migration) features: Features,
+    pub(in crate::migration) sent: Arc<AtomicU64>,
+}
+
+/// Connections, and the threads on them.
+struct Link {
+    ways: Ways,
+    queue: Sender<Out>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The driver.
+pub(in crate::migration) struct Supplying {
+    clock: Clock,
+    machine: Supplier,
+    goods: Goods,
+    link: Option<Link>,
+    /// What looking for the destination found.
+    found: Arc<Mutex<Option<Again>>>,
+    desk: Desk,
+    /// What came while a link was closed.
+    kept: VecDeque<SourceInput>,
+    /// The operator says that nobody needs the memory: so be it if the destination is not found.
+    unneeded: bool,
+}
+
+impl Supplying {
+    /// Goes on with `machine` over the connections of the migration: 0, which is read by `reading`, and that for wanted memory.
+    pub(in crate::migration) fn new(
+        (clock, machine): (Clock, Supplier),
+        goods: Goods,
+        (main, wanted): (Arc<Socket>, Arc<Socket>),
+        reading: JoinHandle<()>,
+        desk: Desk,
+    ) -> Self {
+        let answers = goods.session.answers.clone();
+        let link = goods.link(Ways { main, wanted }, Some(reading)).map_err(|error| {
+            let _ = answers.send(SourceInput::Lost(format!("a thread: {error}")));
+        });
+        Self {
+            clock,
+            machine,
+            goods,
+            link: link.ok(),
+            found: Arc::default(),
+            desk,
+            kept: VecDeque::new(),
+            unneeded: false,
+        }
+    }
+
+    /// Until nothing is owed, or the VM is gone, and nobody answers any more.
+    pub(in crate::migration) fn run(mut self, inputs: &Receiver<SourceInput>, gone: &AtomicBool) {
+        let mut last = Instant::now();
+        let end = 'end: loop {
+            while let Some(action) = self.machine.poll() {
+                if let Some(end) = self.act(action, inputs) {
+                    break 'end Some(end);
+                }
+            }
+            if gone.load(Ordering::SeqCst) {
+                break None;
+            }
+            let input = match self.kept.pop_front() {
+                Some(input) => input,
+                None => match inputs.recv_timeout(self.clock.until(self.machine.next_wake())) {
+                    Ok(input) => input,
+                    Err(RecvTimeoutError::Timeout) => SourceInput::Tick,
+                    Err(RecvTimeoutError::Disconnected) => break None,
+                },
+            };
+            self.take(input);
+            if last.elapsed() >= PERIOD {
+                last = Instant::now();
+                self.tell();
+            }
+        };
+        self.tell();
+        self.close(false, inputs);
+        self.goods.session.shared.over.store(true, Ordering::SeqCst);
+        self.goods.session.close();
+        if let Some(result) = end {
+            (self.desk)(SendStep::Over(result));
+        }
+    }
+
+    fn take(&mut self, input: SourceInput) {
+        let mut input = match input {
+            SourceInput::Frame(frame) => SupplierInput::Frame(frame),
+            SourceInput::Garbage(text) => SupplierInput::Garbage(text),
+            SourceInput::Lost(text) => SupplierInput::Lost(text),
+            SourceInput::Done(output) => SupplierInput::Done(output),
+            SourceInput::Failed(fault) => SupplierInput::Failed(fault),
+            // Nothing can be taken back: the destination is looked for, if it is not there.
+            SourceInput::Cancel(_) | SourceInput::Ask => SupplierInput::Retry,
+            SourceInput::Yield => {
+                self.unneeded = true;
+                SupplierInput::Tick
+            }
+            SourceInput::Keep => return,
+            SourceInput::Tick => SupplierInput::Tick,
+        };
+        if matches!(input, SupplierInput::Done(_)) && self.machine.state() == SupplierState::Rejoining {
+            let found = self.found().take();
+            if let Some(Again::Lacks(pages, ways)) = found {
+                self.goods.owed.replace(pages);
+                match self.goods.link(ways, None) {
+                    Ok(link) => self.link = Some(link),
+                    Err(error) => {
+                        let fault = Fault::new(Reason::Failed, &format!("a thread: {error}"));
+                        input = SupplierInput::Failed(fault);
+                    }
+                }
+            }
+        }
+        self.machine.handle(self.clock.now(), input);
+        match self.machine.state() {
+            SupplierState::Severed | SupplierState::Stranded if self.unneeded => {
+                self.machine.handle(self.clock.now(), SupplierInput::Drop);
+            }
+            SupplierState::Pushing => self.unneeded = false,
+            _ => {}
+        }
+    }
+
+    fn tell(&self) {
+        let step = SupplyStep::Owes(self.goods.owed.bytes(), self.goods.sent.load(Ordering::Relaxed));
+        (self.desk)(SendStep::Supply(step));
+    }
+
+    /// Does what the machine wants; gives the end, if that is it.
+    fn act(
+        &mut self,
+        action: SupplierAction,
+        inputs: &Receiver<SourceInput>,
+    ) -> Option<Result<(), SendError>> {
+        match action {
+            SupplierAction::Send(frame) => match (&self.link, &*self.found()) {
+                (Some(link), _) => drop(link.queue.send(Out::Frame(frame))),
+                // If that fails, the destination asks no more all the same.
+                (None, Some(Again::Over(_, socket))) => drop(socket.send(&frame)),
+                (None, _) => {}
+            },
+            SupplierAction::Run(SupplierStep::Push) => match &self.link {
+                Some(link) => drop(link.queue.send(Out::Push)),
+                None => self.answer(SourceInput::Failed(Fault::new(Reason::Lost, "there is no link"))),
+            },
+            SupplierAction::Run(SupplierStep::Rejoin) => self.rejoin(),
+            SupplierAction::Interrupt => {
+                self.link.iter().for_each(|link| link.stop.store(true, Ordering::SeqCst));
+            }
+            SupplierAction::Close => {
+                let ended = self.machine.state() == SupplierState::Ended;
+                self.close(ended, inputs);
+            }
+            SupplierAction::Report(outcome) => return self.report(outcome),
+        }
+        None
+    }
+
+    fn report(&self, outcome: SupplierOutcome) -> Option<Result<(), SendError>> {
+        let tell = |step| (self.desk)(SendStep::Supply(step));
+        match outcome {
+            SupplierOutcome::Supplied => return Some(Ok(())),
+            SupplierOutcome::Severed(failure) => {
+                self.tell();
+                tell(SupplyStep::Severed(failure));
+            }
+            SupplierOutcome::Restored => tell(SupplyStep::Restored),
+            SupplierOutcome::Stranded(failure) => tell(SupplyStep::Stranded(failure)),
+            SupplierOutcome::Dropped => {
+                let why = "the memory that was left here is dropped, as the operator said";
+                let failure = Failure::new(End::Here, Reason::Cancelled, why);
+                return Some(Err(SendError::Lost(failure)));
+            }
+            SupplierOutcome::Refused(failure) => return Some(Err(SendError::Lost(failure))),
+        }
+        None
+    }
+
+    fn answer(&self, input: SourceInput) {
+        // The other end of the channel is this thread's.
+        let _ = self.goods.session.answers.send(input);
+    }
+
+    fn found(&self) -> std::sync::MutexGuard<'_, Option<Again>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for the destination, on a thread of its own.
+    fn rejoin(&self) {
+        let (goods, found) = (self.goods.clone(), Arc::clone(&self.found));
+        let work = move || {
+            let again = opening::again(&goods.session, &goods.owed);
+            let answer = match &again {
+                Ok(Again::Lacks(..)) => DONE,
+                Ok(Again::Over(frame, _)) => SourceInput::Frame(frame.clone()),
+                Err(fault) => SourceInput::Failed(fault.clone()),
+            };
+            *found.lock().unwrap_or_else(PoisonError::into_inner) = again.ok();
+            let _ = goods.session.answers.send(answer);
+        };
+        if let Err(error) = thread::spawn(&self.goods.session.threads, THREAD, "migration-join", work) {
+            self.answer(SourceInput::Failed(Fault::new(Reason::Failed, &error.to_string())));
+        }
+    }
+
+    /// Waits until the other end has read what was said last, and closes.
+    fn linger(&mut self, inputs: &Receiver<SourceInput>) {
+        let until = Instant::now() + LINGER;
+        loop {
+            match inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(SourceInput::Lost(_) | SourceInput::Garbage(_)) | Err(_) => return,
+                Ok(other) => self.kept.push_back(other),
+            }
+        }
+    }
+
+    /// Closes the link; `gently`, after what was said last. What is heard of it afterwards is of no link any more.
+    fn close(&mut self, gently: bool, inputs: &Receiver<SourceInput>) {
+        if let Some(Again::Over(_, socket)) = &*self.found() {
+            socket.shutdown(Shutdown::Write);
+        }
+        let Some(Link { ways, queue, stop, threads }) = self.link.take() else { return };
+        let _ = queue.send(Out::Close);
+        // Who interrupts itself for that may not see it.
+        drop(queue);
+        if gently {
+            self.linger(inputs);
+        }
+        stop.store(true, Ordering::SeqCst);
+        [ways.main, ways.wanted].iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+        threads.into_iter().for_each(|thread| drop(thread.join()));
+        self.kept.extend(inputs.try_iter());
+        self.kept.retain(|input| {
+            !matches!(input, SourceInput::Frame(_) | SourceInput::Garbage(_) | SourceInput::Lost(_))
+        });
+    }
+}
+
+impl Goods {
+    /// Begins to send over these connections. The first is read by `reading`, or by a thread that is started for it.
+    fn link(&self, ways: Ways, reading: Option<JoinHandle<()>>) -> std::io::Result<Link> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (queue, queued) = channel();
+        let mut link = Link { ways, queue, stop, threads: Vec::new() };
+        let begun = self.begin(&mut link, queued, reading);
+        if let Err(error) = begun {
+            link.stop.store(true, Ordering::SeqCst);
+            [&link.ways.main, &link.ways.wanted].iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+            return Err(error);
+        }
+        Ok(link)
+    }
+
+    fn begin(
+        &self,
+        link: &mut Link,
+        queue: Receiver<Out>,
+        reading: Option<JoinHandle<()>>,
+    ) -> std::io::Result<()> {
+        let Session { threads, answers, shared, .. } = &self.session;
+        let main = Arc::clone(&link.ways.main);
+        for socket in [&main, &link.ways.wanted] {
+            socket.set_timeouts(None, Some(PATIENCE))?;
+        }
+        match reading {
+            Some(thread) => link.threads.push(thread),
+            None => {
+                let (frames, heard) = (Frames::of(&main), answers.clone());
+                let read = move || listen(frames, &heard);
+                link.threads.push(thread::spawn(threads, THREAD, "migration-in", read)?);
+            }
+        }
+        let (quill, owed, answers) = (self.quill(&link.ways.wanted, &link.stop), &self.owed, answers.clone());
+        let (owed_too, answers_too) = (Arc::clone(owed), answers.clone());
+        let serving = move || serve(quill, &owed_too, &answers_too);
+        link.threads.push(thread::spawn(threads, THREAD, "migration-want", serving)?);
+        let (quill, owed, shared) = (self.quill(&main, &link.stop), Arc::clone(owed), Arc::clone(shared));
+        let pushing = move || Pusher { quill, owed, pace: &shared.pace, queue, answers }.run();
+        link.threads.push(thread::spawn(threads, THREAD, "migration-out", pushing)?);
+        Ok(())
+    }
+
+    fn quill(&self, socket: &Arc<Socket>, stop: &Arc<AtomicBool>) -> Quill {
+        Quill {
+            socket: Arc::clone(socket),
+            memory: Arc::clone(&self.session.memory),
+            stop: Arc::clone(stop),
+            sent: Arc::clone(&self.sent),
+            pass: self.pass,
+            features: self.features,
+            packer: self.features.contains(Features::LZ4).then(Packer::new),
+        }
+    }
+}

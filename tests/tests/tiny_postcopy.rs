@@ -1,0 +1,321 @@
+//! Post-copy migrations of tiny guests between two real processes: the guest goes on before all of its memory is there.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use vmm_state::Phase;
+use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
+use vmm_tests::harness::migrating::{pending, receive, to};
+use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::tiny::Guest;
+
+/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What `vm.send-migration` is told.
+fn late(path: &Path) -> Value {
+    let mut body = to(path);
+    body["memory_mode"] = json!("Postcopy");
+    body
+}
+
+fn refused(answer: &Answer, status: u16, words: &str) {
+    assert_eq!(answer.status, status, "{answer:?}");
+    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
+}
+
+fn until(vmm: &Vmm, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+    wait_until(LIMIT, || Some(progress(vmm)).filter(&is), || format!("{what}, and not {}", progress(vmm)))
+}
+
+/// Commands of frames that carry memory: Memory, Zero, Packed.
+const DATA: [u16; 3] = [4, 75, 81];
+const COMMIT: u16 = 68;
+
+/// Stands between two ends, passes frames on, and can lose the link.
+#[derive(Clone)]
+struct Relay(Arc<Mutex<Between>>);
+
+struct Between {
+    /// Commit has passed.
+    committed: bool,
+    /// Frames with memory that may follow it; then the link is cut.
+    left: Option<u32>,
+    /// Nobody gets through.
+    cut: bool,
+    open: Vec<UnixStream>,
+}
+
+impl Relay {
+    /// The link is lost as soon as so many frames with memory have followed the guest.
+    fn start(at: &Path, to: &Path, frames: u32) -> Self {
+        let between = Between { committed: false, left: Some(frames), cut: false, open: Vec::new() };
+        let relay = Self(Arc::new(Mutex::new(between)));
+        let listener = UnixListener::bind(at).unwrap();
+        let (accepting, to) = (relay.clone(), to.to_owned());
+        std::thread::spawn(move || {
+            while let Ok((source, _)) = listener.accept() {
+                let mut between = accepting.lock();
+                let Some(destination) = UnixStream::connect(&to).ok().filter(|_| !between.cut) else {
+                    continue;
+                };
+                for (from, to) in [(&source, &destination), (&destination, &source)] {
+                    between.open.push(from.try_clone().unwrap());
+                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let relay = accepting.clone();
+                    std::thread::spawn(move || relay.pass(&from, &to));
+                }
+            }
+        });
+        relay
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Between> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pass(&self, mut from: &UnixStream, mut to: &UnixStream) {
+        let mut frame = vec![0; 16];
+        while from.read_exact(&mut frame[..16]).is_ok() {
+            let command = u16::from_le_bytes(frame[..2].try_into().unwrap());
+            let length = u64::from_le_bytes(frame[8..16].try_into().unwrap());
+            frame.resize(16 + usize::try_from(length).unwrap(), 0);
+            if from.read_exact(&mut frame[16..]).is_err() || !self.lock().lets(command) {
+                break;
+            }
+            if to.write_all(&frame).is_err() {
+                break;
+            }
+        }
+        // What is still said the other way is passed on.
+        let _ = to.shutdown(Shutdown::Write);
+    }
+
+    /// From now on everybody does.
+    fn mend(&self) {
+        let mut between = self.lock();
+        (between.left, between.cut) = (None, false);
+    }
+}
+
+impl Between {
+    fn lets(&mut self, command: u16) -> bool {
+        self.committed |= command == COMMIT;
+        if self.committed && DATA.contains(&command) {
+            match &mut self.left {
+                Some(0) => self.cut(),
+                Some(left) => *left -= 1,
+                None => {}
+            }
+        }
+        !self.cut
+    }
+
+    fn cut(&mut self) {
+        self.cut = true;
+        self.open.drain(..).for_each(|socket| drop(socket.shutdown(Shutdown::Both)));
+    }
+}
+
+fn progress(vmm: &Vmm) -> Value {
+    serde_json::from_str(&vmm.api().get("vm.migration-progress").body).unwrap()
+}
+
+#[test]
+fn a_guest_goes_on_before_its_memory_is_there() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, serial) = counting_guest(&scratch);
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    first.api().done("vm.send-migration", &late(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    let end = progress(&second);
+    assert_eq!((&end["status"], &end["owed_bytes"]), (&json!("Completed"), &Value::Null), "{end}");
+    assert_eq!(second.api().phase(), Phase::Running);
+
+    // And on, with all its memory.
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    let (mut received, path) = receive(&third, &scratch, &last);
+    second.api().done("vm.send-migration", &late(&path));
+    assert_eq!(received.answer().status, 204);
+    second.expect_exit(0);
+    goes_on(&other, &last);
+    third.api().puts(&["vm.pause", "vm.resume", "vm.reboot"]);
+}
+
+#[test]
+fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
+    let _turn = turn();
+    for frames in [0, 1] {
+        let scratch = Scratch::new();
+        let (mut first, serial) = counting_guest(&scratch);
+        let second = Vmm::with_api(&scratch, [""; 0]);
+        let other = SerialFile::new(scratch.path("other"));
+        let (mut received, path) = receive(&second, &scratch, &other);
+        let between = scratch.path("between");
+        let relay = Relay::start(&between, &path, frames);
+        let mut sent = pending(&first, "vm.send-migration", &late(&between));
+        // The guest is there.
+        assert_eq!(received.answer().status, 204);
+        for vmm in [&first, &second] {
+            let now = until(vmm, "a lost link", |now| now["status"] == "Severed");
+            assert!(now["owed_bytes"].as_u64().unwrap() > 0, "{now}");
+            let causes = now["causes"].to_string();
+            assert!(causes.contains("the link is lost"), "{now}");
+            let (phase, state) = (vmm.api().phase(), vmm.api().state());
+            assert_eq!((phase, state.as_str()), (Phase::Migrating, "Paused"), "{now}");
+            for name in ["vm.resume", "vm.pause", "vm.delete", "vm.reboot"] {
+                refused(&vmm.api().put(name), 409, "a migration is under way");
+            }
+            let body = json!({ "destination_url": "file:///nowhere" });
+            refused(&vmm.api().put_json("vm.snapshot", &body), 409, "a migration is under way");
+        }
+        refused(&second.api().put("vm.cancel"), 409, "nothing to cancel");
+        refused(&first.api().put("vm.migration-keep"), 409, "the guest is the destination's");
+        assert!(!sent.is_answered());
+        let before = other.text();
+        assert_eq!(other.text(), before, "it stands still");
+
+        relay.mend();
+        assert_eq!(sent.answer().status, 204);
+        first.expect_exit(0);
+        goes_on(&serial, &other);
+        until(&second, "the end", |now| now["status"] == "Completed");
+        assert_eq!(second.api().phase(), Phase::Running);
+        second.api().puts(&["vm.pause", "vm.resume"]);
+        // Its memory is whole: it checks what it wrote.
+        let counted = counts(&other).len();
+        wait_until(LIMIT, || (counts(&other).len() > counted + 300).then_some(()), || other.text());
+    }
+}
+
+#[test]
+fn a_paused_guest_arrives_whole_and_shared_memory_arrives_late() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let mut first = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+    config["memory"] = json!({ "size": 32 << 20, "shared": true });
+    first.api().create(&config);
+    first.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    let mut second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    let mut body = late(&path);
+    (body["connections"], body["compression"]) = (json!(3), json!("Lz4"));
+    first.api().done("vm.send-migration", &body);
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    goes_on(&serial, &other);
+    assert_eq!(second.api().phase(), Phase::Running);
+
+    second.api().puts(&["vm.pause"]);
+    let third = Vmm::with_api(&scratch, [""; 0]);
+    let last = SerialFile::new(scratch.path("last"));
+    let (mut received, path) = receive(&third, &scratch, &last);
+    second.api().done("vm.send-migration", &late(&path));
+    assert_eq!(received.answer().status, 204);
+    second.expect_exit(0);
+    assert_eq!(third.api().phase(), Phase::Paused);
+    third.api().puts(&["vm.resume"]);
+    goes_on(&other, &last);
+}
+
+#[test]
+fn a_destination_whose_memory_cannot_take_part_says_so_and_the_guest_stays() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let first = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
+    let file = scratch.disk("memory", 32 << 20);
+    config["memory"] =
+        json!({ "size": 0, "zones": [{ "id": "z", "size": 32 << 20, "file": file, "shared": true }] });
+    first.api().create(&config);
+    first.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    for check in [true, false] {
+        let (mut received, path) = receive(&second, &scratch, &other);
+        let mut body = late(&path);
+        body["check"] = json!(check);
+        let answer = first.api().put_json("vm.send-migration", &body);
+        refused(&answer, 500, "post-copy");
+        refused(&answer, 500, "is a file");
+        refused(&received.answer(), 500, "is a file");
+        assert_eq!(first.api().phase(), Phase::Running);
+    }
+    let mut body = late(&scratch.path("nobody"));
+    body["local"] = json!(true);
+    refused(&first.api().put_json("vm.send-migration", &body), 422, "memory_mode");
+    serial.wait_longer_than(serial.text().len() + 40);
+}
+
+/// Cuts the link of a guest that lacks memory.
+fn severed(scratch: &Scratch) -> (Vmm, Vmm, SerialFile, vmm_tests::harness::Pending) {
+    let (first, _) = counting_guest(scratch);
+    let second = Vmm::with_api(scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, scratch, &other);
+    let between = scratch.path("between");
+    let _relay = Relay::start(&between, &path, 0);
+    let sent = pending(&first, "vm.send-migration", &late(&between));
+    assert_eq!(received.answer().status, 204);
+    for vmm in [&first, &second] {
+        until(vmm, "a lost link", |now| now["status"] == "Severed");
+    }
+    (first, second, other, sent)
+}
+
+#[test]
+fn both_ends_can_be_shut_down_while_the_guest_is_held_and_say_what_is_lost() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, mut second, _, mut sent) = severed(&scratch);
+    second.api().puts(&["vmm.shutdown"]);
+    second.expect_exit(13);
+    assert!(second.stderr.text().contains("the guest is lost: "), "{}", second.stderr.text());
+    // That does not reach the source, which goes on looking.
+    until(&first, "a lost link", |now| now["status"] == "Severed");
+    assert!(!sent.is_answered());
+    first.api().puts(&["vmm.shutdown"]);
+    first.expect_exit(13);
+    let told = first.stderr.text();
+    assert!(told.contains("the guest at the destination is lost: "), "{told}");
+}
+
+#[test]
+fn a_destination_that_dies_leaves_the_source_to_its_operator() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, second, _, mut sent) = severed(&scratch);
+    drop(second);
+    // It looks for a minute.
+    std::thread::sleep(std::time::Duration::from_secs(55));
+    refused(&sent.answer(), 500, "stands still there");
+    let now = until(&first, "a lost link", |now| now["status"] == "Severed");
+    assert!(now["owed_bytes"].as_u64().unwrap() > 0, "{now}");
+    // Once more, in vain.
+    let mut again = pending(&first, "vm.cancel", &json!({}));
+    refused(&first.api().put("vm.migration-keep"), 409, "the guest is the destination's");
+    first.api().puts(&["vm.migration-yield"]);
+    assert_ne!(again.answer().status, 204);
+    first.expect_exit(13);
+    assert!(first.stderr.text().contains("the guest is lost"), "{}", first.stderr.text());
+}
