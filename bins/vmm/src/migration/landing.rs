@@ -674,9 +674,9 @@ mod tests {
         let small = [9; 4096];
         first.write_all(&summed(0, &small, vec![contents_checksum([&small[..]])])).unwrap();
         first.write_all(&mark(0, false, 101 * 4096)).unwrap();
+        drop(first);
         let Ok(Told(7, Said::Damaged(range))) = session.told.recv() else { panic!("it was not seen") };
         assert_eq!((range.gpa(), range.length()), ((1 << 20) + 41 * 4096, 4096));
-        drop(first);
         assert!(matches!(session.told.recv(), Ok(Told(7, Said::Lost(_)))), "the rest is whole");
         reads.join().unwrap();
         let mut landed = vec![0; contents.len()];
