@@ -33,6 +33,9 @@ struct Soak {
     batch: u64,
     /// Environment variable that tells the command how many.
     variable: String,
+    /// Others that it is given.
+    #[serde(default)]
+    env: BTreeMap<String, String>,
     command: Vec<String>,
     /// Time after which a batch has failed.
     minutes: u64,
@@ -163,7 +166,8 @@ impl Soak {
             if !self.build()? {
                 return Ok(false);
             }
-            let env = BTreeMap::from([(self.variable.clone(), count.to_string())]);
+            let mut env = self.env.clone();
+            env.insert(self.variable.clone(), count.to_string());
             let limit = Duration::from_secs(self.minutes * 60);
             let start = Instant::now();
             let end = Watched { words: &self.command, env: &env, limit }.run(&mut |_| ())?;
