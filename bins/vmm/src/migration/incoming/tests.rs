@@ -1,0 +1,91 @@
+use std::os::unix::net::UnixStream;
+
+use vmm_api::config::ReceiveMigrationData;
+use vmm_device_model::thread::Unconfined;
+use vmm_migration_protocol::{CpuNeeds, Decoder, Item, MemoryLayout, Purpose, Region};
+
+use super::*;
+
+/// Long: only for what hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn driver(to: &Sender<Heard>, live: Live) -> Driver {
+    let config = ReceiveMigrationData { receiver_url: "unix:/m".to_owned(), ..Default::default() };
+    Driver {
+        clock: Clock::start(),
+        spec: ReceiveSpec::check(&config).unwrap(),
+        host: Host { most_vcpus: 1, cpuid: None },
+        desk: Box::new(drop),
+        ground: Arc::default(),
+        to: to.clone(),
+        threads: Arc::new(Unconfined),
+        outcomes: Outcomes::new(),
+        live: Some(live),
+        vm: Vm::default(),
+        queries: BTreeMap::new(),
+        filling: Filling::default(),
+        told: false,
+    }
+}
+
+/// A destination that has been asked to check a configuration.
+fn checking(limits: Limits) -> Destination {
+    let region = Region { gpa: 0, length: 1 << 20, zone: "mem0".into() };
+    let hello = Hello {
+        versions: Versions::OURS,
+        session: SessionId([1; 16]),
+        purpose: Purpose::Migrate,
+        features: Features::NONE,
+        required: Features::NONE,
+        connections: 1,
+        memory: MemoryLayout::new(vec![region]).unwrap(),
+        cpu: CpuNeeds::default(),
+        program: String::new(),
+    };
+    let offer =
+        Offer { versions: Versions::OURS, features: Features::NONE, connections: 1, program: String::new() };
+    let mut machine = Destination::new(Duration::ZERO, offer, limits, &Outcomes::new());
+    for message in [Message::Hello(Box::new(hello)), Message::Config(vec![1])] {
+        machine.handle(Duration::ZERO, DestinationInput::Frame(message.encode().unwrap()));
+    }
+    while machine.poll().is_some() {}
+    assert_eq!(machine.state(), DestinationState::Checking);
+    machine
+}
+
+#[test]
+fn the_source_hears_of_a_destination_that_is_busy() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(LIMIT)).unwrap();
+    let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
+    let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
+    let (to, heard) = std::sync::mpsc::channel();
+    let (joined, wanted) = (BTreeMap::new(), None);
+    let live = Live { machine, connection: 1, socket, wanted, joined, lost: false, until: None };
+    let mut driver = driver(&to, live);
+    let (done, busy) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        driver.make(move || {
+            let _ = busy.recv_timeout(LIMIT);
+            Made::Checked(Err(Fault::new(Reason::Failed, "at last")))
+        });
+        driver.run(&heard);
+    });
+    let mut decoder = Decoder::new();
+    let mut next = || {
+        let mut byte = [0];
+        loop {
+            std::io::Read::read_exact(&mut theirs, &mut byte).unwrap();
+            if let Some(Item::Frame(frame)) = decoder.push(&mut byte.as_slice()).unwrap() {
+                return frame.command();
+            }
+        }
+    };
+    for _ in 0..3 {
+        assert_eq!(next(), Command::Keepalive, "while it works");
+    }
+    done.send(()).unwrap();
+    while next() != Command::Nack {}
+    to.send(Heard::Gone).unwrap();
+    thread.join().unwrap();
+}
