@@ -4,6 +4,7 @@
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -23,6 +24,17 @@ fn writing_guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
     (vmm, serial)
 }
 
+/// Restores what is saved at `saved`: its guest counts on from where the one was that has counted on `first`.
+fn restored(clone: &Vmm, scratch: &Scratch, saved: &Path, first: &SerialFile) -> SerialFile {
+    let serial = SerialFile::new(scratch.path(format!("serial-{}", clone.pid())));
+    clone.api().done("vm.restore", &from(saved, &serial));
+    serial.wait_longer_than(60);
+    let ours = counts(&serial);
+    assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
+    assert!(counts(first).contains(&ours[0]), "it goes on from where the first was");
+    serial
+}
+
 #[test]
 fn a_live_snapshot_is_the_guest_at_one_moment() {
     for shared in [false, true] {
@@ -39,13 +51,7 @@ fn a_live_snapshot_is_the_guest_at_one_moment() {
         }
         assert_eq!(vmm.stderr.text().matches("its memory is saved as it was").count(), 8, "none in passes");
         for number in [0, 7] {
-            let other = SerialFile::new(scratch.path(format!("serial-{number}")));
-            let clone = Vmm::with_api(&scratch, [""; 0]);
-            clone.api().done("vm.restore", &from(&name(number), &other));
-            other.wait_longer_than(60);
-            let ours = counts(&other);
-            assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
-            assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
+            restored(&Vmm::with_api(&scratch, [""; 0]), &scratch, &name(number), &serial);
         }
         assert!(counts(&serial).windows(2).all(|pair| pair[1] == pair[0] + 1), "the first counts on");
     }
@@ -81,16 +87,9 @@ fn huge_pages_are_the_guest_at_one_moment_too() {
             serial.wait_longer_than(serial.text().len() + 20);
         }
         assert_eq!(passes(&vmm), [None, None, None]);
-        let before = counts(&serial);
         drop(vmm);
         for number in [0, 2] {
-            let other = SerialFile::new(scratch.path(format!("serial-{number}")));
-            let clone = Vmm::with_api(&scratch, [""; 0]);
-            clone.api().done("vm.restore", &from(&name(number), &other));
-            other.wait_longer_than(60);
-            let ours = counts(&other);
-            assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
-            assert!(before.contains(&ours[0]), "it goes on from where the first was");
+            restored(&Vmm::with_api(&scratch, [""; 0]), &scratch, &name(number), &serial);
         }
     }
 }
@@ -104,12 +103,7 @@ fn shared_memory_is_filled_while_the_guest_runs() {
     serial.wait_longer_than(serial.text().len() + 20);
     drop(vmm);
     let clone = Vmm::with_api(&scratch, ["-v"]);
-    let other = SerialFile::new(scratch.path("other"));
-    clone.api().done("vm.restore", &from(&saved, &other));
-    other.wait_longer_than(60);
-    let ours = counts(&other);
-    assert!(ours.windows(2).all(|pair| pair[1] == pair[0] + 1), "{ours:?}");
-    assert!(counts(&serial).contains(&ours[0]), "it goes on from where the first was");
+    let other = restored(&clone, &scratch, &saved, &serial);
     let log = clone.stderr.text();
     assert!(!log.contains("filled before the guest runs"), "{log}");
     // Nothing is saved of memory that is not all there yet.

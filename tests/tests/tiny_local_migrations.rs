@@ -10,7 +10,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rustix::net::{
@@ -20,14 +19,8 @@ use rustix::net::{
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_with, goes_on};
-use vmm_tests::harness::migrating::{arrives_paused, receive, url};
+use vmm_tests::harness::migrating::{arrives_paused, moves, receive, turn, url};
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
-
-/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Boots a guest that counts in memory such as this.
 fn guest(scratch: &Scratch, memory: &Value) -> (Vmm, SerialFile) {
@@ -55,25 +48,15 @@ fn mapped(vmm: &Vmm, name: &str) -> Vec<String> {
 fn a_guest_goes_there_and_back_and_its_memory_stays_where_it_is() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = guest(&scratch, &shared());
+    let (first, serial) = guest(&scratch, &shared());
     let before = mapped(&first, "memfd:mem0");
     assert!(!before.is_empty());
-    let mut second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
+    let (second, other) = moves(&scratch, first, to);
     assert_eq!(second.api().phase(), Phase::Running);
     assert_eq!(mapped(&second, "memfd:mem0"), before, "the same file");
     goes_on(&serial, &other);
 
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    let (mut received, path) = receive(&third, &scratch, &last);
-    second.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    second.expect_exit(0);
+    let (third, last) = moves(&scratch, second, to);
     assert_eq!(mapped(&third, "memfd:mem0"), before);
     goes_on(&other, &last);
     third.api().puts(&["vm.pause", "vm.resume", "vm.reboot"]);

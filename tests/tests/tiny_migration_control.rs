@@ -8,21 +8,14 @@ use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::{pending, url};
+use vmm_tests::harness::migrating::{pending, progress, turn, until, url};
 use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
-
-/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Begins to wait for a VM, whose serial port is to go to `serial`, with `more` in the request.
 fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile, more: &Value) -> (Pending, PathBuf) {
@@ -34,17 +27,6 @@ fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile, more: &Value) -> (
     let pending = pending(vmm, "vm.receive-migration", &body);
     wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)
-}
-
-fn progress(vmm: &Vmm) -> Value {
-    let answer = vmm.api().get("vm.migration-progress");
-    assert_eq!(answer.status, 200, "{answer:?}");
-    answer.json()
-}
-
-/// Waits until the progress is as wanted, and gives it.
-fn until(vmm: &Vmm, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-    wait_until(LIMIT, || Some(progress(vmm)).filter(|now| wanted(now)), || what.to_owned())
 }
 
 fn refused(answer: &Answer, status: u16, words: &[&str]) {

@@ -8,41 +8,23 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::json;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::{arrives_paused, pending, receive, receive_at, to};
+use vmm_tests::harness::migrating::{arrives_paused, moves, pending, receive, receive_at, to, turn};
 use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
-
-/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[test]
 fn a_guest_goes_on_elsewhere_and_comes_to_a_third() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = counting_guest(&scratch);
-    let mut second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
+    let (first, serial) = counting_guest(&scratch);
+    let (second, other) = moves(&scratch, first, to);
     assert_eq!(second.api().phase(), Phase::Running);
     goes_on(&serial, &other);
-
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    let (mut received, path) = receive(&third, &scratch, &last);
-    second.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    second.expect_exit(0);
+    let (third, last) = moves(&scratch, second, to);
     goes_on(&other, &last);
     third.api().puts(&["vm.pause", "vm.resume", "vm.reboot"]);
 }

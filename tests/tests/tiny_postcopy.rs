@@ -6,34 +6,19 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
-use vmm_tests::harness::migrating::{pending, receive, to};
-use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, vm_config, wait_until};
-use vmm_tests::tiny::Guest;
-
-/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use vmm_tests::harness::counting::{counting_guest, counting_with, counts, goes_on};
+use vmm_tests::harness::migrating::{arrives_paused, moves, pending, progress, receive, to, turn, until};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
 
 /// What `vm.send-migration` is told.
 fn late(path: &Path) -> Value {
     let mut body = to(path);
     body["memory_mode"] = json!("Postcopy");
     body
-}
-
-fn refused(answer: &Answer, status: u16, words: &str) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
-}
-
-fn until(vmm: &Vmm, what: &str, is: impl Fn(&Value) -> bool) -> Value {
-    wait_until(LIMIT, || Some(progress(vmm)).filter(&is), || format!("{what}, and not {}", progress(vmm)))
 }
 
 /// Commands of frames that carry memory: Memory, Zero, Packed.
@@ -125,33 +110,19 @@ impl Between {
     }
 }
 
-fn progress(vmm: &Vmm) -> Value {
-    serde_json::from_str(&vmm.api().get("vm.migration-progress").body).unwrap()
-}
-
 #[test]
 fn a_guest_goes_on_before_its_memory_is_there() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, serial) = counting_guest(&scratch);
-    let mut second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    first.api().done("vm.send-migration", &late(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
+    let (first, serial) = counting_guest(&scratch);
+    let (second, other) = moves(&scratch, first, late);
     goes_on(&serial, &other);
     let end = progress(&second);
     assert_eq!((&end["status"], &end["owed_bytes"]), (&json!("Completed"), &Value::Null), "{end}");
     assert_eq!(second.api().phase(), Phase::Running);
 
     // And on, with all its memory.
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    let (mut received, path) = receive(&third, &scratch, &last);
-    second.api().done("vm.send-migration", &late(&path));
-    assert_eq!(received.answer().status, 204);
-    second.expect_exit(0);
+    let (third, last) = moves(&scratch, second, late);
     goes_on(&other, &last);
     third.api().puts(&["vm.pause", "vm.resume", "vm.reboot"]);
 }
@@ -188,6 +159,7 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
         refused(&first.api().put("vm.migration-keep"), 409, "the guest is the destination's");
         assert!(!sent.is_answered());
         let before = other.text();
+        std::thread::sleep(Duration::from_millis(100));
         assert_eq!(other.text(), before, "it stands still");
 
         relay.mend();
@@ -207,34 +179,16 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
 fn a_paused_guest_arrives_whole_and_shared_memory_arrives_late() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let mut first = Vmm::with_api(&scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["memory"] = json!({ "size": 32 << 20, "shared": true });
-    first.api().create(&config);
-    first.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
-    let mut second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    let mut body = late(&path);
-    (body["connections"], body["compression"]) = (json!(3), json!("Lz4"));
-    first.api().done("vm.send-migration", &body);
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
+    let first = Vmm::with_api(&scratch, [""; 0]);
+    let serial = counting_with(&first, &scratch, &json!({ "memory": { "size": 32 << 20, "shared": true } }));
+    let (second, other) = moves(&scratch, first, |path| {
+        let mut body = late(path);
+        (body["connections"], body["compression"]) = (json!(3), json!("Lz4"));
+        body
+    });
     goes_on(&serial, &other);
     assert_eq!(second.api().phase(), Phase::Running);
-
-    second.api().puts(&["vm.pause"]);
-    let third = Vmm::with_api(&scratch, [""; 0]);
-    let last = SerialFile::new(scratch.path("last"));
-    let (mut received, path) = receive(&third, &scratch, &last);
-    second.api().done("vm.send-migration", &late(&path));
-    assert_eq!(received.answer().status, 204);
-    second.expect_exit(0);
-    assert_eq!(third.api().phase(), Phase::Paused);
-    third.api().puts(&["vm.resume"]);
-    goes_on(&other, &last);
+    arrives_paused(&scratch, second, &other, late);
 }
 
 #[test]
@@ -242,14 +196,10 @@ fn a_destination_whose_memory_cannot_take_part_says_so_and_the_guest_stays() {
     let _turn = turn();
     let scratch = Scratch::new();
     let first = Vmm::with_api(&scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
     let file = scratch.disk("memory", 32 << 20);
-    config["memory"] =
+    let memory =
         json!({ "size": 0, "zones": [{ "id": "z", "size": 32 << 20, "file": file, "shared": true }] });
-    first.api().create(&config);
-    first.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let serial = counting_with(&first, &scratch, &json!({ "memory": memory }));
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     for check in [true, false] {
@@ -269,7 +219,7 @@ fn a_destination_whose_memory_cannot_take_part_says_so_and_the_guest_stays() {
 }
 
 /// Cuts the link of a guest that lacks memory.
-fn severed(scratch: &Scratch) -> (Vmm, Vmm, SerialFile, vmm_tests::harness::Pending) {
+fn severed(scratch: &Scratch) -> (Vmm, Vmm, SerialFile, Pending) {
     let (first, _) = counting_guest(scratch);
     let second = Vmm::with_api(scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
@@ -308,7 +258,7 @@ fn a_destination_that_dies_leaves_the_source_to_its_operator() {
     let (mut first, second, _, mut sent) = severed(&scratch);
     drop(second);
     // It looks for a minute.
-    std::thread::sleep(std::time::Duration::from_secs(55));
+    std::thread::sleep(Duration::from_secs(55));
     refused(&sent.answer(), 500, "stands still there");
     let now = until(&first, "a lost link", |now| now["status"] == "Severed");
     assert!(now["owed_bytes"].as_u64().unwrap() > 0, "{now}");

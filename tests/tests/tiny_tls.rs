@@ -5,21 +5,14 @@ use std::fs;
 use std::io::Read;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::certificates::{Authority, Good, write};
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::with_tls;
+use vmm_tests::harness::migrating::{turn, with_tls};
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
-
-/// One test at a time: each ends many VMs, and KVM takes long where many end at once.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A port that was free a moment ago.
 fn free_port() -> u16 {

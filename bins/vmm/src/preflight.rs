@@ -152,7 +152,10 @@ mod tests {
         });
         assert_eq!(paths(&json), [""; 0]);
         assert!(!serial.exists());
-        // Nothing is left of it.
+        // Nothing is left of it, and what another has is told.
+        let other = vmm_disk_image::open(&vmm_disk_image::OpenOptions::raw(&disk)).unwrap();
+        assert_eq!(paths(&json), ["disks[0].path"]);
+        drop(other);
         assert_eq!(paths(&json), [""; 0]);
     }
 

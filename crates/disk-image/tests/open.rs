@@ -141,7 +141,10 @@ fn a_lock_can_be_handed_over_and_taken_back() {
         let source = open(&options).unwrap();
         source.reacquire_lock().unwrap();
         source.release_lock().unwrap();
+        source.check_lock().unwrap();
         let destination = open(&options).unwrap();
+        assert_eq!(source.check_lock().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        destination.check_lock().unwrap();
         assert_eq!(source.reacquire_lock().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
         drop(destination);
         source.reacquire_lock().unwrap();

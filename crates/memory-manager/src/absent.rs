@@ -229,12 +229,7 @@ impl AbsentMemory {
             return;
         }
         drop(state);
-        for region in 0..self.places.len() {
-            if let Err(error) = self.userfault.unregister(region) {
-                // The end of the descriptor does it as well.
-                log::error!("guest memory is still watched: {error}");
-            }
-        }
+        self.userfault.let_go(0..self.places.len());
         self.moved.notify_all();
         // It cannot be full.
         let _ = rustix::io::write(&self.over, &1_u64.to_ne_bytes());

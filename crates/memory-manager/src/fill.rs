@@ -272,12 +272,7 @@ impl Filling {
         let regions: Vec<_> =
             state.chunks.iter().enumerate().filter(|(_, all)| !all.is_empty()).map(|(at, _)| at).collect();
         drop(state);
-        for region in regions {
-            if let Err(error) = self.userfault.unregister(region) {
-                // The end of the descriptor does it as well.
-                log::error!("guest memory is still watched: {error}");
-            }
-        }
+        self.userfault.let_go(regions);
         self.moved.notify_all();
         // It cannot be full.
         let _ = rustix::io::write(&self.over, &1_u64.to_ne_bytes());

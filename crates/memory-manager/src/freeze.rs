@@ -226,12 +226,7 @@ impl Frozen {
         (state.thawed, state.failure) = (true, failure);
         drop(state);
         self.moved.notify_all();
-        for region in 0..self.source.places().len() {
-            if let Err(error) = self.userfault.unregister(region) {
-                // The end of the descriptor does it as well.
-                log::error!("guest memory cannot be thawed yet: {error}");
-            }
-        }
+        self.userfault.let_go(0..self.source.places().len());
         // It cannot be full.
         let _ = rustix::io::write(&self.over, &1_u64.to_ne_bytes());
     }

@@ -170,6 +170,15 @@ impl Userfault {
         self.wake(region, 0..u64::MAX)
     }
 
+    /// The same for `regions`. What the kernel refuses is in the log: the end of the descriptor does it as well.
+    pub(crate) fn let_go(&self, regions: impl IntoIterator<Item = usize>) {
+        for region in regions {
+            if let Err(error) = self.unregister(region) {
+                log::error!("guest memory is still watched: {error}");
+            }
+        }
+    }
+
     /// Protects pages from writes. Of private memory those that are not there are left out.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
@@ -21,6 +22,31 @@ pub fn url(path: &Path) -> String {
 #[must_use]
 pub fn to(path: &Path) -> Value {
     json!({ "destination_url": url(path) })
+}
+
+/// One test of a program at a time: each ends many VMs, and KVM takes long where many end at once.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `vm.migration-progress`.
+///
+/// # Panics
+/// When it is not answered.
+#[must_use]
+pub fn progress(vmm: &Vmm) -> Value {
+    let answer = vmm.api().get("vm.migration-progress");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()
+}
+
+/// Waits until the progress is as wanted, and gives it.
+///
+/// # Panics
+/// When it does not become so.
+pub fn until(vmm: &Vmm, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    wait_until(LIMIT, || Some(progress(vmm)).filter(&wanted), || format!("{what}, and not {}", progress(vmm)))
 }
 
 /// A request with a body on a connection of its own, which is not waited for.
@@ -68,19 +94,29 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
     (pending, path)
 }
 
+/// Sends the VM of `first`, as the body that `to` makes of a path says: the VMM that has it then, and where its serial port goes.
+///
+/// # Panics
+/// When that fails.
+#[must_use]
+pub fn moves(scratch: &Scratch, mut first: Vmm, to: impl Fn(&Path) -> Value) -> (Vmm, SerialFile) {
+    let second = Vmm::with_api(scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path(format!("serial-{}", second.pid())));
+    let (mut received, path) = receive(&second, scratch, &serial);
+    first.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    first.expect_exit(0);
+    (second, serial)
+}
+
 /// Pauses the guest of `first`, which has counted on `serial`, and sends it, as the body that `to` makes of a path says. It
 /// arrives paused, and goes on.
 ///
 /// # Panics
 /// When it does not.
-pub fn arrives_paused(scratch: &Scratch, mut first: Vmm, serial: &SerialFile, to: impl Fn(&Path) -> Value) {
+pub fn arrives_paused(scratch: &Scratch, first: Vmm, serial: &SerialFile, to: impl Fn(&Path) -> Value) {
     first.api().puts(&["vm.pause"]);
-    let second = Vmm::with_api(scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, scratch, &other);
-    first.api().done("vm.send-migration", &to(&path));
-    assert_eq!(received.answer().status, 204);
-    first.expect_exit(0);
+    let (second, other) = moves(scratch, first, to);
     assert_eq!(second.api().phase(), Phase::Paused);
     second.api().puts(&["vm.resume"]);
     goes_on(serial, &other);

@@ -1,7 +1,7 @@
 //! Migrations over several connections.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use vmm_migration_protocol::{Command, Decoder, Frame, Item, Join, Message, SessionId};

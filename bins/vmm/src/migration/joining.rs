@@ -36,7 +36,10 @@ impl Session {
         let mut sockets = Vec::new();
         for index in 1..connections {
             self.check()?;
-            sockets.push((index, self.connect(index).map_err(|error| cannot(index, &error.to_string()))?));
+            sockets.push((
+                index,
+                self.connect(index, Join::MEMORY).map_err(|error| cannot(index, &error.to_string()))?,
+            ));
         }
         // All have been asked for by now.
         for (index, socket) in &sockets {
@@ -66,10 +69,11 @@ impl Session {
         Ok(())
     }
 
-    fn connect(&self, index: u16) -> std::io::Result<Arc<Socket>> {
+    /// A connection that has asked to be the session's, in `role`.
+    pub(super) fn connect(&self, index: u16, role: u16) -> std::io::Result<Arc<Socket>> {
         let socket = self.way.connect(&mut || self.check().is_ok())?;
         socket.set_timeouts(Some(PATIENCE), Some(ANSWER))?;
-        let join = Message::Join(Join { session: self.id, index, role: Join::MEMORY });
+        let join = Message::Join(Join { session: self.id, index, role });
         socket.send(&join.encode().map_err(std::io::Error::other)?)?;
         Ok(Arc::new(socket))
     }

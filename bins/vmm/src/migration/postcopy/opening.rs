@@ -32,12 +32,8 @@ pub(super) struct Ways {
 pub(in crate::migration) fn wanted(session: &Session) -> Result<Arc<Socket>, Fault> {
     let opened = || -> Result<Arc<Socket>, String> {
         let failed = |error: std::io::Error| chain(&error);
-        let socket = session.way.connect(&mut || session.check().is_ok()).map_err(failed)?;
+        let socket = session.connect(0, Join::WANTED).map_err(failed)?;
         socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
-        let join = Message::Join(Join { session: session.id, index: 0, role: Join::WANTED });
-        let join = join.encode().map_err(|error| error.to_string())?;
-        socket.send(&join).map_err(failed)?;
-        let socket = Arc::new(socket);
         joined(&socket)?;
         Ok(socket)
     };
