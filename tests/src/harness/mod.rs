@@ -12,6 +12,7 @@ mod pending;
 mod requests;
 pub mod saving;
 pub mod terminal;
+pub mod user;
 mod vmm;
 pub mod withheld;
 
