@@ -1,11 +1,12 @@
-//! Restores whose files do not answer, as those of a server that is gone: nobody waits for them. By the real binary, on any KVM.
+//! Snapshots and restores whose files do not answer, as those of a server that is gone: nobody waits for them. By the real binary,
+//! on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
-use vmm_tests::harness::counting::counting_in;
+use vmm_tests::harness::counting::{counting_guest, counting_in};
 use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
 use vmm_tests::harness::{Pending, Scratch, SerialFile, Vmm, refused, vm_config};
@@ -109,4 +110,27 @@ fn a_restore_of_the_command_line_ends_by_request_and_the_vmm_stays() {
     assert_eq!(vmm.api().phase(), Phase::Empty);
     drop(counting_in(&vmm, &scratch));
     assert_eq!(vmm.api().phase(), Phase::Running);
+}
+
+#[test]
+fn the_end_of_the_vmm_does_not_wait_for_a_snapshot_whose_parent_does_not_answer() {
+    for is_live in [false, true] {
+        let scratch = Scratch::new();
+        let (mut vmm, _serial) = counting_guest(&scratch);
+        let (parent, child) = (scratch.path("parent"), scratch.path("child"));
+        let body = |folder: &Path, incremental: bool| json!({ "destination_url": url(folder), "live": is_live, "track": true, "incremental": incremental });
+        if !is_live {
+            vmm.api().puts(&["vm.pause"]);
+        }
+        vmm.api().done("vm.snapshot", &body(&parent, false));
+        let file = held(&parent.join("manifest.json"));
+        let text = body(&child, true).to_string();
+        let mut snapshot = Pending::send(vmm.socket(), "vm.snapshot", text.as_bytes());
+        file.wait();
+        assert_eq!(vmm.api().phase(), Phase::Saving);
+        vmm.api().puts(&["vmm.shutdown"]);
+        refused(&snapshot.answer(), 409, "cancelled");
+        vmm.expect_exit(0);
+        assert!(!child.join("manifest.json").exists(), "none");
+    }
 }

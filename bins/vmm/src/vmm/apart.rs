@@ -12,7 +12,7 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent};
 
 /// How long a thread that nobody wants any more is waited for. Longer takes what holds nothing up: a file that does not answer, or
 /// a lot of memory to be touched.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the thread made.
 #[derive(Debug)]

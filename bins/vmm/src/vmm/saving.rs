@@ -1,9 +1,10 @@
 //! Snapshots. A thread of its own writes one; the machine stays here, and clients are served meanwhile. The guest is paused, or
 //! runs on while its memory is written and stands still only for what is left in the end.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +18,7 @@ use vmm_memory_manager::freeze::{FreezeError, Frozen};
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
+use super::apart::PATIENCE;
 use super::tracks::{TrackError, Tracks};
 use super::writer::{self, Answer, Memory, SaveError, SaveStep, Still, Watch, Writer};
 use super::{Vmm, VmmError, boot, freezing, told};
@@ -57,6 +59,8 @@ struct Job {
 #[derive(Debug)]
 struct Thread {
     handle: JoinHandle<()>,
+    /// Says nothing, and ends with it.
+    ended: Receiver<Infallible>,
     answers: Option<Sender<Answer>>,
     cancelled: Arc<AtomicBool>,
     /// The snapshot is there.
@@ -167,10 +171,14 @@ impl Vmm {
             answers: asked,
             committed: Arc::clone(&committed),
         };
-        let work = move || writer.run();
+        let (alive, ended) = channel();
+        let work = move || {
+            let _alive = alive;
+            writer.run();
+        };
         let handle = thread::spawn(self.means.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
         let handle = handle.map_err(SaveError::Thread)?;
-        Ok((Thread { handle, answers: Some(answers), cancelled, committed, frozen }, passes))
+        Ok((Thread { handle, ended, answers: Some(answers), cancelled, committed, frozen }, passes))
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -365,16 +373,18 @@ impl Vmm {
         }
     }
 
-    /// The machine goes: nobody waits for its snapshot any more.
+    /// The machine goes: nobody waits for its snapshot any more, and it is not waited for if a file of it does not answer.
     pub(super) fn give_up_save(&mut self) {
         self.fail_save(SaveError::Cancelled);
         let Some(Job { number, asker, cancels, thread, .. }) = self.jobs.saving.job.take() else { return };
-        let _ = thread.handle.join();
+        if thread.ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("a snapshot that was given up does not end yet: it is left to itself");
+        }
         if thread.committed.load(Ordering::SeqCst) {
             self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
             asker.reply(Ok(()));
         } else {
-            // What it wrote is gone.
+            // What it wrote is gone, or will be removed by the next that is written there.
             let reply = self.save_failed(number, SaveError::Cancelled);
             asker.reply(Err(reply));
         }
