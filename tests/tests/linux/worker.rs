@@ -48,8 +48,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Boots it; the folders and files of `name` are its own.
-    pub(crate) fn boot(bench: &Bench, name: &str) -> Self {
+    /// Boots it in the VMM that `spawn` starts; the folders and files of `name` are its own.
+    pub(crate) fn boot(bench: &Bench, name: &str, spawn: impl Fn(&Scratch) -> Vmm) -> Self {
         let scratch = Scratch::new();
         let mut guest = system(bench, name, "true", "poweroff");
         guest.memory_mib = 512;
@@ -58,7 +58,7 @@ impl Worker {
         fs::write(&script, rootfs::script_disk(WORK)).unwrap();
         guest.disks.push(script);
         let console = bench.disks.console(name);
-        let (vmm, mut api) = vmm(&scratch);
+        let (vmm, mut api) = patient(spawn(&scratch));
         api.create(&guest.document(console.path()));
         api.puts(&["vm.boot"]);
         let mut worker = Self { vmm, api, console, ticks: 2, disks: guest.disks, scratch };
@@ -67,13 +67,13 @@ impl Worker {
     }
 
     /// Another VMM for it, where nothing is yet.
-    pub(crate) fn another_vmm(&self) -> (Vmm, Api) {
-        vmm(&self.scratch)
+    pub(crate) fn another_vmm(&self, spawn: impl Fn(&Scratch) -> Vmm) -> (Vmm, Api) {
+        patient(spawn(&self.scratch))
     }
 
-    /// A file of the guest's own.
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.scratch.path(name)
+    /// Where files of its own may be.
+    pub(crate) fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 
     /// How often it has ticked.
@@ -127,8 +127,8 @@ impl Worker {
     }
 }
 
-fn vmm(scratch: &Scratch) -> (Vmm, Api) {
-    let vmm = Vmm::with_api(scratch, [""; 0]);
+/// Its API may take as long as a system.
+fn patient(vmm: Vmm) -> (Vmm, Api) {
     let mut api = vmm.api();
     api.patient(SYSTEM_LIMIT);
     (vmm, api)
