@@ -9,7 +9,7 @@ use serde_json::json;
 use vmm_tests::harness::{Scratch, Vmm};
 
 use crate::Bench;
-use crate::worker::Worker;
+use crate::worker::{Worker, patient};
 
 /// Snapshots of one guest, 20 in a soak (`VMM_SNAPSHOTS=20`).
 fn snapshots() -> u64 {
@@ -43,15 +43,15 @@ pub(crate) fn snapshots_survived(bench: &Bench) {
         worker.api.puts(&["vmm.shutdown"]);
         worker.vmm.expect_exit(0);
 
-        let (vmm, mut api) = worker.another_vmm(spawn);
+        let vmm = spawn(worker.scratch());
         let console = bench.disks.console(&format!("snapshots-{number}"));
         let serial = json!({ "mode": "File", "file": console.path() });
         let prefault = number % 3 == 0;
-        api.done(
+        patient(&vmm).done(
             "vm.restore",
             &json!({ "source_url": url(&folder), "resume": true, "prefault": prefault, "serial": serial }),
         );
-        worker.goes_on(stood, (vmm, api), console);
+        worker.goes_on(stood, vmm, console);
         // Memory is mapped from them until all of it was read: the names may go, the files stay.
         fs::remove_dir_all(&folder).unwrap();
     }

@@ -58,17 +58,13 @@ impl Worker {
         fs::write(&script, rootfs::script_disk(WORK)).unwrap();
         guest.disks.push(script);
         let console = bench.disks.console(name);
-        let (vmm, mut api) = patient(spawn(&scratch));
+        let vmm = spawn(&scratch);
+        let mut api = patient(&vmm);
         api.create(&guest.document(console.path()));
         api.puts(&["vm.boot"]);
         let mut worker = Self { vmm, api, console, ticks: 2, disks: guest.disks, scratch };
         worker.ticks_on();
         worker
-    }
-
-    /// Another VMM for it, where nothing is yet.
-    pub(crate) fn another_vmm(&self, spawn: impl Fn(&Scratch) -> Vmm) -> (Vmm, Api) {
-        patient(spawn(&self.scratch))
     }
 
     /// Where files of its own may be.
@@ -82,8 +78,8 @@ impl Worker {
     }
 
     /// The guest stood still at tick `stood` and runs on in `vmm`, on `console`: from there, and with a right clock.
-    pub(crate) fn goes_on(&mut self, stood: u64, (vmm, api): (Vmm, Api), console: Console) {
-        (self.vmm, self.api, self.console) = (vmm, api, console);
+    pub(crate) fn goes_on(&mut self, stood: u64, vmm: Vmm, console: Console) {
+        (self.api, self.vmm, self.console) = (patient(&vmm), vmm, console);
         assert_eq!(self.api.state(), "Running");
         let first = || self.console.facts("tick").into_iter().next();
         let first = wait_until(SYSTEM_LIMIT, first, || "a tick".to_owned());
@@ -127,9 +123,9 @@ impl Worker {
     }
 }
 
-/// Its API may take as long as a system.
-fn patient(vmm: Vmm) -> (Vmm, Api) {
+/// A connection to its API, which may take as long as a system. One that is idle for long is closed.
+pub(crate) fn patient(vmm: &Vmm) -> Api {
     let mut api = vmm.api();
     api.patient(SYSTEM_LIMIT);
-    (vmm, api)
+    api
 }
