@@ -1,10 +1,10 @@
 //! A Debian that works while it moves to another VMM.
 
-use std::net::TcpListener;
 use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
+use vmm_tests::harness::migrating::free_port;
 use vmm_tests::harness::{Answer, Pending, wait_until};
 
 use crate::worker::Worker;
@@ -51,9 +51,4 @@ pub(crate) fn migrations_survived(bench: &Bench) {
 /// Whether nobody listens yet.
 fn nobody_there(answer: &Answer) -> bool {
     ["refused", "No such file"].iter().any(|words| answer.body.contains(words))
-}
-
-/// A port that nobody listens at.
-fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
