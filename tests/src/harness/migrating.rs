@@ -1,5 +1,6 @@
 //! Migrations between two VMMs.
 
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,6 +13,9 @@ use vmm_state::Phase;
 
 use super::counting::goes_on;
 use super::{Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+
+/// This host, for those within it.
+const LOOPBACK: &str = "127.0.0.1";
 
 /// The address of a UNIX socket.
 #[must_use]
@@ -93,6 +97,35 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
     // The path is there before anybody listens. One who comes and goes is no source.
     wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)
+}
+
+/// A port of this host that was free a moment ago.
+///
+/// # Panics
+/// When there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    TcpListener::bind((LOOPBACK, 0)).and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+/// Begins to wait for a VM at a port of this host, which is given; somebody listens there, unless it has failed.
+///
+/// # Panics
+/// When nobody does.
+#[must_use]
+pub fn receive_tcp(vmm: &Vmm, serial: &SerialFile, tls_dir: Option<&Path>) -> (Pending, u16) {
+    let port = free_port();
+    let mut pending = receive_at(vmm, &format!("tcp:{LOOPBACK}:{port}"), tls_dir, serial);
+    let listens = || (pending.is_answered() || is_listening(port)).then_some(());
+    wait_until(LIMIT, listens, || "a receiver".to_owned());
+    (pending, port)
+}
+
+/// Whether somebody listens at a port of this host, without a connection to it (proc_net_tcp(5)).
+fn is_listening(port: u16) -> bool {
+    let of = format!(":{port:04X} 00000000:0000 0A");
+    let all = std::fs::read_to_string("/proc/net/tcp").expect("what is listened to");
+    all.lines().any(|line| line.contains(&of))
 }
 
 /// Sends the VM of `first`, as the body that `to` makes of a path says: the VMM that has it then, and where its serial port goes.

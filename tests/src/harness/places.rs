@@ -1,8 +1,6 @@
 //! Where the processes are that a guest goes to and fro between, and how it gets there.
 
-use std::net::TcpListener;
-
-use super::migrating::{Namespaces, url};
+use super::migrating::{Namespaces, free_port, url};
 use super::{Scratch, Vmm};
 
 /// What carries a guest to another process.
@@ -50,9 +48,6 @@ impl Places {
     }
 
     /// An address where that process can be reached.
-    ///
-    /// # Panics
-    /// When there is no port.
     #[must_use]
     pub fn address(&self, scratch: &Scratch, number: usize, link: Link) -> String {
         match (link, &self.0) {
@@ -61,11 +56,7 @@ impl Places {
                 let [a, b] = Namespaces::ADDRESSES;
                 format!("tcp:{}:7000", if number % 2 == 1 { b } else { a })
             }
-            (Link::Tcp | Link::Tls, None) => {
-                // A port that was free a moment ago.
-                let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-                format!("tcp:{}", listener.local_addr().expect("its address"))
-            }
+            (Link::Tcp | Link::Tls, None) => format!("tcp:127.0.0.1:{}", free_port()),
         }
     }
 }
