@@ -13,6 +13,7 @@ pub mod places;
 mod requests;
 pub mod saving;
 pub mod terminal;
+pub mod user;
 mod vmm;
 pub mod withheld;
 
