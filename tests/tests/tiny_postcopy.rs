@@ -1,6 +1,11 @@
 //! Post-copy migrations of tiny guests between two real processes: the guest goes on before all of its memory is there.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+#[path = "tiny_postcopy/disks.rs"]
+mod disks;
+#[path = "tiny_postcopy/links.rs"]
+mod links;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};

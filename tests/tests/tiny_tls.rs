@@ -11,33 +11,8 @@ use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::certificates::{Authority, Good, write};
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::{turn, with_tls};
+use vmm_tests::harness::migrating::{receive_tcp, turn, with_tls};
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
-
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// Begins to wait for a VM, and gives the port.
-fn receive(vmm: &Vmm, serial: &SerialFile, tls_dir: Option<&Path>) -> (Pending, u16) {
-    let port = free_port();
-    let body = json!({
-        "receiver_url": format!("tcp:127.0.0.1:{port}"), "serial": { "mode": "File", "file": serial.path() },
-        "paths": ["/"],
-    });
-    let body = with_tls(body, tls_dir).to_string();
-    let mut pending = Pending::send(vmm.socket(), "vm.receive-migration", body.as_bytes());
-    let listens = || (pending.is_answered() || is_listening(port)).then_some(());
-    wait_until(LIMIT, listens, || "a receiver".to_owned());
-    (pending, port)
-}
-
-/// Whether somebody listens at a port of this host, without a connection to it (proc_net_tcp(5)).
-fn is_listening(port: u16) -> bool {
-    let of = format!(":{port:04X} 00000000:0000 0A");
-    fs::read_to_string("/proc/net/tcp").unwrap().lines().any(|line| line.contains(&of))
-}
 
 fn to(host: &str, port: u16, tls_dir: Option<&Path>) -> Value {
     with_tls(json!({ "destination_url": format!("tcp:{host}:{port}") }), tls_dir)
@@ -51,7 +26,7 @@ fn a_guest_goes_over_tls_and_comes_back() {
     let (mut first, serial) = counting_guest(&scratch);
     let mut second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let (mut received, port) = receive_tcp(&second, &other, Some(&tls));
     first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
     assert_eq!(received.answer().status, 204);
     first.expect_exit(0);
@@ -60,7 +35,7 @@ fn a_guest_goes_over_tls_and_comes_back() {
     // Back, to a host that has a name.
     let third = Vmm::with_api(&scratch, [""; 0]);
     let last = SerialFile::new(scratch.path("last"));
-    let (mut received, port) = receive(&third, &last, Some(&tls));
+    let (mut received, port) = receive_tcp(&third, &last, Some(&tls));
     second.api().done("vm.send-migration", &to("localhost", port, Some(&tls)));
     assert_eq!(received.answer().status, 204);
     second.expect_exit(0);
@@ -131,7 +106,7 @@ fn what_either_end_does_not_accept_is_told_at_both_and_changes_nothing() {
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     for Wrong { about, source, receiver, said, logged } in everything_that_is_wrong(&scratch) {
-        let (mut received, port) = receive(&second, &other, receiver.as_deref());
+        let (mut received, port) = receive_tcp(&second, &other, receiver.as_deref());
         let before = second.stderr.text().len();
         let body = to("127.0.0.1", port, source.as_deref());
         let answer = first.api().put_json("vm.send-migration", &body);
@@ -148,7 +123,7 @@ fn what_either_end_does_not_accept_is_told_at_both_and_changes_nothing() {
         serial.wait_longer_than(serial.text().len() + 20);
     }
     let tls = scratch.path("good");
-    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let (mut received, port) = receive_tcp(&second, &other, Some(&tls));
     first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
     assert_eq!(received.answer().status, 204);
     first.expect_exit(0);
@@ -162,7 +137,7 @@ fn a_receiver_without_its_files_says_which_and_tls_is_for_tcp() {
     fs::remove_file(tls.join("server-cert.pem")).unwrap();
     let vmm = Vmm::with_api(&scratch, [""; 0]);
     let serial = SerialFile::new(scratch.path("serial"));
-    let (mut received, _) = receive(&vmm, &serial, Some(&tls));
+    let (mut received, _) = receive_tcp(&vmm, &serial, Some(&tls));
     refused(&received.answer(), 500, "tls/server-cert.pem");
     assert_eq!(vmm.api().phase(), Phase::Empty);
     let body = json!({ "receiver_url": format!("unix:{}", scratch.path("m").display()), "tls_dir": tls });
@@ -193,7 +168,7 @@ fn bytes_of_a_migration(compression: &str) -> u64 {
     first.api().puts(&["vm.pause"]);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let (mut received, port) = receive_tcp(&second, &other, Some(&tls));
     let (between, count) = counted(port);
     let mut body = to("127.0.0.1", between, Some(&tls));
     body["compression"] = json!(compression);
@@ -235,7 +210,7 @@ fn a_handshake_that_stalls_holds_nobody() {
 
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, port) = receive(&second, &other, Some(&tls));
+    let (mut received, port) = receive_tcp(&second, &other, Some(&tls));
     let mut stalled: Vec<_> = (0..5).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
     first.api().done("vm.send-migration", &to("127.0.0.1", port, Some(&tls)));
     assert_eq!(received.answer().status, 204);

@@ -1,16 +1,21 @@
 //! Migrations between two VMMs.
 
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 
 use super::counting::goes_on;
-use super::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+use super::{Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+
+/// This host, for those within it.
+const LOOPBACK: &str = "127.0.0.1";
 
 /// The address of a UNIX socket.
 #[must_use]
@@ -94,6 +99,35 @@ pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, P
     (pending, path)
 }
 
+/// A port of this host that was free a moment ago.
+///
+/// # Panics
+/// When there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    TcpListener::bind((LOOPBACK, 0)).and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+/// Begins to wait for a VM at a port of this host, which is given; somebody listens there, unless it has failed.
+///
+/// # Panics
+/// When nobody does.
+#[must_use]
+pub fn receive_tcp(vmm: &Vmm, serial: &SerialFile, tls_dir: Option<&Path>) -> (Pending, u16) {
+    let port = free_port();
+    let mut pending = receive_at(vmm, &format!("tcp:{LOOPBACK}:{port}"), tls_dir, serial);
+    let listens = || (pending.is_answered() || is_listening(port)).then_some(());
+    wait_until(LIMIT, listens, || "a receiver".to_owned());
+    (pending, port)
+}
+
+/// Whether somebody listens at a port of this host, without a connection to it (proc_net_tcp(5)).
+fn is_listening(port: u16) -> bool {
+    let of = format!(":{port:04X} 00000000:0000 0A");
+    let all = std::fs::read_to_string("/proc/net/tcp").expect("what is listened to");
+    all.lines().any(|line| line.contains(&of))
+}
+
 /// Sends the VM of `first`, as the body that `to` makes of a path says: the VMM that has it then, and where its serial port goes.
 ///
 /// # Panics
@@ -127,12 +161,19 @@ pub fn arrives_paused(scratch: &Scratch, first: Vmm, serial: &SerialFile, to: im
 /// # Panics
 /// When nobody does.
 pub fn send_to(vmm: &Vmm, address: &str, tls_dir: Option<&Path>) -> Answer {
-    let body = with_tls(json!({ "destination_url": address }), tls_dir);
+    send_with(&mut vmm.api(), &with_tls(json!({ "destination_url": address }), tls_dir), LIMIT)
+}
+
+/// Sends the VM as `body` says, as soon as somebody listens there; waits for that no longer than `limit`.
+///
+/// # Panics
+/// When nobody does.
+pub fn send_with(api: &mut Api, body: &Value, limit: Duration) -> Answer {
     let nobody = |answer: &Answer| answer.body.contains("cannot connect to the receiver");
     wait_until(
-        LIMIT,
-        || Some(vmm.api().put_json("vm.send-migration", &body)).filter(|answer| !nobody(answer)),
-        || format!("a receiver at {address}"),
+        limit,
+        || Some(api.put_json("vm.send-migration", body)).filter(|answer| !nobody(answer)),
+        || format!("a receiver at {}", body["destination_url"]),
     )
 }
 

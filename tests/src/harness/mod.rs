@@ -9,6 +9,7 @@ pub mod linux;
 pub mod migrating;
 mod output;
 mod pending;
+pub mod places;
 mod requests;
 pub mod saving;
 pub mod terminal;

@@ -35,6 +35,9 @@
 .set DATA, 0x1000
 .set STATUS, 0x1080                 # a disk's answer
 .set NOTIFY, 0x6000                 # in the BAR
+.set PAGES, 0x400000                # behind the rings of all devices
+.set SECTOR, DATA + 8               # of a disk's request
+.set BUFFER, DATA + 0x100           # a disk's data
 
 .globl tiny_guests_start
 .globl tiny_guests_end
@@ -44,6 +47,7 @@ blob:
     .long echo - blob, smp - blob, ticker - blob, post - blob, pci_scan - blob, debug_console - blob
     .long crash - blob, bios_reset - blob, panic - blob, nmi - blob, power_button - blob, flood - blob, console_size - blob
     .long drivers - blob, pages - blob, generation - blob, clocks - blob
+    .long disk - blob
     .long 0
 
 # Prints the text, then the command line, and powers off.
@@ -508,7 +512,10 @@ drivers:
 3:  mov (%ebx), %eax
     cmp $-1, %eax
     je 4f
+    movl $0, SECTOR(%esi)
     call disk_request
+    add $'0', %al
+    call print_char
     add $12, %ebx
     jmp 3b
 4:  call print_newline
@@ -539,6 +546,7 @@ drivers:
     jmp stop
 disk_requests:                      # type, bytes of data, flags and next of their descriptor
     .long 0, 512, 3 | 2 << 16       # read
+disk_write:
     .long 1, 512, 1 | 2 << 16       # write
     .long 4, 0, 0                   # flush
     .long 11, 16, 1 | 2 << 16       # discard
@@ -628,15 +636,15 @@ rings:
     add $RINGS, %esi
     ret
 
-# Has the disk at ebp do the request at ebx, and prints its answer, a digit. Clobbers eax, ecx, edx.
+# Has the disk at ebp do the request at ebx, of type eax, and gives its answer in al. Clobbers eax, ecx, edx.
 disk_request:
-    mov %eax, DATA(%esi)            # type; the sector stays 0
-    movl $1, DATA + 0x108(%esi)     # one sector, if the data are a range
+    mov %eax, DATA(%esi)
+    movl $1, BUFFER + 8(%esi)       # one sector, if the data are a range
     lea DATA(%esi), %eax
     mov %eax, (%esi)
     movl $16, 8(%esi)
     movl $(1 | 1 << 16), 12(%esi)
-    lea DATA + 0x100(%esi), %eax
+    lea BUFFER(%esi), %eax
     mov %eax, 16(%esi)
     mov 8(%ebx), %eax
     mov %eax, 28(%esi)
@@ -652,8 +660,7 @@ disk_request:
     xor %ecx, %ecx
     call offer
     mov STATUS(%esi), %al
-    add $'0', %al
-    jmp print_char
+    ret
 
 # Offers what begins at descriptor 0 of queue ecx to the device at ebp, and waits until it was used. Clobbers eax, edx.
 offer:
@@ -667,25 +674,44 @@ offer:
     jne 1b
     ret
 
-# Counts for ever, eight digits a line, in 256 pages of memory at once. Halts when one of them is not what it was.
+# Counts for ever, eight digits a line, in 256 pages of memory at once. Halts when one of them is not what it was, and at 1000 if the
+# command line begins with 'h'.
 pages:
     mov $STACK, %esp
     xor %ebp, %ebp
+    mov START_INFO_CMDLINE(%ebx), %esi
+    test %esi, %esi
+    jz 1f
+    cmpb $'h', (%esi)
+    sete %al
+    movzbl %al, %esi
 1:  mov $RINGS, %edi
-    mov $256, %ecx
-2:  cmp %ebp, (%edi)
-    jne 3f
-    incl (%edi)
-    add $4096, %edi
-    dec %ecx
-    jnz 2b
+    mov %ebp, %eax
+    call count_on
     mov %ebp, %eax
     mov $8, %ecx
     call print_hex
     call print_newline
     inc %ebp
-    jmp 1b
-3:  mov $(BASE + pages_text - blob), %esi
+    test %esi, %esi
+    jz 1b
+    cmp $0x1000, %ebp
+    jbe 1b
+    mov $(BASE + halt_text - blob), %esi
+    call print
+    jmp stop
+
+# Adds 1 to what the 256 pages from edi on begin with, which is eax. Says so and halts where it is not. Clobbers ecx, edx, edi.
+count_on:
+    mov $256, %ecx
+1:  cmp %eax, (%edi)
+    jne 2f
+    incl (%edi)
+    add $4096, %edi
+    dec %ecx
+    jnz 1b
+    ret
+2:  mov $(BASE + pages_text - blob), %esi
     call print
     jmp stop
 pages_text:
@@ -749,6 +775,55 @@ clocks:
     jnz 2b
     call print_newline
     jmp 1b
+
+# Counts for ever as `pages`, each number by way of the first disk: from one of its first 256 sectors it is read back. Halts where the
+# answer is another one, or without a disk.
+disk:
+    mov $STACK, %esp
+    xor %edi, %edi
+    xor %ecx, %ecx
+1:  inc %edi
+    cmp $32, %edi
+    je 3f
+    call config_select
+    in (%dx), %eax
+    cmp $0x10421af4, %eax
+    jne 1b
+    call move_bar
+    call set_up_device
+    call rings
+    push $0
+2:  movzbl (%esp), %eax
+    mov %eax, SECTOR(%esi)
+    mov (%esp), %eax
+    mov %eax, BUFFER(%esi)
+    mov $(BASE + disk_write - blob), %ebx
+    mov (%ebx), %eax
+    call disk_request
+    test %al, %al
+    jnz 3f
+    movl $-1, BUFFER(%esi)
+    mov $(BASE + disk_requests - blob), %ebx
+    mov (%ebx), %eax
+    call disk_request
+    test %al, %al
+    jnz 3f
+    mov BUFFER(%esi), %eax
+    cmp (%esp), %eax
+    jne 3f
+    mov $PAGES, %edi
+    call count_on
+    mov (%esp), %eax
+    mov $8, %ecx
+    call print_hex
+    call print_newline
+    incl (%esp)
+    jmp 2b
+3:  mov $(BASE + wrong_disk_text - blob), %esi
+    call print
+    jmp stop
+wrong_disk_text:
+    .asciz "the disk's memory is not what it was\n"
 
 power_off:
     mov $0x34, %al                  # sleep type 5, sleep enable

@@ -73,7 +73,7 @@ pub enum Guest {
     /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
     Drivers,
     /// Counts for ever as `Ticker`, in 256 pages of memory at once; prints `memory is not what it was` and halts when one of them
-    /// is not.
+    /// is not. If its command line begins with `h`, it prints `halted` after 1000 (hexadecimal), and halts.
     Pages,
     /// Prints half of its generation ID for ever, 16 hexadecimal digits a line, and `another` when the event device tells of a new
     /// one.
@@ -81,11 +81,14 @@ pub enum Guest {
     /// Prints its clocks for ever, 72 hexadecimal digits a line: TSC (16), of kvm-clock `system_time` (16), `tsc_timestamp` (16),
     /// `tsc_to_system_mul` (8) and the double word that begins with `tsc_shift` (8), PM timer (8).
     Clocks,
+    /// Counts for ever as `Pages`, each number by way of its first disk, in one of 256 sectors: n in sector n mod 256. Prints
+    /// `the disk's memory is not what it was` and halts when another one is read than was written.
+    Disk,
 }
 
 impl Guest {
     /// Every guest, in the order of the blob's table.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Hello,
         Self::Reset,
         Self::I8042Reset,
@@ -109,6 +112,7 @@ impl Guest {
         Self::Pages,
         Self::Generation,
         Self::Clocks,
+        Self::Disk,
     ];
 
     /// A name for files.
@@ -138,6 +142,7 @@ impl Guest {
             Self::Pages => "pages",
             Self::Generation => "generation",
             Self::Clocks => "clocks",
+            Self::Disk => "disk",
         }
     }
 

@@ -141,17 +141,18 @@ impl Pusher<'_> {
 
     /// Sends all that is owed; whether nothing more is to come.
     fn push(&mut self) -> Result<bool, Fault> {
-        while let Some(run) = self.owed.take(0..u64::MAX, PORTION) {
-            let until = self.pace.take(run.end - run.start);
-            loop {
-                let wait = until.saturating_duration_since(Instant::now()).min(PATIENCE);
-                if self.between(wait)? {
-                    return Ok(true);
-                }
-                if wait.is_zero() {
-                    break;
-                }
+        while self.owed.bytes() > 0 {
+            let until = self.pace.take(0);
+            let wait = until.saturating_duration_since(Instant::now()).min(PATIENCE);
+            if self.between(wait)? {
+                return Ok(true);
             }
+            if !wait.is_zero() {
+                continue;
+            }
+            // Not before it may go: until then whoever asks for it gets it at once.
+            let Some(run) = self.owed.take(0..u64::MAX, PORTION) else { break };
+            self.pace.take(run.end - run.start);
             self.quill.memory(&run)?;
         }
         Ok(false)
@@ -373,5 +374,31 @@ mod tests {
         let (came, answer) = pushed(&owed, false);
         assert_eq!(came, [(0, 1, 0), (1, 1, 1), (3, 6, 3)]);
         assert!(matches!(answer, SourceInput::Done(_)) && owed.bytes() == 0, "{answer:?}");
+    }
+    #[test]
+    fn what_waits_for_the_limit_of_bandwidth_is_there_for_who_asks() {
+        let (map, owed, pace) = (map(), owing(), Pace::new(1));
+        pace.take(1 << 20);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (queue, queued) = channel();
+        let (answers, told) = channel();
+        let (quill, before) = (quill(&map, theirs), owed.bytes());
+        let stop = Arc::clone(&quill.stop);
+        std::thread::scope(|scope| {
+            let pusher = Pusher { quill, owed: Arc::clone(&owed), pace: &pace, queue: queued, answers };
+            scope.spawn(move || pusher.run());
+            // Who fails here ends it, too.
+            let queue = queue;
+            queue.send(Out::Push).unwrap();
+            let said = Message::Ack(vmm_migration_protocol::Command::Commit).encode().unwrap();
+            queue.send(Out::Frame(said)).unwrap();
+            // Whoever says that has begun to push.
+            (&ours).read_exact(&mut [0]).unwrap();
+            assert_eq!(owed.bytes(), before);
+            owed.replace(owed.pages());
+            assert!(matches!(told.recv(), Ok(SourceInput::Done(_))), "nothing is left to wait for");
+            stop.store(true, Ordering::SeqCst);
+            drop(queue);
+        });
     }
 }
