@@ -5,10 +5,12 @@ use vmm_fuzzing::{Random, mutate, rounds};
 
 mod peer;
 
-fn seeds() -> Vec<Vec<u8>> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/seeds/receiver");
-    let seeds = std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
-    seeds.collect()
+/// What lies in the fuzz target's folder of that `kind`.
+fn inputs(kind: &str) -> Vec<Vec<u8>> {
+    let folder = format!("{}/../../fuzz/{kind}/receiver", env!("CARGO_MANIFEST_DIR"));
+    let inputs =
+        std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
+    inputs.collect()
 }
 
 #[test]
@@ -21,7 +23,7 @@ fn a_whole_session_brings_the_vm_and_a_part_of_it_does_not() {
 
 #[test]
 fn fuzz_a_receiver_takes_no_vm_that_is_not_given() {
-    let seeds = seeds();
+    let seeds = inputs("seeds");
     let mut random = Random::new(0x2545_f491_4f6c_dd1d);
     for round in 0..rounds(300) {
         let mut bytes = match round % 3 {
@@ -32,6 +34,15 @@ fn fuzz_a_receiver_takes_no_vm_that_is_not_given() {
         for _ in 0..random.below(6) {
             mutate(&mut bytes, &mut random, &[]);
         }
+        peer::receiver(&bytes);
+    }
+}
+
+#[test]
+fn what_long_runs_found_holds() {
+    let inputs = inputs("corpora");
+    assert!(!inputs.is_empty());
+    for bytes in inputs {
         peer::receiver(&bytes);
     }
 }
