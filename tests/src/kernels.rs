@@ -37,7 +37,7 @@ const GUEST_MODULES: &[&str] = &[
 ];
 
 /// Modules that make a machine a host of virtual machines (L1).
-const HOST_MODULES: &[&str] = &["kvm_amd", "loop", "tap", "tun", "vhost_net", "vhost_vsock"];
+const HOST_MODULES: &[&str] = &["kvm_amd", "loop", "tap", "tun", "veth", "vhost_net", "vhost_vsock"];
 
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,11 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vmm_api::client::Client;
-use vmm_api::events::StreamItem;
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with, counts};
-use vmm_tests::harness::saving::{from, live, url};
+use vmm_tests::harness::saving::{from, live, passes, url};
 use vmm_tests::harness::withheld::Withheld;
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
@@ -239,18 +237,6 @@ fn is_given(hidden: bool) -> bool {
 
 fn is_root() -> bool {
     fs::metadata("/proc/self").unwrap().uid() == 0
-}
-
-/// Why memory was written in passes, for each snapshot that was taken.
-fn passes(vmm: &Vmm) -> Vec<Option<String>> {
-    let events = Client::connect(vmm.socket()).unwrap().events_so_far(1).unwrap();
-    let why = |item: StreamItem| match item {
-        StreamItem::Event(event) if event.name() == "vm/snapshotted" => {
-            Some(event.properties.get("in_passes").map(|why| why.as_str().unwrap().to_owned()))
-        }
-        _ => None,
-    };
-    events.filter_map(|item| why(item.unwrap())).collect()
 }
 
 #[test]

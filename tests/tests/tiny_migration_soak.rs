@@ -8,64 +8,16 @@ use std::fs;
 
 use vmm_tests::certificates::Authority;
 use vmm_tests::harness::counting::{counting_in, goes_on};
-use vmm_tests::harness::migrating::{Namespaces, receive_at, send_to, url};
+use vmm_tests::harness::migrating::{receive_at, send_to};
+use vmm_tests::harness::places::{Link, Places};
 use vmm_tests::harness::{Holdings, Scratch, SerialFile, Vmm};
 use vmm_tests::tiny::Guest;
 
 /// How much more memory a process may have whose guest came a long way than one whose guest came a short one, in KiB.
 const SLACK: u64 = 2048;
 
-/// How a guest comes to another process.
-#[derive(Clone, Copy, Debug)]
-enum Link {
-    Unix,
-    Tcp,
-    Tls,
-}
-
-impl Link {
-    const ALL: [Self; 3] = [Self::Unix, Self::Tcp, Self::Tls];
-}
-
-/// Where the processes are.
-struct Places {
-    /// Absent where they are not allowed: all is in one network then.
-    namespaces: Option<Namespaces>,
-}
-
-impl Places {
-    fn new() -> Self {
-        let namespaces = Namespaces::new();
-        match &namespaces {
-            Ok(_) => println!("TCP goes between two network namespaces"),
-            Err(error) => {
-                println!("TCP goes over the loopback interface, for there are no namespaces: {error}");
-            }
-        }
-        Self { namespaces: namespaces.ok() }
-    }
-
-    /// The `number`th process: by turns in one and in the other.
-    fn spawn(&self, scratch: &Scratch, number: usize) -> Vmm {
-        match &self.namespaces {
-            Some(namespaces) => Vmm::in_namespace(scratch, namespaces.name(number % 2 == 1)),
-            None => Vmm::with_api(scratch, [""; 0]),
-        }
-    }
-
-    /// An address where that process can be reached.
-    fn address(&self, scratch: &Scratch, number: usize, link: Link) -> String {
-        match (link, &self.namespaces) {
-            (Link::Unix, _) => url(&scratch.path(format!("m{number}"))),
-            (Link::Tcp | Link::Tls, Some(_)) => format!("tcp:{}:7000", Namespaces::ADDRESSES[number % 2]),
-            (Link::Tcp | Link::Tls, None) => {
-                // A port that was free a moment ago.
-                let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-                format!("tcp:{}", listener.local_addr().unwrap())
-            }
-        }
-    }
-}
+/// How a guest comes to another process, by turns.
+const LINKS: [Link; 3] = [Link::Unix, Link::Tcp, Link::Tls];
 
 /// What a process holds whose guest has arrived.
 struct Arrived(Holdings, u64);
@@ -81,15 +33,14 @@ fn many_migrations_lose_nothing_and_leave_nothing_behind() {
     let count = std::env::var("VMM_MIGRATIONS").map_or(12, |number| number.parse().unwrap());
     let scratch = Scratch::new();
     let places = Places::new();
-    let hosts = [Namespaces::ADDRESSES.as_slice(), &["127.0.0.1"]].concat();
-    let certificates = Authority::new("ours").folder(scratch.path("tls"), &hosts);
+    let certificates = Authority::new("ours").folder(scratch.path("tls"), &Places::HOSTS);
     let mut here = places.spawn(&scratch, 0);
     let mut serial = counting_in(&here, &scratch);
     // By link and direction.
-    let mut first: [Option<Arrived>; 2 * Link::ALL.len()] = [const { None }; _];
+    let mut first: [Option<Arrived>; 2 * LINKS.len()] = [const { None }; _];
     for number in 1..=count {
         // Two migrations by each: there and back.
-        let link = Link::ALL[number / 2 % Link::ALL.len()];
+        let link = LINKS[number / 2 % LINKS.len()];
         let there = places.spawn(&scratch, number);
         let other = SerialFile::new(scratch.path(format!("side{}", number % 2)));
         let address = places.address(&scratch, number, link);

@@ -1,5 +1,6 @@
 //! The VMM: the state that the control thread owns, and what clients and guests make it do.
 
+mod apart;
 mod boot;
 mod filling;
 mod freezing;
@@ -36,7 +37,7 @@ use vmm_epoll::{Control, Mailbox};
 use vmm_hypervisor::Hypervisor;
 use vmm_platform_devices::events::SystemEvent;
 use vmm_platform_devices::vm_generation::GenerationId;
-use vmm_state::{GuestEvent, Reactions, VmSlot};
+use vmm_state::{Action, GuestEvent, Phase, Reactions, Reason, Refusal, VmSlot};
 
 use crate::console::{Console, ConsoleError, Consoles};
 use crate::events::{Events, NO_MACHINE};
@@ -182,6 +183,8 @@ impl Vmm {
             self.give_up_receive();
         }
         let lost = self.end_filling();
+        // Of a boot under way nothing outlasts the process.
+        drop(self.give_up_boot(VmmError::Removed));
         self.remove();
         self.boot.before.wait();
         // A guest's end may want memory that is to come.
@@ -285,10 +288,18 @@ impl Vmm {
 
     /// The same; `done` is called when nothing is left of the machine.
     fn remove_then(&mut self, done: impl FnOnce() + Send + 'static) {
-        self.give_up_boot();
+        let left = self.give_up_boot(VmmError::Removed);
+        // Requests that are dropped are answered with an error.
+        self.boot.waiting.clear();
         self.give_up_save();
         self.give_up_send();
-        self.stop_then(done);
+        match left {
+            Some(left) => {
+                self.stop();
+                self.boot.before.outlast(left, done);
+            }
+            None => self.stop_then(done),
+        }
         self.inputs.drop_all();
         if let (Some(_), _) = self.slot.clear() {
             self.events.tell(NO_MACHINE, &Event::Deleted);
@@ -298,12 +309,8 @@ impl Vmm {
     /// A machine's thread tells something.
     pub fn machine_says(&mut self, message: MachineMessage) {
         let MachineMessage { machine, event } = message;
-        if let MachineEvent::Built(result) = event {
-            let (result, stages) = *result;
-            return self.built(machine, result, stages);
-        }
-        if let MachineEvent::Loaded(result) = event {
-            return self.loaded(machine, *result);
+        if matches!(event, MachineEvent::Made) {
+            return self.made(machine);
         }
         if let MachineEvent::Receive(step) = event {
             return self.receive_says(machine, *step);
@@ -366,7 +373,7 @@ impl Vmm {
             }
             MachineEvent::Save(step) => self.save_says(*step),
             MachineEvent::Send(step) => self.send_says(*step),
-            MachineEvent::Built(_) | MachineEvent::Loaded(_) | MachineEvent::Receive(_) => {}
+            MachineEvent::Made | MachineEvent::Receive(_) => {}
         }
     }
 
@@ -380,7 +387,7 @@ impl Vmm {
     }
 
     fn info(&self) -> Result<VmInfo, ApiError> {
-        let configured = self.slot.config().ok_or_else(no_vm)?;
+        let configured = self.slot.config().ok_or_else(|| not_yet(self.slot.phase()))?;
         let state = VmState::from_phase(self.slot.shown()).ok_or_else(no_vm)?;
         let machine = self.slot.machine();
         Ok(VmInfo {
@@ -399,6 +406,13 @@ impl Vmm {
 
 fn no_vm() -> ApiError {
     ApiError::new(Code::NoVm, "there is no VM")
+}
+
+/// There is nothing to tell of the VM of a restore before its configuration is read.
+fn not_yet(phase: Phase) -> ApiError {
+    let action = Action::Info;
+    let allowed = action.allowed().iter().filter(|other| *other != phase).collect();
+    Refusal { action, phase, reason: Reason::NoVm, allowed }.into()
 }
 
 fn warn(spec: &MachineSpec) {
@@ -462,6 +476,15 @@ impl VmmError {
             other => Self::Restore { source: Box::new(other) },
         }
     }
+
+    /// Whether a client wanted it to be so: it was cancelled, or the VM removed.
+    fn is_wanted(&self) -> bool {
+        match self {
+            Self::Cancelled | Self::Removed => true,
+            Self::Restore { source } => source.is_wanted(),
+            _ => false,
+        }
+    }
 }
 
 /// A command failed.
@@ -509,6 +532,12 @@ pub enum VmmError {
     /// No VM is received.
     #[error("no VM is received")]
     Receive(#[source] Box<ReceiveError>),
+    /// A client did not want to wait for the end of a boot or restore.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// The VM was removed before that.
+    #[error("the VM was removed while it was booting")]
+    Removed,
     /// The VM that arrived stays where it was.
     #[error("the migration was given up")]
     GivenUp,

@@ -89,11 +89,59 @@ fn what_waits_for_a_boot_that_fails_is_answered_by_the_phase_that_follows() {
     rig.hide_kernel();
     let boot = rig.begin("vm.boot");
     let pause = rig.begin("vm.pause");
-    let delete = rig.begin("vm.delete");
+    let edit = rig.begin("vm.add-disk");
     assert_eq!(rig.wait(&boot).unwrap_err().code, Code::BootFailed);
     assert_eq!(rig.wait(&pause).unwrap_err().code, Code::WrongPhase);
-    rig.wait(&delete).unwrap();
-    assert_eq!(rig.vmm.phase(), Phase::Empty);
+    rig.wait(&edit).unwrap();
+    assert_eq!(rig.vmm.phase(), Phase::Created);
+}
+
+/// Who gives it up is answered when what it made is gone, and the VM is where it was.
+#[test]
+fn a_boot_is_given_up_by_a_client() {
+    for (name, code) in [("vm.cancel", Code::Cancelled), ("vm.delete", Code::BootFailed)] {
+        for from in [Phase::Created, Phase::Shutdown, Phase::Running] {
+            let fake = Fake::new();
+            let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).brought_to(from);
+            let before = rig.told("vm/boot-failed");
+            let boot = rig.begin(if from == Phase::Running { "vm.reboot" } else { "vm.boot" });
+            let waiting = rig.begin("vm.resume");
+            let giver = rig.begin(name);
+            // At once: nothing of the thread is looked at.
+            assert_eq!(boot.try_recv().unwrap().unwrap_err().code, code, "{name} from {from}");
+            let off = if from == Phase::Running { Phase::Shutdown } else { from };
+            let after = if name == "vm.delete" { Phase::Empty } else { off };
+            assert_eq!(rig.vmm.phase(), after, "{name} from {from}");
+            waiting.try_recv().unwrap().unwrap_err();
+            rig.wait(&giver).unwrap();
+            assert_eq!(fake.live(), Live::default(), "{name} from {from}");
+            assert_eq!(rig.told("vm/boot-failed"), before + 1, "{name} from {from}");
+            rig.pump();
+            assert_eq!(rig.vmm.phase(), after, "{name} from {from}: what was made late is nobody's");
+            if after == Phase::Empty {
+                rig.ask("vm.create").unwrap();
+            }
+            rig.ask("vm.boot").unwrap();
+        }
+    }
+}
+
+/// The same of a restore, from which there is no VM.
+#[test]
+fn a_restore_is_given_up_by_a_client() {
+    for (name, code) in [("vm.cancel", Code::Cancelled), ("vm.delete", Code::RestoreFailed)] {
+        let fake = Fake::new();
+        let mut rig = Rig::with(fake.clone(), "Null", Reactions::default());
+        rig.save();
+        let restore = rig.begin("vm.restore");
+        let giver = rig.begin(name);
+        assert_eq!(restore.try_recv().unwrap().unwrap_err().code, code, "{name}");
+        assert_eq!(rig.vmm.phase(), Phase::Empty, "{name}");
+        rig.wait(&giver).unwrap();
+        assert_eq!((fake.live(), rig.told("vm/restore-failed")), (Live::default(), 1), "{name}");
+        rig.ask("vm.restore").unwrap();
+        assert_eq!(rig.vmm.phase(), Phase::Paused);
+    }
 }
 
 #[test]

@@ -276,8 +276,11 @@ fn what_a_guest_did_during_a_pause_is_told_at_once_and_acted_on_later() {
 }
 
 #[test]
-fn a_boot_that_the_end_of_the_vmm_overtakes_does_not_end() {
-    for (name, told) in [("vm.boot", "vm/booting 2"), ("vm.reboot", "vm/rebooting 1, vm/booting 2")] {
+fn a_boot_that_the_end_of_the_vmm_overtakes_has_failed() {
+    for (name, told) in [
+        ("vm.boot", "vm/booting 2, vm/boot-failed 2"),
+        ("vm.reboot", "vm/rebooting 1, vm/booting 2, vm/boot-failed 2, vm/shutdown 1"),
+    ] {
         let mut rig = Rig::new();
         rig.asks(&["vm.create", "vm.boot"]);
         if name == "vm.boot" {

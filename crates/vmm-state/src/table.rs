@@ -240,7 +240,8 @@ macro_rules! actions {
         /// A boot leads through Booting, and requests that need its outcome wait for it. A failed boot changes nothing
         /// and can be retried. A failed reboot has lost the old machine, so it ends in
         /// Shutdown, from where a boot can be retried. Shutdown and delete always get there: what fails on the way is
-        /// reported, not kept. A restore is a boot, and where it fails there is no VM.
+        /// reported, not kept. A restore is a boot, and where it fails there is no VM. Files of a boot may not answer, so
+        /// delete and cancel do not wait for its end: they give it up.
         ///
         /// A snapshot leads through Saving and ends where it began, whether it succeeds, fails or is cancelled. What would
         /// disturb the guest or end it waits for that, so that a snapshot once begun is not lost by a request that comes
@@ -284,7 +285,7 @@ actions! {
     /// `vm.reboot`
     Reboot "vm.reboot"              [NO_VM,         NOT_BOOTED,           WAIT,        go(RUNNING, OFF),    go(RUNNING, OFF),    WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.delete`
-    Delete "vm.delete"              [Cell::Nothing, stay(EMPTY),          WAIT,        stay(EMPTY),         stay(EMPTY),         WAIT,         MOVING,                 MOVING,               stay(EMPTY)];
+    Delete "vm.delete"              [Cell::Nothing, stay(EMPTY),          stay(EMPTY), stay(EMPTY),         stay(EMPTY),         WAIT,         MOVING,                 MOVING,               stay(EMPTY)];
     /// `vm.pause`
     Pause "vm.pause"                [NO_VM,         NOT_BOOTED,           WAIT,        go(PAUSED, RUNNING), IS_PAUSED,           WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.resume`
@@ -293,8 +294,8 @@ actions! {
     Snapshot "vm.snapshot"          [NO_VM,         NOT_BOOTED,           WAIT,        stay(RUNNING),       stay(PAUSED),        WAIT,         MOVING,                 MOVING,               NOT_BOOTED];
     /// `vm.restore`; with `resume` the VM runs then.
     Restore "vm.restore" without_vm(go(PAUSED, EMPTY));
-    /// `vm.cancel`: of a snapshot or migration; a VM that ran runs on.
-    Cancel "vm.cancel"              [NO_VM,         NO_JOB,               NO_JOB,      NO_JOB,              NO_JOB,              stay(PAUSED), go(RUNNING, MIGRATING), go(EMPTY, RECEIVING), NO_JOB];
+    /// `vm.cancel`: of a boot, restore, snapshot or migration; a VM that ran runs on, one that was off or not there is so again.
+    Cancel "vm.cancel"              [NO_VM,         NO_JOB,               stay(CREATED), NO_JOB,              NO_JOB,              stay(PAUSED), go(RUNNING, MIGRATING), go(EMPTY, RECEIVING), NO_JOB];
     /// `vm.power-button`
     PowerButton "vm.power-button" BOOTED;
     /// `vm.nmi`

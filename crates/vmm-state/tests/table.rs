@@ -24,12 +24,12 @@ vm.counters               novm      notbooted wait      RR        PP        VV  
 vm.boot-trace             novm      notbooted wait      RR        PP        VV        MM        novm      notbooted
 vm.shutdown               novm      notbooted wait      SS        SS        wait      moves     moves     notbooted
 vm.reboot                 novm      notbooted wait      RS        RS        wait      moves     moves     notbooted
-vm.delete                 ok        EE        wait      EE        EE        wait      moves     moves     EE
+vm.delete                 ok        EE        EE        EE        EE        wait      moves     moves     EE
 vm.pause                  novm      notbooted wait      PR        ispaused  wait      moves     moves     notbooted
 vm.resume                 novm      notbooted wait      isrunning RP        wait      moves     moves     notbooted
 vm.snapshot               novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
 vm.restore                PE        exists    exists    exists    exists    exists    exists    moves     exists
-vm.cancel                 novm      nojob     nojob     nojob     nojob     PP        RM        EA        nojob
+vm.cancel                 novm      nojob     CC        nojob     nojob     PP        RM        EA        nojob
 vm.power-button           novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
 vm.nmi                    novm      notbooted wait      RR        PP        wait      moves     moves     notbooted
 vm.add-device             novm      CC        wait      later     later     later     moves     moves     SS

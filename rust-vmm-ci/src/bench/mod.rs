@@ -31,6 +31,7 @@ const BENCHES: &[(&str, Source)] = &[
     ("block", Source::Block),
     ("restore", Source::Whole),
     ("snapshot", Source::Whole),
+    ("snapshot-live", Source::Whole),
     ("local-migration", Source::Whole),
     ("migration", Source::Whole),
     ("migration-blackout", Source::Whole),

@@ -46,6 +46,7 @@ fn main() -> Result<()> {
             Some("memory") => vec![bench.memory()?],
             Some("restore") => bench.restore()?,
             Some("snapshot") => bench.snapshot()?,
+            Some("snapshot-live") => bench.snapshot_live()?,
             Some("local-migration") => bench.local_migration()?,
             Some("migration") => bench.migration()?,
             Some("migration-blackout") => bench.migration_blackout()?,

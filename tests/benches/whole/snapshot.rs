@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use vmm_api::client::Client;
+use vmm_api::command::Method;
 use vmm_api::commands::vm;
+use vmm_api::events::StreamItem;
 use vmm_snapshot::directory::{Chain, Contents, Draft, FileMemory, HostStorage, Work};
 use vmm_tests::tiny::Guest;
 
@@ -18,6 +20,7 @@ use crate::{Bench, MEMORY_MIB, MIB, Result, alternate, first_byte, micros};
 
 const RESTORE_ROUNDS: usize = 100;
 const CREATE_ROUNDS: usize = 5;
+const LIVE_ROUNDS: usize = 9;
 /// Where memory that is in use begins, beyond what the guest itself has.
 const USED_FROM: u64 = 64 << 20;
 
@@ -49,31 +52,13 @@ impl Bench {
         let mut figures = Vec::new();
         for (used, name) in [(64, "vm.snapshot, 64 MiB in use"), (256, "vm.snapshot, 256 MiB in use")] {
             let source = self.snapshot_of(Guest::Flood, used)?;
-            let socket = self.folder.join("snapshot.sock");
-            let option = format!("path={}", socket.display());
-            // All of its memory is its own.
-            let restore = format!("source_url=file://{},prefault=true", source.display());
-            let args = ["--api-socket", &option, "--restore", &restore, "--serial", "tty"];
-            let vmm = Process::start(&self.vmm, &args)?;
-            let mut client = Client::connect_within(&socket, Duration::from_secs(20))?;
-            client.set_timeout(Some(Duration::from_secs(60)))?;
-            wait_for_phase(&mut client, "Paused")?;
+            let (vmm, mut client) = self.with_memory_of(&source)?;
             let (mut ours, mut floor) = (Vec::new(), Vec::new());
             for _ in 0..CREATE_ROUNDS {
-                let target = self.folder.join("target");
-                let body = format!(r#"{{"destination_url":"file://{}"}}"#, target.display());
-                let start = Instant::now();
-                let answer =
-                    client.request(vmm_api::command::Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
-                ours.push(micros(start.elapsed()) / 1e3);
-                if answer.status != 204 {
-                    return Err(format!("vm.snapshot: {answer:?}").into());
-                }
-                std::fs::remove_dir_all(&target)?;
+                ours.push(micros(self.save(&mut client, false)?) / 1e3);
                 floor.push(micros(plain_write(&self.folder.join("plain"), used << 20)?) / 1e3);
             }
             drop(vmm);
-            let _ = std::fs::remove_file(&socket);
             figures.push(Figure::alone(name, "ms", median(&mut ours), Goal::None));
             figures.push(Figure::alone(
                 "a plain write of as much, synced",
@@ -83,6 +68,58 @@ impl Bench {
             ));
         }
         Ok(figures)
+    }
+
+    /// The same of a guest that writes to memory all the while: live beside plain, of the paused guest, in the same rounds; and how
+    /// long the guest stands still for the live one.
+    pub(crate) fn snapshot_live(&self) -> Result<Vec<Figure>> {
+        let mut figures = Vec::new();
+        for (used, [whole, blackout]) in [
+            (64, ["live vm.snapshot, 64 MiB in use", "blackout of it, 64 MiB in use"]),
+            (256, ["live vm.snapshot, 256 MiB in use", "blackout of it, 256 MiB in use"]),
+        ] {
+            let source = self.snapshot_of(Guest::Pages, used)?;
+            let (vmm, mut client) = self.with_memory_of(&source)?;
+            let (mut live, mut plain) = (Vec::new(), Vec::new());
+            for _ in 0..LIVE_ROUNDS {
+                client.call::<vm::Resume>(&())?;
+                live.push(micros(self.save(&mut client, true)?) / 1e3);
+                client.call::<vm::Pause>(&())?;
+                plain.push(micros(self.save(&mut client, false)?) / 1e3);
+            }
+            let mut stood_still = blackouts(client)?;
+            drop(vmm);
+            if stood_still.len() != LIVE_ROUNDS {
+                return Err(format!("{} blackouts were told, not {LIVE_ROUNDS}", stood_still.len()).into());
+            }
+            figures.push(Figure::beside(whole, "ms", (live, plain), Goal::None));
+            figures.push(Figure::alone(blackout, "us", median(&mut stood_still), Goal::None));
+        }
+        Ok(figures)
+    }
+
+    /// A VMM with the paused guest of the snapshot `source`, all of whose memory is its own.
+    fn with_memory_of(&self, source: &Path) -> Result<(Process, Client)> {
+        let restore = format!("source_url=file://{},prefault=true", source.display());
+        let (vmm, mut client) =
+            self.serving("snapshot.sock", &["--restore", &restore, "--serial", "null"])?;
+        client.set_timeout(Some(Duration::from_secs(60)))?;
+        wait_for_phase(&mut client, "Paused")?;
+        Ok((vmm, client))
+    }
+
+    /// Takes a snapshot, and removes it: how long that took from the request to the answer.
+    fn save(&self, client: &mut Client, live: bool) -> Result<Duration> {
+        let target = self.folder.join("target");
+        let body = format!(r#"{{"destination_url":"file://{}","live":{live}}}"#, target.display());
+        let start = Instant::now();
+        let answer = client.request(Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
+        let time = start.elapsed();
+        if answer.status != 204 {
+            return Err(format!("vm.snapshot: {answer:?}").into());
+        }
+        std::fs::remove_dir_all(&target)?;
+        Ok(time)
     }
 
     /// A snapshot of a guest that has printed something, `used` MiB of whose memory are not zero.
@@ -113,7 +150,7 @@ impl Bench {
         let mut client = Client::connect_within(&socket, Duration::from_secs(20))?;
         client.call::<vm::Pause>(&())?;
         let body = format!(r#"{{"destination_url":"file://{}"}}"#, small.display());
-        let answer = client.request(vmm_api::command::Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
+        let answer = client.request(Method::Put, "vm.snapshot", body.as_bytes(), &[])?;
         if answer.status != 204 {
             return Err(format!("vm.snapshot: {answer:?}").into());
         }
@@ -122,6 +159,22 @@ impl Bench {
         fill(&small, &path, used)?;
         Ok(path)
     }
+}
+
+/// How long the guest stood still for each live snapshot, in microseconds. Memory in passes is another thing to measure.
+fn blackouts(client: Client) -> Result<Vec<f64>> {
+    let mut times = Vec::new();
+    for item in client.events_so_far(1)? {
+        let StreamItem::Event(event) = item? else { return Err("events are lost".into()) };
+        if event.name() != "vm/snapshotted" {
+            continue;
+        }
+        if let Some(why) = event.properties.get("in_passes") {
+            return Err(format!("memory cannot be frozen: {why}").into());
+        }
+        times.extend(event.properties.get("blackout_us").and_then(serde_json::Value::as_f64));
+    }
+    Ok(times)
 }
 
 pub(crate) fn wait_for_phase(client: &mut Client, phase: &str) -> Result<()> {

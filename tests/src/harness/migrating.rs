@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 
 use super::counting::goes_on;
-use super::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
+use super::{Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, wait_until};
 
 /// This host, for those within it.
 const LOOPBACK: &str = "127.0.0.1";
@@ -160,12 +161,19 @@ pub fn arrives_paused(scratch: &Scratch, first: Vmm, serial: &SerialFile, to: im
 /// # Panics
 /// When nobody does.
 pub fn send_to(vmm: &Vmm, address: &str, tls_dir: Option<&Path>) -> Answer {
-    let body = with_tls(json!({ "destination_url": address }), tls_dir);
+    send_with(&mut vmm.api(), &with_tls(json!({ "destination_url": address }), tls_dir), LIMIT)
+}
+
+/// Sends the VM as `body` says, as soon as somebody listens there; waits for that no longer than `limit`.
+///
+/// # Panics
+/// When nobody does.
+pub fn send_with(api: &mut Api, body: &Value, limit: Duration) -> Answer {
     let nobody = |answer: &Answer| answer.body.contains("cannot connect to the receiver");
     wait_until(
-        LIMIT,
-        || Some(vmm.api().put_json("vm.send-migration", &body)).filter(|answer| !nobody(answer)),
-        || format!("a receiver at {address}"),
+        limit,
+        || Some(api.put_json("vm.send-migration", body)).filter(|answer| !nobody(answer)),
+        || format!("a receiver at {}", body["destination_url"]),
     )
 }
 

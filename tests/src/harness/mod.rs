@@ -9,9 +9,11 @@ pub mod linux;
 pub mod migrating;
 mod output;
 mod pending;
+pub mod places;
 mod requests;
 pub mod saving;
 pub mod terminal;
+pub mod user;
 mod vmm;
 pub mod withheld;
 

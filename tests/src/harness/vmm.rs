@@ -137,7 +137,7 @@ impl Vmm {
     }
 
     /// Adds an API socket to the arguments; returns when the API answers.
-    fn serving(scratch: &Scratch, mut command: Command) -> Self {
+    pub(super) fn serving(scratch: &Scratch, mut command: Command) -> Self {
         let socket = scratch.path(format!("api-{}.sock", unique()));
         command.arg("--api-socket").arg(format!("path={}", socket.display()));
         let mut vmm = Self::start(command);

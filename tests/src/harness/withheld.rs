@@ -19,7 +19,7 @@ use super::wait_until;
 const DELAY: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(2);
 
-/// Reads of a file wait a while each, and after [`hold`](Self::hold) until this is dropped.
+/// Reads of a file (or whoever opens it) wait a while each, and after [`hold`](Self::hold) until this is dropped.
 #[derive(Debug)]
 pub struct Withheld {
     word: Arc<Word>,
@@ -39,7 +39,22 @@ impl Withheld {
     /// Without CAP_SYS_ADMIN.
     #[must_use]
     pub fn new(path: &Path) -> Self {
-        let mut events = watch(path).expect("fanotify, which needs CAP_SYS_ADMIN");
+        Self::of(path, libc::FAN_ACCESS_PERM)
+    }
+
+    /// The same of whoever opens the file, and from the beginning until this is dropped.
+    ///
+    /// # Panics
+    /// Without CAP_SYS_ADMIN.
+    #[must_use]
+    pub fn closed(path: &Path) -> Self {
+        let file = Self::of(path, libc::FAN_OPEN_PERM);
+        file.hold();
+        file
+    }
+
+    fn of(path: &Path, what: u64) -> Self {
+        let mut events = watch(path, what).expect("fanotify, which needs CAP_SYS_ADMIN");
         let word = Arc::new(Word::default());
         let heard = Arc::clone(&word);
         let thread = Some(thread::spawn(move || serve(&mut events, &heard).expect("events of the file")));
@@ -70,15 +85,15 @@ impl Drop for Withheld {
     }
 }
 
-/// Has reads of the file at `path` told, each of which waits for an answer.
-fn watch(path: &Path) -> io::Result<File> {
+/// Has it told `what` is done to the file at `path`; who does it waits for an answer.
+fn watch(path: &Path, what: u64) -> io::Result<File> {
     let flags = libc::FAN_CLASS_CONTENT | libc::FAN_CLOEXEC | libc::FAN_NONBLOCK;
     // SAFETY: the call takes flags only.
-    let fd = check(unsafe { libc::fanotify_init(flags, libc::O_RDONLY as u32) })?;
+    let fd = check(unsafe { libc::fanotify_init(flags, (libc::O_RDONLY | libc::O_CLOEXEC) as u32) })?;
     // SAFETY: the call just returned the descriptor, and nobody else has it.
     let events = unsafe { OwnedFd::from_raw_fd(fd) };
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let (what, at) = (libc::FAN_ACCESS_PERM, libc::AT_FDCWD);
+    let at = libc::AT_FDCWD;
     // SAFETY: the path ends with a zero.
     check(unsafe { libc::fanotify_mark(events.as_raw_fd(), libc::FAN_MARK_ADD, what, at, path.as_ptr()) })?;
     Ok(events.into())

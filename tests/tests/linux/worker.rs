@@ -48,8 +48,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Boots it; the folders and files of `name` are its own.
-    pub(crate) fn boot(bench: &Bench, name: &str) -> Self {
+    /// Boots it in the VMM that `spawn` starts; the folders and files of `name` are its own.
+    pub(crate) fn boot(bench: &Bench, name: &str, spawn: impl Fn(&Scratch) -> Vmm) -> Self {
         let scratch = Scratch::new();
         let mut guest = system(bench, name, "true", "poweroff");
         guest.memory_mib = 512;
@@ -58,7 +58,8 @@ impl Worker {
         fs::write(&script, rootfs::script_disk(WORK)).unwrap();
         guest.disks.push(script);
         let console = bench.disks.console(name);
-        let (vmm, mut api) = vmm(&scratch);
+        let vmm = spawn(&scratch);
+        let mut api = patient(&vmm);
         api.create(&guest.document(console.path()));
         api.puts(&["vm.boot"]);
         let mut worker = Self { vmm, api, console, ticks: 2, disks: guest.disks, scratch };
@@ -66,14 +67,9 @@ impl Worker {
         worker
     }
 
-    /// Another VMM for it, where nothing is yet.
-    pub(crate) fn another_vmm(&self) -> (Vmm, Api) {
-        vmm(&self.scratch)
-    }
-
-    /// A file of the guest's own.
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.scratch.path(name)
+    /// Where files of its own may be.
+    pub(crate) fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 
     /// How often it has ticked.
@@ -82,8 +78,8 @@ impl Worker {
     }
 
     /// The guest stood still at tick `stood` and runs on in `vmm`, on `console`: from there, and with a right clock.
-    pub(crate) fn goes_on(&mut self, stood: u64, (vmm, api): (Vmm, Api), console: Console) {
-        (self.vmm, self.api, self.console) = (vmm, api, console);
+    pub(crate) fn goes_on(&mut self, stood: u64, vmm: Vmm, console: Console) {
+        (self.api, self.vmm, self.console) = (patient(&vmm), vmm, console);
         assert_eq!(self.api.state(), "Running");
         let first = || self.console.facts("tick").into_iter().next();
         let first = wait_until(SYSTEM_LIMIT, first, || "a tick".to_owned());
@@ -127,9 +123,9 @@ impl Worker {
     }
 }
 
-fn vmm(scratch: &Scratch) -> (Vmm, Api) {
-    let vmm = Vmm::with_api(scratch, [""; 0]);
+/// A connection to its API, which may take as long as a system. One that is idle for long is closed.
+pub(crate) fn patient(vmm: &Vmm) -> Api {
     let mut api = vmm.api();
     api.patient(SYSTEM_LIMIT);
-    (vmm, api)
+    api
 }

@@ -16,10 +16,8 @@ use vmm_platform_devices::events::{SystemEvent, SystemEvents};
 use vmm_platform_devices::ioapic::{IoApic, IoApicTarget};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::stages::Stages;
-use super::{Machine, MachineError};
 use crate::migration::{ReceiveStep, SendStep};
-use crate::vmm::{LoadError, Loaded, SaveStep};
+use crate::vmm::SaveStep;
 
 /// What a machine's threads tell the control thread.
 #[derive(Debug)]
@@ -35,10 +33,8 @@ pub enum MachineEvent {
         /// Cleared before the device is serviced, so that later requests are not lost.
         pending: Arc<AtomicBool>,
     },
-    /// A boot thread has built the machine, or could not; and how long its stages took.
-    Built(Box<(Result<Machine, MachineError>, Stages)>),
-    /// A boot thread has looked at a snapshot.
-    Loaded(Box<Result<Loaded, LoadError>>),
+    /// A boot thread has done its work, and gives what it made to who takes it.
+    Made,
     /// The thread that writes a snapshot tells something.
     Save(Box<SaveStep>),
     /// The thread that gives the VM away asks or tells something.

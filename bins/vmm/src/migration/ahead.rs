@@ -11,8 +11,8 @@ use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::straight::{prefault, slice};
 use vmm_migration_protocol::{MemoryLayout, MemoryRange};
 
-use super::THREAD;
 use super::course::PORTION;
+use super::{THREAD, give_way};
 
 /// Bytes ahead, at most.
 const MOST: u64 = 8 << 20;
@@ -20,8 +20,9 @@ const MOST: u64 = 8 << 20;
 /// What is asked for at once, at least.
 const LEAST: u64 = 512 << 10;
 
-/// What the kernel is asked for at once: nobody else changes this process's mappings meanwhile.
-const STEP: u64 = 1 << 20;
+/// What the kernel is asked for at once: nobody else changes this process's mappings meanwhile, nor gets this processor if the kernel
+/// does not preempt itself.
+const STEP: u64 = 256 << 10;
 
 /// The thread, and where memory arrives.
 #[derive(Debug)]
@@ -106,6 +107,7 @@ fn allocate(memory: &GuestRam, ranges: &Receiver<Range<u64>>, over: &AtomicBool)
             // What cannot be had here is an error where it arrives.
             let _ = slice(memory, range.start, step).and_then(|step| prefault(&step));
             range.start += step;
+            give_way();
         }
     }
 }

@@ -2,7 +2,6 @@
 //! the control thread builds it.
 
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
 
 use vmm_api::command::{ApiRequest, Replier};
 use vmm_api::error::{ApiError, Code};
@@ -11,6 +10,7 @@ use vmm_device_model::thread::ThreadHook;
 use vmm_platform_devices::vm_generation::GenerationId;
 use vmm_state::Phase;
 
+use super::apart::{BootThread, Left, Made};
 use super::receiving::Held;
 use super::restore::{self, Origin, Restore};
 use super::teardown::Teardown;
@@ -20,7 +20,7 @@ use crate::exit::ExitCode;
 use crate::lost_memory;
 use crate::machine::ahead::Ahead;
 use crate::machine::stages::{Stage, Stages};
-use crate::machine::{EventPost, Locks, Machine, MachineError, MachineEvent, Plan, Ports};
+use crate::machine::{EventPost, Locks, Machine, MachineError, Plan, Ports};
 use crate::sandbox::Sandbox;
 use crate::sandbox::paths::Beginning;
 
@@ -33,7 +33,7 @@ pub(super) struct Boot {
     pub(super) before: Teardown,
     pub(super) job: Option<Job>,
     /// In the order in which they came; also those that wait for a snapshot.
-    waiting: Vec<ApiRequest<Vmm>>,
+    pub(super) waiting: Vec<ApiRequest<Vmm>>,
     /// What is restored, if that is what the boot does.
     pub(super) restore: Option<Restore>,
     /// Number of the machine that the boot is to replace, for a reboot.
@@ -47,7 +47,7 @@ pub(super) struct Job {
     pub(super) asker: Asker,
     /// The consoles were opened for this boot.
     pub(super) fresh: bool,
-    pub(super) thread: JoinHandle<()>,
+    pub(super) thread: BootThread,
 }
 
 /// Who wants the boot, and is told how it ended.
@@ -92,8 +92,8 @@ impl Vmm {
                 return self.settle_boot(result, stages, fresh).map(|()| None);
             }
             let post = build.post.clone();
-            let work = move || post.post(MachineEvent::Built(Box::new(build.run())));
-            match Builder::new().name("boot".to_owned()).spawn(work) {
+            let work = move || Made::Built(Box::new(build.run()));
+            match BootThread::start(post, work) {
                 Ok(thread) => Ok(Some((thread, fresh))),
                 Err(source) => {
                     let _ = self.slot.fail_boot();
@@ -126,17 +126,23 @@ impl Vmm {
         self.reboot_for(Asker::Guest);
     }
 
-    /// A boot thread is done. What is not waited for any more is dropped.
-    pub(super) fn built(&mut self, number: u64, result: Result<Machine, MachineError>, stages: Stages) {
-        let builds = matches!(self.slot.phase(), Phase::Booting | Phase::Receiving);
-        if !builds || number != self.boot.machines {
+    /// A boot thread is done. What was given up is not waited for any more.
+    pub(super) fn made(&mut self, number: u64) {
+        if number != self.boot.machines {
             return;
         }
+        let Some(made) = self.boot.job.as_ref().and_then(|job| job.thread.take()) else { return };
         let Some(Job { asker, fresh, thread }) = self.boot.job.take() else { return };
-        // It has nothing left to do but end, and what it leaves is gone before anybody is told.
-        let _ = thread.join();
-        let result = self.settle_boot(result, stages, fresh);
-        self.tell(asker, result);
+        // What it leaves is gone before anybody is told.
+        thread.join();
+        match made {
+            Made::Loaded(result) => self.take_over(*result, asker),
+            Made::Built(built) => {
+                let (result, stages) = *built;
+                let result = self.settle_boot(result, stages, fresh);
+                self.tell(asker, result);
+            }
+        }
         self.go_on();
     }
 
@@ -152,15 +158,35 @@ impl Vmm {
         self.boot.waiting.push(request);
     }
 
-    /// Nobody waits for the boot any more; its machine will be dropped.
-    pub(super) fn give_up_boot(&mut self) {
-        if let Some(Job { asker: Asker::Client(replier), .. }) = self.boot.job.take() {
-            replier.reply(Err(ApiError::new(Code::BootFailed, "the VM was removed while it was booting")));
+    /// Nobody waits for the boot or restore any more: the VM is as it was before, and what is still made will be dropped. What is
+    /// left of it comes back, if one was under way.
+    pub(super) fn give_up_boot(&mut self, why: VmmError) -> Option<Left> {
+        let Job { asker, fresh, thread } = self.boot.job.take()?;
+        if let Some(restore) = &self.boot.restore {
+            restore.cancel();
         }
-        self.boot.replaces = None;
-        self.boot.restore = None;
-        // Requests that are dropped are answered with an error.
-        self.boot.waiting.clear();
+        if matches!(asker, Asker::Migration) {
+            // Its driver tells.
+            self.boot.restore = None;
+        } else {
+            let _ = self.slot.fail_boot();
+            self.close_consoles(fresh);
+            let result = self.boot_ended(&Stages::default(), Err(why));
+            self.tell(asker, result);
+        }
+        Some(thread.leave())
+    }
+
+    /// Cancels the boot or restore under way; `asker` is told when nothing is left of it that can be waited for. Gives the client
+    /// back where there is none.
+    pub(super) fn cancel_boot(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
+        if self.slot.phase() != Phase::Booting {
+            return Some(asker);
+        }
+        let Some(left) = self.give_up_boot(VmmError::Cancelled) else { return Some(asker) };
+        self.boot.before.outlast(left, move || asker.reply(Ok(())));
+        self.go_on();
+        None
     }
 
     /// What a machine is built from, with its consoles open; and whether they were opened now.
@@ -312,10 +338,12 @@ impl Vmm {
         match (asker, result) {
             (Asker::Client(replier), result) => replier.reply(result.map_err(|error| match &error {
                 VmmError::Load(_) | VmmError::Restore { .. } => restore::refusal(&error),
+                VmmError::Cancelled => ApiError::from_error(Code::Cancelled, &error),
                 _ => ApiError::from_error(Code::BootFailed, &error),
             })),
             (Asker::Migration, result) => self.arrived(result),
             (Asker::Guest | Asker::CommandLine, Ok(())) => {}
+            (Asker::Guest | Asker::CommandLine, Err(error)) if error.is_wanted() => {}
             (Asker::Guest, Err(error)) => self.lost(&error),
             (Asker::CommandLine, Err(error)) => {
                 self.boot.failed = Some(error);

@@ -97,7 +97,7 @@ impl Handle<vm::Snapshot> for Vmm {
 
 impl Handle<vm::Cancel> for Vmm {
     fn handle(&mut self, (): (), replier: Replier<()>) {
-        self.cancel_save(replier);
+        self.cancel_job(replier);
     }
 }
 

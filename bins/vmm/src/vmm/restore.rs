@@ -3,8 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::thread::Builder;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use vmm_api::config::{Fault, GuestClock, RestoreConfig};
@@ -19,12 +18,13 @@ use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
 use vmm_snapshot::RecordSet;
 use vmm_snapshot::directory::{Chain, Manifest, ReadError, Work};
 
+use super::apart::{BootThread, Made};
 use super::boot::{Asker, Job};
 use super::tracks::{TrackError, Tracks};
 use super::writer::{self, ARCHITECTURE, THREAD, Watch};
 use super::{Configured, Vmm, VmmError};
 use crate::lost_memory;
-use crate::machine::{ClockChoice, EventPost, Locks, Machine, MachineEvent, Saved};
+use crate::machine::{ClockChoice, EventPost, Locks, Machine, Saved};
 
 /// What a thread found in a snapshot.
 #[derive(Debug)]
@@ -59,12 +59,14 @@ pub(super) struct Restore {
     /// `None`: a VM arrives by migration.
     spec: Option<RestoreSpec>,
     start: Instant,
+    /// Set when nobody wants it any more.
+    cancelled: Arc<AtomicBool>,
 }
 
 impl Restore {
     /// A VM that arrives, waited for since `start`.
     pub(super) fn arrival(start: Instant) -> Self {
-        Self { spec: None, start }
+        Self { spec: None, start, cancelled: Arc::default() }
     }
 
     /// Whether the guest is to run.
@@ -75,6 +77,11 @@ impl Restore {
     /// When it began.
     pub(super) fn start(&self) -> Instant {
         self.start
+    }
+
+    /// What it does comes to its end soon, unless a file does not answer.
+    pub(super) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::SeqCst);
     }
 
     /// Changes since the snapshot are known from now on.
@@ -107,38 +114,28 @@ impl Vmm {
         self.events.tell(number, &Event::Restoring);
         // Admission keeps this from failing.
         let _ = self.slot.begin_restore();
-        self.boot.restore = Some(Restore { spec: Some(spec.clone()), start: Instant::now() });
+        let cancelled = Arc::new(AtomicBool::new(false));
+        self.boot.restore = Some(Restore {
+            spec: Some(spec.clone()),
+            start: Instant::now(),
+            cancelled: Arc::clone(&cancelled),
+        });
         self.jobs.saving.jobs += 1;
-        let watch = Watch {
-            job: self.jobs.saving.jobs,
-            machine: number,
-            events: self.events.clone(),
-            cancelled: Arc::new(AtomicBool::new(false)),
-        };
+        let watch =
+            Watch { job: self.jobs.saving.jobs, machine: number, events: self.events.clone(), cancelled };
         if !self.policy.serves_clients {
             return self.take_over(load(&spec, watch), asker);
         }
         let post = EventPost::new(number, self.means.post.clone());
-        let work = move || post.post(MachineEvent::Loaded(Box::new(load(&spec, watch))));
-        match Builder::new().name("boot".to_owned()).spawn(work) {
+        let work = move || Made::Loaded(Box::new(load(&spec, watch)));
+        match BootThread::start(post, work) {
             Ok(thread) => self.boot.job = Some(Job { asker, fresh: true, thread }),
             Err(source) => self.give_back(VmmError::Thread(source), asker),
         }
     }
 
-    /// The snapshot's thread is done. What is not waited for any more is dropped.
-    pub(super) fn loaded(&mut self, number: u64, result: Result<Loaded, LoadError>) {
-        if number != self.boot.machines {
-            return;
-        }
-        let Some(Job { asker, thread, .. }) = self.boot.job.take() else { return };
-        let _ = thread.join();
-        self.take_over(result, asker);
-        self.go_on();
-    }
-
     /// Goes on with what was found, as a boot does.
-    fn take_over(&mut self, result: Result<Loaded, LoadError>, asker: Asker) {
+    pub(super) fn take_over(&mut self, result: Result<Loaded, LoadError>, asker: Asker) {
         let Loaded { checked, from, origin } = match result {
             Ok(loaded) => loaded,
             Err(error) => return self.give_back(error.into(), asker),
@@ -250,7 +247,12 @@ impl fmt::Display for Listed<'_> {
 
 /// The reply to a client whose restore failed by `error`.
 pub(super) fn refusal(error: &VmmError) -> ApiError {
-    let VmmError::Load(load) = error else { return ApiError::from_error(Code::RestoreFailed, error) };
+    let VmmError::Load(load) = error else {
+        let cancelled =
+            matches!(error, VmmError::Restore { source } if matches!(**source, VmmError::Cancelled));
+        let code = if cancelled { Code::Cancelled } else { Code::RestoreFailed };
+        return ApiError::from_error(code, error);
+    };
     match &**load {
         LoadError::Config { faults } => faults.clone().into(),
         LoadError::Snapshot(

@@ -351,8 +351,9 @@ impl Vmm {
         ApiError::from_error(if cancelled { Code::Cancelled } else { Code::SnapshotFailed }, &error)
     }
 
-    /// Cancels the snapshot under way; `asker` is told when nothing is left of it.
-    pub(super) fn cancel_save(&mut self, asker: Replier<()>) {
+    /// Cancels what is under way; `asker` is told when nothing is left of it.
+    pub(super) fn cancel_job(&mut self, asker: Replier<()>) {
+        let Some(asker) = self.cancel_boot(asker) else { return };
         let Some(asker) = self.cancel_send(asker) else { return };
         let Some(asker) = self.cancel_receive(asker) else { return };
         match &mut self.jobs.saving.job {
@@ -432,7 +433,7 @@ fn not_paused() -> Refusal {
 pub(super) fn too_late(phase: Phase) -> ApiError {
     match admit(phase, Action::Cancel) {
         Admission::Refused(refusal) => refusal.into(),
-        // A boot is not for cancelling.
+        // What can be cancelled is another job.
         _ => ApiError::new(Code::WrongPhase, Reason::NoJob.text()),
     }
 }

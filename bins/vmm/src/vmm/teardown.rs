@@ -3,18 +3,35 @@
 
 use std::thread::{Builder, JoinHandle};
 
+use super::apart::Left;
 use crate::machine::Machine;
 
-/// A machine that is on its way out, if there is one. There is never a second: the next one is built after its end.
+/// What is on its way out, if anything is. There is hardly ever a second: the next machine is built after its end.
 #[derive(Debug, Default)]
 pub(super) struct Teardown(Option<JoinHandle<()>>);
 
 impl Teardown {
     /// Takes `machine` apart and then calls `done`.
     pub(super) fn begin(&mut self, machine: Machine, done: impl FnOnce() + Send + 'static) {
-        let work = move || {
+        self.spawn(move || {
             machine.end();
             done();
+        });
+    }
+
+    /// Calls `done` when the thread of a boot has ended that nobody wants any more, or is not waited for any longer.
+    pub(super) fn outlast(&mut self, left: Left, done: impl FnOnce() + Send + 'static) {
+        self.spawn(move || {
+            left.wait();
+            done();
+        });
+    }
+
+    fn spawn(&mut self, work: impl FnOnce() + Send + 'static) {
+        let mut before = self.take();
+        let work = move || {
+            before.wait();
+            work();
         };
         match Builder::new().name("teardown".to_owned()).spawn(work) {
             Ok(thread) => self.0 = Some(thread),

@@ -19,7 +19,7 @@ command! {
 
 command! {
     /// Boots the VM; a paused one is resumed.
-    Boot(()) -> (), Put "vm.boot", Boot, BootFailed
+    Boot(()) -> (), Put "vm.boot", Boot, BootFailed, Cancelled
 }
 
 command! {
@@ -34,7 +34,7 @@ command! {
 
 command! {
     /// Switches the VM off and boots it again.
-    Reboot(()) -> (), Put "vm.reboot", Reboot, BootFailed
+    Reboot(()) -> (), Put "vm.reboot", Reboot, BootFailed, Cancelled
 }
 
 command! {
@@ -98,7 +98,7 @@ command! {
 }
 
 command! {
-    /// Cancels the snapshot or migration under way. The VM is as it was.
+    /// Cancels the boot, restore, snapshot or migration under way. The VM is as it was.
     Cancel(()) -> (), Put "vm.cancel", Cancel
 }
 
@@ -109,7 +109,7 @@ command! {
 
 command! {
     /// Makes a VM of a snapshot.
-    Restore(RestoreConfig) -> (), Put "vm.restore", Restore, InvalidConfig, NotBuilt, NoSnapshot, RestoreFailed
+    Restore(RestoreConfig) -> (), Put "vm.restore", Restore, InvalidConfig, NotBuilt, NoSnapshot, RestoreFailed, Cancelled
 }
 
 command! {

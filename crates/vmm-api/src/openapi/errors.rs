@@ -92,7 +92,9 @@ impl Code {
             Self::MigrationFailed => {
                 "Read `causes` on both sides, put it right, and try again; the VM is where and as it was before, unless they say that this is in doubt."
             }
-            Self::Cancelled => "Nothing: the VM is as it was before, and nothing is left of what was begun.",
+            Self::Cancelled => {
+                "Nothing: the VM is as it was before, and nothing is left of what was begun, but a thread where a file does not answer."
+            }
             Self::Internal => "Read `causes` and the VMM's log; report it if they do not help.",
         }
     }

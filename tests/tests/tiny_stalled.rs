@@ -1,0 +1,112 @@
+//! Restores whose files do not answer, as those of a server that is gone: nobody waits for them. By the real binary, on any KVM.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use vmm_state::Phase;
+use vmm_tests::harness::counting::counting_in;
+use vmm_tests::harness::saving::{from, live, url};
+use vmm_tests::harness::withheld::Withheld;
+use vmm_tests::harness::{Pending, Scratch, SerialFile, Vmm, refused, vm_config};
+use vmm_tests::tiny::Guest;
+
+/// A guest with a disk, saved: the snapshot, and the disk that its restores are to have.
+fn saved(scratch: &Scratch) -> (PathBuf, PathBuf) {
+    let vmm = Vmm::with_api(scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut config = vm_config(&scratch.guest(Guest::Ticker), serial.path());
+    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
+    vmm.api().create(&config);
+    vmm.api().puts(&["vm.boot"]);
+    serial.wait_for("00000003\n");
+    let saved = scratch.path("saved");
+    vmm.api().done("vm.snapshot", &live(&saved));
+    (saved, scratch.disk("other-disk", 1 << 20))
+}
+
+/// The request whose restore does not come to its end, and what `vm.info` says meanwhile.
+struct Stalled {
+    body: Value,
+    info: u16,
+}
+
+/// Whoever wants the end of a restore gets it, while `withhold` holds back a file that it needs.
+fn ends_by_request(info: u16, more: &Value, withhold: impl Fn(&Path, &Path) -> Withheld) {
+    let scratch = Scratch::new();
+    let (saved, disk) = saved(&scratch);
+    let mut body = from(&saved, &SerialFile::new(scratch.path("of-restored")));
+    body["disks"] = json!([{ "id": "_disk0", "path": disk }]);
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let stalled = Stalled { body, info };
+    for (end, status, words) in [
+        ("vm.cancel", 409, "it was cancelled"),
+        ("vm.delete", 500, "the VM was removed"),
+        ("vmm.shutdown", 500, "the VM was removed"),
+    ] {
+        let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+        let fresh = vmm.holdings_at_rest();
+        let file = withhold(&saved, &disk);
+        let body = stalled.body.to_string();
+        let mut restore = Pending::send(vmm.socket(), "vm.restore", body.as_bytes());
+        file.wait();
+        let mut api = vmm.api();
+        assert_eq!(api.get("vmm.ping").status, 200);
+        let told = api.get("vm.info");
+        assert_eq!(told.status, stalled.info, "{told:?}");
+        assert!(told.body.contains("Booting"), "{told:?}");
+        assert!(!restore.is_answered(), "{end}");
+        api.puts(&[end]);
+        refused(&restore.answer(), status, words);
+        if end == "vmm.shutdown" {
+            vmm.expect_exit(0);
+            continue;
+        }
+        assert_eq!(api.phase(), Phase::Empty, "{end}");
+        // Another guest has nothing of it.
+        drop(counting_in(&vmm, &scratch));
+        api.puts(&["vm.delete"]);
+        drop((api, restore));
+        // Nor does anything stay when the file answers at last.
+        drop(file);
+        vmm.expect_holdings(&fresh, end);
+        vmm.api().done("vm.restore", &stalled.body);
+        vmm.api().puts(&["vmm.shutdown"]);
+        vmm.expect_exit(0);
+    }
+}
+
+fn held(path: &Path) -> Withheld {
+    let file = Withheld::new(path);
+    file.hold();
+    file
+}
+
+#[test]
+fn a_restore_ends_by_request_though_the_manifest_does_not_answer() {
+    ends_by_request(404, &json!({}), |saved, _| held(&saved.join("manifest.json")));
+}
+
+#[test]
+fn a_restore_ends_by_request_though_a_memory_file_does_not_answer() {
+    ends_by_request(200, &json!({ "prefault": true }), |saved, _| held(&saved.join("memory-0.bin")));
+}
+
+#[test]
+fn a_restore_ends_by_request_though_a_disk_does_not_answer() {
+    ends_by_request(200, &json!({}), |_, disk| Withheld::closed(disk));
+}
+
+/// A client does not want it any more; that is no failure of the process.
+#[test]
+fn a_restore_of_the_command_line_ends_by_request_and_the_vmm_stays() {
+    let scratch = Scratch::new();
+    let (saved, _) = saved(&scratch);
+    let file = held(&saved.join("manifest.json"));
+    let vmm = Vmm::with_api(&scratch, ["--restore", &format!("source_url={}", url(&saved))]);
+    file.wait();
+    vmm.api().puts(&["vm.cancel"]);
+    assert_eq!(vmm.api().phase(), Phase::Empty);
+    drop(counting_in(&vmm, &scratch));
+    assert_eq!(vmm.api().phase(), Phase::Running);
+}
