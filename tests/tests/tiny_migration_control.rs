@@ -4,37 +4,17 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, goes_on};
-use vmm_tests::harness::migrating::{pending, progress, turn, until, url};
-use vmm_tests::harness::{Answer, LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
+use vmm_tests::harness::migrating::{free_port, pending, progress, receive, receive_with, turn, until, url};
+use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
-
-/// Begins to wait for a VM, whose serial port is to go to `serial`, with `more` in the request.
-fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile, more: &Value) -> (Pending, PathBuf) {
-    static RECEIVERS: AtomicU32 = AtomicU32::new(0);
-    let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
-    let mut body = more.clone();
-    body["receiver_url"] = json!(url(&path));
-    body["serial"] = json!({ "mode": "File", "file": serial.path() });
-    let pending = pending(vmm, "vm.receive-migration", &body);
-    wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
-    (pending, path)
-}
-
-fn refused(answer: &Answer, status: u16, words: &[&str]) {
-    assert_eq!(answer.status, status, "{answer:?}");
-    for word in words {
-        assert!(answer.body.contains(word), "{answer:?} does not say {word:?}");
-    }
-}
 
 #[test]
 fn a_check_says_yes_and_the_same_receiver_then_takes_the_vm() {
@@ -44,7 +24,7 @@ fn a_check_says_yes_and_the_same_receiver_then_takes_the_vm() {
     let second = Vmm::with_api(&scratch, [""; 0]);
     assert_eq!(progress(&second)["status"], "None");
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
+    let (mut received, path) = receive(&second, &scratch, &other);
     for _ in 0..3 {
         first.api().done("vm.send-migration", &json!({ "destination_url": url(&path), "check": true }));
         assert_eq!(first.api().phase(), Phase::Running);
@@ -79,20 +59,18 @@ fn a_check_names_what_is_missing_and_changes_nothing_at_either_end() {
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     let disks = json!({ "disks": [{ "id": "_disk0", "path": scratch.path("absent.raw") }] });
-    let (mut received, path) = receive(&second, &scratch, &other, &disks);
+    let (mut received, path) = receive_with(&second, &scratch, &other, &disks);
     let body = json!({ "destination_url": url(&path), "check": true });
     let answer = first.api().put_json("vm.send-migration", &body);
-    refused(
-        &answer,
-        500,
-        &["the destination lacks what the VM needs", "Resource disks[0].path", "absent.raw"],
-    );
+    for words in ["the destination lacks what the VM needs", "Resource disks[0].path", "absent.raw"] {
+        refused(&answer, 500, words);
+    }
     let failed = progress(&first);
     assert_eq!((&failed["status"], &failed["sent_bytes"]), (&json!("Failed"), &json!(0)), "{failed}");
     assert!(failed["causes"].to_string().contains("absent.raw"), "{failed}");
     assert_eq!(first.api().phase(), Phase::Running);
     serial.wait_longer_than(serial.text().len() + 20);
-    refused(&received.answer(), 500, &["absent.raw"]);
+    refused(&received.answer(), 500, "absent.raw");
     assert_eq!(second.api().phase(), Phase::Empty);
 }
 
@@ -104,8 +82,7 @@ fn a_tcp_receiver_opens_no_path_that_its_operator_has_not_named() {
     let (mut first, serial) = counting_guest(&scratch);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let address = format!("tcp:127.0.0.1:{port}");
+    let address = format!("tcp:127.0.0.1:{}", free_port());
     let send = |body: &Value| {
         let body = json!({ "destination_url": address, "check": body["check"] == json!(true) });
         // The receiver before may still be closing.
@@ -124,9 +101,10 @@ fn a_tcp_receiver_opens_no_path_that_its_operator_has_not_named() {
         }
         let mut received = pending(&second, "vm.receive-migration", &body);
         let answer = send(&json!({}));
-        refused(&answer, 500, &["payload.kernel", "is not among this receiver's paths"]);
+        refused(&answer, 500, "payload.kernel");
+        refused(&answer, 500, "is not among this receiver's paths");
         assert!(!answer.body.contains("serial.file"), "that is the operator's own: {answer:?}");
-        refused(&received.answer(), 500, &["payload.kernel"]);
+        refused(&received.answer(), 500, "payload.kernel");
         assert_eq!(second.api().phase(), Phase::Empty);
         assert_eq!(first.api().phase(), Phase::Running);
     }
@@ -152,7 +130,7 @@ fn who_does_not_wait_is_told_by_progress_and_the_source_can_stay() {
 
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
+    let (mut received, path) = receive(&second, &scratch, &other);
     let body = json!({ "destination_url": url(&path), "detach": true, "preserve_source": true });
     first.api().done("vm.send-migration", &body);
     assert_eq!(received.answer().status, 204);
@@ -170,7 +148,7 @@ fn who_does_not_wait_is_told_by_progress_and_the_source_can_stay() {
     first.api().puts(&["vm.delete"]);
     // What was given away can come back.
     let back = SerialFile::new(scratch.path("back"));
-    let (mut received, path) = receive(&first, &scratch, &back, &json!({}));
+    let (mut received, path) = receive(&first, &scratch, &back);
     second.api().done("vm.send-migration", &json!({ "destination_url": url(&path) }));
     assert_eq!(received.answer().status, 204);
     goes_on(&other, &back);
@@ -185,9 +163,9 @@ fn a_receiver_that_nobody_waits_for_answers_when_a_source_can_come() {
     let (path, other) = (scratch.path("m"), SerialFile::new(scratch.path("other")));
     // Where it cannot listen, it is no success.
     let away = scratch.path("no/such/folder");
-    let refused =
+    let answer =
         second.api().put_json("vm.receive-migration", &json!({ "receiver_url": url(&away), "detach": true }));
-    assert_eq!(refused.status, 500, "{refused:?}");
+    assert_eq!(answer.status, 500, "{answer:?}");
     assert_eq!(second.api().phase(), Phase::Empty);
 
     let serial_to = json!({ "mode": "File", "file": other.path() });
@@ -209,7 +187,7 @@ fn a_limit_of_bandwidth_holds_and_vcpus_are_slowed_down_only_if_asked() {
     let (first, serial) = counting_guest(&scratch);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
+    let (mut received, path) = receive(&second, &scratch, &other);
     let body = json!({ "destination_url": url(&path), "max_bandwidth": 1, "detach": true });
     first.api().done("vm.send-migration", &body);
     until(&first, "a pass", |now| now["step"] == "Copying");
@@ -231,7 +209,7 @@ fn a_limit_of_bandwidth_holds_and_vcpus_are_slowed_down_only_if_asked() {
         });
         first.api().done("vm.send-migration", &body);
     };
-    let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
+    let (mut received, path) = receive(&second, &scratch, &other);
     send(&path, false);
     let now = until(&first, "passes", |now| now["passes"].as_u64() >= Some(6));
     assert_eq!((&now["throttle"], &now["status"]), (&json!(0), &json!("Active")), "{now}");
@@ -244,7 +222,7 @@ fn a_limit_of_bandwidth_holds_and_vcpus_are_slowed_down_only_if_asked() {
     assert_eq!(first.api().phase(), Phase::Running);
     serial.wait_longer_than(serial.text().len() + 40);
 
-    let (mut received, path) = receive(&second, &scratch, &other, &json!({}));
+    let (mut received, path) = receive(&second, &scratch, &other);
     send(&path, true);
     let slowed = until(&first, "slower vCPUs", |now| {
         now["throttle"].as_u64() >= Some(30) || now["status"] != "Active"
@@ -309,11 +287,11 @@ fn in_doubt_the_operator_decides() {
         let folder = Scratch::new();
         let (first, serial) = counting_guest(&folder);
         for name in ["vm.migration-keep", "vm.migration-yield"] {
-            refused(&first.api().put(name), 409, &["no VM is being given away"]);
+            refused(&first.api().put(name), 409, "no VM is being given away");
         }
         let second = Vmm::with_api(&folder, [""; 0]);
         let other = SerialFile::new(folder.path("other"));
-        let (received, path) = receive(&second, &folder, &other, &json!({}));
+        let (received, path) = receive(&second, &folder, &other);
         let between = scratch.path(format!("between{passes}"));
         cut_at_commit(&between, &path, passes);
         let sent = pending(&first, "vm.send-migration", &json!({ "destination_url": url(&between) }));
@@ -323,18 +301,18 @@ fn in_doubt_the_operator_decides() {
     for (_, first, ..) in &pairs {
         until(first, "an answer that does not come", |now| now["step"] == "Asking");
         for name in ["vm.migration-keep", "vm.migration-yield"] {
-            refused(&first.api().put(name), 409, &["not in doubt"]);
+            refused(&first.api().put(name), 409, "not in doubt");
         }
     }
     std::thread::sleep(Duration::from_secs(55));
     for (_, first, ..) in &pairs {
         until(first, "the end of asking", |now| now["status"] == "InDoubt");
         assert_eq!((first.api().phase(), first.api().state().as_str()), (Phase::Migrating, "Running"));
-        refused(&first.api().put("vm.resume"), 409, &["a migration is under way"]);
+        refused(&first.api().put("vm.resume"), 409, "a migration is under way");
     }
     // The destination has none, for it never heard of Commit.
     let (_folder, first, serial, second, _, mut received, mut sent) = pairs.remove(0);
-    refused(&sent.answer(), 500, &["in doubt"]);
+    refused(&sent.answer(), 500, "in doubt");
     assert_ne!(received.answer().status, 204);
     assert_eq!(second.api().phase(), Phase::Empty);
     first.api().puts(&["vm.migration-keep"]);
@@ -342,7 +320,7 @@ fn in_doubt_the_operator_decides() {
     serial.wait_longer_than(serial.text().len() + 40);
     // The destination has it, and said so in vain.
     let (_folder, mut first, serial, second, other, mut received, mut sent) = pairs.remove(0);
-    refused(&sent.answer(), 500, &["in doubt"]);
+    refused(&sent.answer(), 500, "in doubt");
     assert_eq!(received.answer().status, 204);
     assert_eq!(second.api().phase(), Phase::Running);
     first.api().puts(&["vm.migration-yield"]);

@@ -3,6 +3,8 @@
 
 #[path = "tiny_postcopy/disks.rs"]
 mod disks;
+#[path = "tiny_postcopy/endings.rs"]
+mod endings;
 #[path = "tiny_postcopy/links.rs"]
 mod links;
 
@@ -18,6 +20,7 @@ use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counting_with, counts, goes_on};
 use vmm_tests::harness::migrating::{arrives_paused, moves, pending, progress, receive, to, turn, until};
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
+use vmm_tests::tiny::Guest;
 
 /// What `vm.send-migration` is told.
 fn late(path: &Path) -> Value {
@@ -29,25 +32,36 @@ fn late(path: &Path) -> Value {
 /// Commands of frames that carry memory: Memory, Zero, Packed.
 const DATA: [u16; 3] = [4, 75, 81];
 const COMMIT: u16 = 68;
+const CANCEL: u16 = 79;
 
 /// Stands between two ends, passes frames on, and can lose the link.
 #[derive(Clone)]
 struct Relay(Arc<Mutex<Between>>);
 
+/// What becomes of frames with memory.
+enum Data {
+    Passes,
+    /// So many of those that follow the guest pass; then the link is cut.
+    CutAfter(u32),
+    /// Those that follow the guest are lost, and nothing else.
+    Lost,
+    /// All wait, with what comes behind them.
+    Waits,
+}
+
 struct Between {
     /// Commit has passed.
     committed: bool,
-    /// Frames with memory that may follow it; then the link is cut.
-    left: Option<u32>,
+    data: Data,
     /// Nobody gets through.
     cut: bool,
     open: Vec<UnixStream>,
 }
 
 impl Relay {
-    /// The link is lost as soon as so many frames with memory have followed the guest.
-    fn start(at: &Path, to: &Path, frames: u32) -> Self {
-        let between = Between { committed: false, left: Some(frames), cut: false, open: Vec::new() };
+    /// From `at` to `to`.
+    fn start(at: &Path, to: &Path, data: Data) -> Self {
+        let between = Between { committed: false, data, cut: false, open: Vec::new() };
         let relay = Self(Arc::new(Mutex::new(between)));
         let listener = UnixListener::bind(at).unwrap();
         let (accepting, to) = (relay.clone(), to.to_owned());
@@ -78,10 +92,16 @@ impl Relay {
             let command = u16::from_le_bytes(frame[..2].try_into().unwrap());
             let length = u64::from_le_bytes(frame[8..16].try_into().unwrap());
             frame.resize(16 + usize::try_from(length).unwrap(), 0);
-            if from.read_exact(&mut frame[16..]).is_err() || !self.lock().lets(command) {
+            if from.read_exact(&mut frame[16..]).is_err() {
                 break;
             }
-            if to.write_all(&frame).is_err() {
+            if command == CANCEL {
+                // Links are not equally fast: the ends of others overtake it.
+                std::thread::sleep(Duration::from_millis(300));
+            }
+            let passes =
+                wait_until(LIMIT, || self.lock().lets(command), || "memory that may pass".to_owned());
+            if self.lock().cut || passes && to.write_all(&frame).is_err() {
                 break;
             }
         }
@@ -89,24 +109,35 @@ impl Relay {
         let _ = to.shutdown(Shutdown::Write);
     }
 
+    /// From now on this becomes of memory.
+    fn set(&self, data: Data) {
+        self.lock().data = data;
+    }
+
+    fn cut(&self) {
+        self.lock().cut();
+    }
+
     /// From now on everybody does.
     fn mend(&self) {
         let mut between = self.lock();
-        (between.left, between.cut) = (None, false);
+        (between.data, between.cut) = (Data::Passes, false);
     }
 }
 
 impl Between {
-    fn lets(&mut self, command: u16) -> bool {
+    /// Whether a frame passes; `None` while it waits.
+    fn lets(&mut self, command: u16) -> Option<bool> {
         self.committed |= command == COMMIT;
-        if self.committed && DATA.contains(&command) {
-            match &mut self.left {
-                Some(0) => self.cut(),
-                Some(left) => *left -= 1,
-                None => {}
-            }
+        let (is_data, committed) = (DATA.contains(&command), self.committed);
+        match &mut self.data {
+            Data::Waits if is_data && !self.cut => return None,
+            Data::Lost if is_data && committed => return Some(false),
+            Data::CutAfter(0) if is_data && committed => self.cut(),
+            Data::CutAfter(left) if is_data && committed => *left -= 1,
+            _ => {}
         }
-        !self.cut
+        Some(!self.cut)
     }
 
     fn cut(&mut self) {
@@ -142,7 +173,7 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
         let other = SerialFile::new(scratch.path("other"));
         let (mut received, path) = receive(&second, &scratch, &other);
         let between = scratch.path("between");
-        let relay = Relay::start(&between, &path, frames);
+        let relay = Relay::start(&between, &path, Data::CutAfter(frames));
         let mut sent = pending(&first, "vm.send-migration", &late(&between));
         // The guest is there.
         assert_eq!(received.answer().status, 204);
@@ -230,7 +261,7 @@ fn severed(scratch: &Scratch) -> (Vmm, Vmm, SerialFile, Pending) {
     let other = SerialFile::new(scratch.path("other"));
     let (mut received, path) = receive(&second, scratch, &other);
     let between = scratch.path("between");
-    let _relay = Relay::start(&between, &path, 0);
+    let _relay = Relay::start(&between, &path, Data::CutAfter(0));
     let sent = pending(&first, "vm.send-migration", &late(&between));
     assert_eq!(received.answer().status, 204);
     for vmm in [&first, &second] {

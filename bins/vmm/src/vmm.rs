@@ -176,7 +176,8 @@ impl Vmm {
     pub fn end(&mut self, code: ExitCode) {
         let owes = self.owes();
         if let Some(bytes) = owes {
-            log::error!("the guest at the destination is lost: {bytes} bytes of its memory were here");
+            let has_not = "it has not said that it has all of its memory";
+            log::error!("the guest at the destination is lost: {has_not}, of which {bytes} bytes were here");
         }
         if self.jobs.receive.filling.is_none() {
             self.give_up_receive();

@@ -90,10 +90,24 @@ pub fn receive_at(vmm: &Vmm, address: &str, tls_dir: Option<&Path>, serial: &Ser
 /// When nobody does.
 #[must_use]
 pub fn receive(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile) -> (Pending, PathBuf) {
+    receive_with(vmm, scratch, serial, &json!({}))
+}
+
+/// The same with other fields in the request, as `{"disks": [...]}`.
+///
+/// # Panics
+/// When nobody listens.
+#[must_use]
+pub fn receive_with(vmm: &Vmm, scratch: &Scratch, serial: &SerialFile, more: &Value) -> (Pending, PathBuf) {
     // A receiver answers at its address for a while after its end.
     static RECEIVERS: AtomicU32 = AtomicU32::new(0);
     let path = scratch.path(format!("m{}", RECEIVERS.fetch_add(1, Ordering::Relaxed)));
-    let pending = receive_at(vmm, &url(&path), None, serial);
+    let mut body = json!({
+        "receiver_url": url(&path), "serial": { "mode": "File", "file": serial.path() },
+    });
+    let fields = body.as_object_mut().expect("an object");
+    fields.extend(more.as_object().expect("an object").clone());
+    let pending = pending(vmm, "vm.receive-migration", &body);
     // The path is there before anybody listens. One who comes and goes is no source.
     wait_until(LIMIT, || UnixStream::connect(&path).ok(), || "a receiver".to_owned());
     (pending, path)

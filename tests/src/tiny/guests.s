@@ -674,8 +674,8 @@ offer:
     jne 1b
     ret
 
-# Counts for ever, eight digits a line, in 256 pages of memory at once. Halts when one of them is not what it was, and at 1000 if the
-# command line begins with 'h'.
+# Counts for ever, eight digits a line, in 256 pages of memory at once. Halts when one of them is not what it was and, if the command
+# line begins with 'h', when something comes on the serial port.
 pages:
     mov $STACK, %esp
     xor %ebp, %ebp
@@ -695,8 +695,10 @@ pages:
     inc %ebp
     test %esi, %esi
     jz 1b
-    cmp $0x1000, %ebp
-    jbe 1b
+    mov $SERIAL_STATUS, %dx
+    in (%dx), %al
+    test $1, %al
+    jz 1b
     mov $(BASE + halt_text - blob), %esi
     call print
     jmp stop

@@ -73,7 +73,7 @@ pub enum Guest {
     /// and zeroes written, `rng`, `console` (there, too), at last `driven`, and halts.
     Drivers,
     /// Counts for ever as `Ticker`, in 256 pages of memory at once; prints `memory is not what it was` and halts when one of them
-    /// is not. If its command line begins with `h`, it prints `halted` after 1000 (hexadecimal), and halts.
+    /// is not. If its command line begins with `h`, it prints `halted` when it is sent something, and halts.
     Pages,
     /// Prints half of its generation ID for ever, 16 hexadecimal digits a line, and `another` when the event device tells of a new
     /// one.

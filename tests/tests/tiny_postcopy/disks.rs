@@ -4,7 +4,6 @@ use std::fs;
 use std::path::PathBuf;
 
 use vmm_tests::harness::vm_config;
-use vmm_tests::tiny::Guest;
 
 use super::*;
 
@@ -45,7 +44,7 @@ fn a_disk_goes_along_before_memory_does_and_no_write_is_lost() {
     let other = SerialFile::new(scratch.path("other"));
     let (mut received, path) = receive(&second, &scratch, &other);
     let between = scratch.path("between");
-    let relay = Relay::start(&between, &path, 0);
+    let relay = Relay::start(&between, &path, Data::CutAfter(0));
     let mut sent = pending(&first, "vm.send-migration", &late(&between));
     assert_eq!(received.answer().status, 204);
     until(&second, "a lost link", |now| now["status"] == "Severed");
@@ -82,7 +81,7 @@ fn a_source_that_dies_has_no_lock_of_the_disk_any_more() {
     let other = SerialFile::new(scratch.path("other"));
     let (mut received, path) = receive(&second, &scratch, &other);
     let between = scratch.path("between");
-    let _relay = Relay::start(&between, &path, 0);
+    let _relay = Relay::start(&between, &path, Data::CutAfter(0));
     let _sent = pending(&first, "vm.send-migration", &late(&between));
     assert_eq!(received.answer().status, 204);
     until(&second, "a lost link", |now| now["status"] == "Severed");

@@ -2,15 +2,16 @@
 
 use std::net::Shutdown;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::source::GuestMemorySource;
-use vmm_migration_protocol::{Command, Fault, Item, Join, Message, Reason, SessionId, SourceInput};
+use vmm_migration_protocol::{Command, Fault, Item, Join, Message, Reason, SessionId};
 
 use super::THREAD;
+use super::inputs::Answers;
 use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::sender::{Lane, LaneWriter, PATIENCE, Pen, Shared};
 
@@ -21,7 +22,7 @@ pub(super) struct Session {
     pub(super) id: SessionId,
     pub(super) memory: Arc<GuestMemorySource>,
     pub(super) shared: Arc<Shared>,
-    pub(super) answers: Sender<SourceInput>,
+    pub(super) answers: Answers,
     pub(super) threads: Arc<dyn ThreadHook>,
     /// The further connections: open for as long as connection 0, where the ends say why they close.
     pub(super) sockets: Arc<Mutex<Vec<Arc<Socket>>>>,

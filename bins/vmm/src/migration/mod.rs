@@ -10,7 +10,8 @@
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `ahead` | `migration-ahead` | allocates a destination's memory ahead of what arrives |
-//! | `backlog` | | what connections have said and the driver has not heard yet |
+//! | `backlog` | | what connections have said and a driver has not heard yet |
+//! | `inputs` | | what a source's driver hears |
 //! | `fit` | | whether a VM can be this host's |
 //! | `pace`, `slowing` | `migration-slow` | the limit of bandwidth; slower vCPUs |
 //! | `making` | `migration-make` | steps of a destination that may take long |
@@ -28,6 +29,7 @@ mod course;
 mod descriptors;
 mod fit;
 pub(crate) mod incoming;
+pub(crate) mod inputs;
 mod joining;
 mod landing;
 mod link;

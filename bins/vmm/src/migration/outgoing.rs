@@ -5,7 +5,7 @@ use std::fs::File;
 use std::net::Shutdown;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use vmm_migration_protocol::{
 };
 
 use super::course::Course;
+use super::inputs::{Answers, Inputs};
 use super::joining::Session;
 use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::pace::Pace;
@@ -128,7 +129,7 @@ pub(crate) struct Outgoing {
     pub(crate) aside: Arc<Aside>,
     pub(crate) desk: Desk,
     pub(crate) threads: Arc<dyn ThreadHook>,
-    pub(crate) inputs: (Sender<SourceInput>, Receiver<SourceInput>),
+    pub(crate) inputs: (Answers, Inputs),
     /// The VM is gone, and nobody answers any more.
     pub(crate) gone: Arc<AtomicBool>,
 }
@@ -191,7 +192,7 @@ impl Outgoing {
 }
 
 /// The connection, unless the operator cancels or the VM goes.
-fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
+fn connect(way: &Way, inputs: &Inputs, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
     let mut cancelled = None;
     let mut wanted = || {
         if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
@@ -213,7 +214,7 @@ fn connect(way: &Way, inputs: &Receiver<SourceInput>, gone: &AtomicBool) -> Resu
 }
 
 /// Gives what arrives to the driver.
-pub(super) fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
+pub(super) fn listen(mut frames: Frames, heard: &Answers) {
     loop {
         let input = match frames.next() {
             Ok(Item::Frame(frame)) => SourceInput::Frame(frame),
@@ -222,7 +223,7 @@ pub(super) fn listen(mut frames: Frames, heard: &Sender<SourceInput>) {
             Err(End::Lost(text)) => SourceInput::Lost(text),
         };
         let goes_on = matches!(input, SourceInput::Frame(_));
-        if heard.send(input).is_err() || !goes_on {
+        if heard.pass_on(input).is_err() || !goes_on {
             return;
         }
     }
@@ -264,7 +265,7 @@ impl Late {
 
 impl Driver {
     /// `on_zero` reads and writes connection 0.
-    fn run(mut self, inputs: &Receiver<SourceInput>, on_zero: [JoinHandle<()>; 2], gone: &AtomicBool) {
+    fn run(mut self, inputs: &Inputs, on_zero: [JoinHandle<()>; 2], gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
@@ -313,7 +314,7 @@ impl Driver {
     fn supply(
         self,
         machine: Supplier,
-        inputs: &Receiver<SourceInput>,
+        inputs: &Inputs,
         [reading, writing]: [JoinHandle<()>; 2],
         gone: &AtomicBool,
     ) {
@@ -345,10 +346,11 @@ impl Driver {
     }
 
     /// Reads on until the other end has closed.
-    fn linger(&self, inputs: &Receiver<SourceInput>) {
+    fn linger(&self, inputs: &Inputs) {
         let until = Instant::now() + LINGER;
-        loop {
-            match inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        // One that says more and more is not read for longer.
+        while let Some(rest) = until.checked_duration_since(Instant::now()) {
+            match inputs.recv_timeout(rest) {
                 Ok(SourceInput::Lost(_) | SourceInput::Garbage(_)) | Err(_) => return,
                 Ok(_) => {}
             }

@@ -16,6 +16,7 @@ use vmm_migration_protocol::{
 use vmm_snapshot::directory::MemorySource;
 
 use super::course::{Course, Piece};
+use super::inputs::Answers;
 use super::link::Socket;
 use super::pace::Pace;
 use super::straight::Batch;
@@ -88,7 +89,7 @@ pub(super) struct Writer {
     /// The files of memory that is handed over, for the frame about them.
     pub(super) files: Vec<File>,
     pub(super) queue: Receiver<Out>,
-    pub(super) answers: Sender<SourceInput>,
+    pub(super) answers: Answers,
     /// Disconnected when the connection has been read to its end.
     pub(super) read: Receiver<()>,
     pub(super) lanes: Vec<Lane>,
@@ -108,7 +109,7 @@ pub(super) struct LaneWriter {
     pub(super) pen: Pen,
     pub(super) work: Receiver<Arc<Course>>,
     pub(super) done: Sender<()>,
-    pub(super) answers: Sender<SourceInput>,
+    pub(super) answers: Answers,
 }
 
 impl Writer {

@@ -177,9 +177,10 @@ impl Vmm {
         true
     }
 
-    /// Whether memory is here that a guest elsewhere does without: how many bytes.
+    /// Whether a guest elsewhere may lack memory, for it has not said that it has all: how many bytes are here still. Others may
+    /// be on their way.
     pub(super) fn owes(&self) -> Option<u64> {
-        self.jobs.send.as_ref().and_then(|job| job.owes).filter(|bytes| *bytes > 0)
+        self.jobs.send.as_ref().and_then(|job| job.owes)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use vmm_api::command::Replier;
@@ -24,6 +23,7 @@ use super::waiting::{Clients, Verdict};
 use super::{Configured, Vmm, VmmError, boot, told};
 use crate::exit::{ExitCode, chain};
 use crate::machine::{EventPost, Machine, MachineEvent};
+use crate::migration::inputs::{Answers, inputs};
 use crate::migration::outgoing::{DONE, Outgoing};
 use crate::migration::{self, Aside, SendError, SendStep, Slowing, THREAD};
 
@@ -44,7 +44,7 @@ pub(super) struct Job {
     /// The VM is the destination's, and does without so many bytes of memory that are here.
     pub(super) owes: Option<u64>,
     slowing: Option<Slowing>,
-    inputs: Sender<SourceInput>,
+    inputs: Answers,
     aside: Arc<Aside>,
     gone: Arc<AtomicBool>,
 }
@@ -131,7 +131,7 @@ impl Vmm {
         }
         self.jobs.moving.memory(setup.hello.memory.bytes());
         let (aside, gone) = (Arc::new(Aside::of(places)), Arc::new(AtomicBool::new(false)));
-        let (inputs, queue) = channel();
+        let (inputs, queue) = inputs();
         let post = EventPost::new(machine.number(), self.means.post.clone());
         let outgoing = Outgoing {
             address: spec.address.clone(),

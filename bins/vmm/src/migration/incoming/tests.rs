@@ -1,7 +1,9 @@
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 
 use vmm_api::config::ReceiveMigrationData;
-use vmm_device_model::thread::Unconfined;
+use vmm_device_model::thread::{ThreadKind, Unconfined};
+use vmm_memory_manager::zone::{ZoneConfig, ZoneOptions};
 use vmm_migration_protocol::{CpuNeeds, Decoder, Item, MemoryLayout, Purpose, Region};
 
 use super::*;
@@ -28,22 +30,21 @@ fn driver(to: &Sender<Heard>, live: Live) -> Driver {
     }
 }
 
-/// A destination that has been asked to check a configuration.
-fn checking(limits: Limits) -> Destination {
+/// A destination that has been asked to check a configuration, after these features were agreed on.
+fn checking(limits: Limits, features: Features) -> Destination {
     let region = Region { gpa: 0, length: 1 << 20, zone: "mem0".into() };
     let hello = Hello {
         versions: Versions::OURS,
         session: SessionId([1; 16]),
         purpose: Purpose::Migrate,
-        features: Features::NONE,
-        required: Features::NONE,
+        features,
+        required: features,
         connections: 1,
         memory: MemoryLayout::new(vec![region]).unwrap(),
         cpu: CpuNeeds::default(),
         program: String::new(),
     };
-    let offer =
-        Offer { versions: Versions::OURS, features: Features::NONE, connections: 1, program: String::new() };
+    let offer = Offer { versions: Versions::OURS, features, connections: 1, program: String::new() };
     let mut machine = Destination::new(Duration::ZERO, offer, limits, &Outcomes::new());
     for message in [Message::Hello(Box::new(hello)), Message::Config(vec![1])] {
         machine.handle(Duration::ZERO, DestinationInput::Frame(message.encode().unwrap()));
@@ -53,16 +54,19 @@ fn checking(limits: Limits) -> Destination {
     machine
 }
 
+/// The session of that machine, on connection 1.
+fn live(machine: Destination, ours: UnixStream) -> Live {
+    let (socket, joined) = (Arc::new(Socket::Unix(ours)), BTreeMap::new());
+    Live { machine, connection: 1, socket, wanted: None, joined, lost: false, until: None }
+}
+
 #[test]
 fn the_source_hears_of_a_destination_that_is_busy() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(LIMIT)).unwrap();
     let limits = Limits { keepalive: Duration::from_millis(5), ..Limits::default() };
-    let (machine, socket) = (checking(limits), Arc::new(Socket::Unix(ours)));
     let (to, heard) = std::sync::mpsc::channel();
-    let (joined, wanted) = (BTreeMap::new(), None);
-    let live = Live { machine, connection: 1, socket, wanted, joined, lost: false, until: None };
-    let mut driver = driver(&to, live);
+    let mut driver = driver(&to, live(checking(limits, Features::NONE), ours));
     let (done, busy) = std::sync::mpsc::channel();
     let thread = std::thread::spawn(move || {
         driver.make(move || {
@@ -88,4 +92,32 @@ fn the_source_hears_of_a_destination_that_is_busy() {
     while next() != Command::Nack {}
     to.send(Heard::Gone).unwrap();
     thread.join().unwrap();
+}
+
+/// The names of threads that have begun.
+#[derive(Debug, Default)]
+struct Names(Mutex<Vec<String>>);
+
+impl ThreadHook for Names {
+    fn begin(&self, _: ThreadKind) -> std::io::Result<()> {
+        self.0.lock().unwrap().extend(std::thread::current().name().map(str::to_owned));
+        Ok(())
+    }
+}
+
+/// It could not be told from what has come.
+#[test]
+fn nothing_is_allocated_ahead_of_memory_that_may_come_after_the_guest() {
+    for (features, wanted) in [(Features::NONE, vec!["migration-ahead"]), (Features::POST_COPY, vec![])] {
+        let (to, _heard) = std::sync::mpsc::channel();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let names = Arc::new(Names::default());
+        let mut driver = driver(&to, live(checking(Limits::default(), features), ours));
+        driver.threads = Arc::clone(&names) as Arc<dyn ThreadHook>;
+        let (id, options) = ("mem0".into(), ZoneOptions::default());
+        let zone = ZoneConfig { id, size: 1 << 20, file: None, shared: false, huge_page: None, options };
+        driver.land(HostMemory::create(&[zone], 40).unwrap());
+        assert!(driver.vm.memory.is_some());
+        assert_eq!(*names.0.lock().unwrap(), wanted, "{features:?}");
+    }
 }

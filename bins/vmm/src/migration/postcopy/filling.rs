@@ -19,14 +19,17 @@ use super::arriving::Arriving;
 use super::owed::pages_of;
 use super::wanting::Wanting;
 use crate::exit::{ExitCode, chain};
-use crate::migration::THREAD;
 use crate::migration::incoming::{Driver, Live, ReceiveStep};
 use crate::migration::landing::Said;
 use crate::migration::link::Socket;
+use crate::migration::{LINGER, THREAD};
 use crate::signals;
 
 /// How long a source that did not hear of the end is answered.
 const REMEMBERED: Duration = Duration::from_secs(600);
+
+/// How often it is looked whether the source has heard the last word.
+const LOOK_FOR_END: Duration = Duration::from_millis(2);
 
 /// A connection, by its number here.
 pub(in crate::migration) type Numbered = (u64, Arc<Socket>);
@@ -95,13 +98,21 @@ impl Filling {
 
     /// What is to be said last, where the VMM ends before all has come.
     pub(in crate::migration) fn give_up(&self) {
+        if self.machine.as_ref().is_none_or(|machine| machine.state() == FillerState::Ended) {
+            return;
+        }
+        if let Some(left @ 1..) = self.left() {
+            log::error!("the guest is lost: {left} bytes of its memory are at the source, and this VMM ends");
+        }
         let fault = Fault::new(Reason::Cancelled, "the destination's VMM has ended");
-        let unfinished = self.machine.as_ref().is_some_and(|machine| machine.state() != FillerState::Ended);
-        if let (true, Some((_, socket)), Ok(frame)) =
-            (unfinished, &self.main, Message::Cancel(fault).encode())
-        {
+        if let (Some((_, socket)), Ok(frame)) = (&self.main, Message::Cancel(fault).encode()) {
             let _ = socket.send(&frame);
             socket.shutdown(Shutdown::Write);
+            // Another connection that ends would come before it, and be a lost link.
+            let until = Instant::now() + LINGER;
+            while !socket.is_gone() && Instant::now() < until {
+                std::thread::park_timeout(LOOK_FOR_END);
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vmm_memory_manager::source::GuestMemorySource;
@@ -17,6 +17,7 @@ use vmm_snapshot::directory::MemorySource;
 use super::owed::Owed;
 use crate::exit::chain;
 use crate::migration::course::PORTION;
+use crate::migration::inputs::Answers;
 use crate::migration::link::{End, Frames, Socket};
 use crate::migration::pace::Pace;
 use crate::migration::sender::{PATIENCE, STALLED, bulk, runs};
@@ -114,7 +115,7 @@ pub(super) struct Pusher<'a> {
     pub(super) owed: Arc<Owed>,
     pub(super) pace: &'a Pace,
     pub(super) queue: Receiver<Out>,
-    pub(super) answers: Sender<SourceInput>,
+    pub(super) answers: Answers,
 }
 
 impl Pusher<'_> {
@@ -184,7 +185,7 @@ impl Pusher<'_> {
 }
 
 /// Sends what is asked for on this connection, at once, until it ends.
-pub(super) fn serve(mut quill: Quill, owed: &Owed, answers: &Sender<SourceInput>) {
+pub(super) fn serve(mut quill: Quill, owed: &Owed, answers: &Answers) {
     let mut frames = Frames::of(&quill.socket);
     let about = |text: &str| format!("the connection for wanted memory: {text}");
     let end = loop {
@@ -239,7 +240,10 @@ mod tests {
     use vmm_migration_protocol::{Decoder, MemoryLayout, PAGE, Region};
 
     use super::*;
+    use crate::migration::inputs::inputs;
 
+    /// Long: only for what hangs.
+    const LIMIT: Duration = Duration::from_secs(60);
     const SIZE: u64 = 1 << 20;
 
     fn map() -> MemoryMap {
@@ -304,12 +308,12 @@ mod tests {
         }
         ours.write_all(rest).unwrap();
         ours.shutdown(Shutdown::Write).unwrap();
-        let (answers, told) = channel();
+        let (answers, told) = inputs();
         let quill = quill(&map, theirs);
         serve(quill, owed, &answers);
         let mut bytes = Vec::new();
         ours.read_to_end(&mut bytes).unwrap();
-        (arrived(&bytes), told.recv().unwrap())
+        (arrived(&bytes), told.recv_timeout(LIMIT).unwrap())
     }
 
     #[test]
@@ -348,14 +352,14 @@ mod tests {
         let map = map();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let (queue, queued) = channel();
-        let (answers, told) = channel();
+        let (answers, told) = inputs();
         let (quill, pace) = (quill(&map, theirs), Pace::default());
         quill.stop.store(stop, Ordering::SeqCst);
         queue.send(Out::Push).unwrap();
         let answer = std::thread::scope(|scope| {
             let pusher = Pusher { quill, owed: Arc::clone(owed), pace: &pace, queue: queued, answers };
             scope.spawn(move || pusher.run());
-            let answer = told.recv().unwrap();
+            let answer = told.recv_timeout(LIMIT).unwrap();
             drop(queue);
             answer
         });
@@ -381,7 +385,7 @@ mod tests {
         pace.take(1 << 20);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (queue, queued) = channel();
-        let (answers, told) = channel();
+        let (answers, told) = inputs();
         let (quill, before) = (quill(&map, theirs), owed.bytes());
         let stop = Arc::clone(&quill.stop);
         std::thread::scope(|scope| {
@@ -396,7 +400,10 @@ mod tests {
             (&ours).read_exact(&mut [0]).unwrap();
             assert_eq!(owed.bytes(), before);
             owed.replace(owed.pages());
-            assert!(matches!(told.recv(), Ok(SourceInput::Done(_))), "nothing is left to wait for");
+            assert!(
+                matches!(told.recv_timeout(LIMIT), Ok(SourceInput::Done(_))),
+                "nothing is left to wait for"
+            );
             stop.store(true, Ordering::SeqCst);
             drop(queue);
         });

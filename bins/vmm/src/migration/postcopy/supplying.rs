@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_device_model::thread;
 use vmm_migration_protocol::{
@@ -18,11 +18,15 @@ use super::SupplyStep;
 use super::opening::{self, Again, Ways};
 use super::owed::Owed;
 use super::pushing::{Out, Pusher, Quill, serve};
+use crate::migration::inputs::Inputs;
 use crate::migration::joining::Session;
 use crate::migration::link::{Frames, Socket};
 use crate::migration::outgoing::{DONE, Desk, PERIOD, SendError, SendStep, listen};
 use crate::migration::sender::PATIENCE;
 use crate::migration::{Clock, LINGER, THREAD};
+
+/// How often it is looked whether threads have ended that say nothing of it.
+const LOOK_FOR_END: Duration = Duration::from_millis(2);
 
 /// What all links of a session send.
 #[derive(Clone)]
@@ -83,7 +87,7 @@ impl Supplying {
     }
 
     /// Until nothing is owed, or the VM is gone, and nobody answers any more.
-    pub(in crate::migration) fn run(mut self, inputs: &Receiver<SourceInput>, gone: &AtomicBool) {
+    pub(in crate::migration) fn run(mut self, inputs: &Inputs, gone: &AtomicBool) {
         let mut last = Instant::now();
         let end = 'end: loop {
             while let Some(action) = self.machine.poll() {
@@ -162,11 +166,7 @@ impl Supplying {
     }
 
     /// Does what the machine wants; gives the end, if that is it.
-    fn act(
-        &mut self,
-        action: SupplierAction,
-        inputs: &Receiver<SourceInput>,
-    ) -> Option<Result<(), SendError>> {
+    fn act(&mut self, action: SupplierAction, inputs: &Inputs) -> Option<Result<(), SendError>> {
         match action {
             SupplierAction::Send(frame) => match (&self.link, &*self.found()) {
                 (Some(link), _) => drop(link.queue.send(Out::Frame(frame))),
@@ -239,18 +239,19 @@ impl Supplying {
     }
 
     /// Waits until the other end has read what was said last, and closes.
-    fn linger(&mut self, inputs: &Receiver<SourceInput>) {
+    fn linger(&mut self, inputs: &Inputs) {
         let until = Instant::now() + LINGER;
-        loop {
-            match inputs.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        // One that says more and more is not read for longer.
+        while let Some(rest) = until.checked_duration_since(Instant::now()) {
+            match inputs.recv_timeout(rest) {
                 Ok(SourceInput::Lost(_) | SourceInput::Garbage(_)) | Err(_) => return,
-                Ok(other) => self.kept.push_back(other),
+                Ok(input) => self.keep(input),
             }
         }
     }
 
     /// Closes the link; `gently`, after what was said last. What is heard of it afterwards is of no link any more.
-    fn close(&mut self, gently: bool, inputs: &Receiver<SourceInput>) {
+    fn close(&mut self, gently: bool, inputs: &Inputs) {
         if let Some(Again::Over(_, socket)) = &*self.found() {
             socket.shutdown(Shutdown::Write);
         }
@@ -263,12 +264,25 @@ impl Supplying {
         }
         stop.store(true, Ordering::SeqCst);
         [ways.main, ways.wanted].iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+        // Who reads it may wait for room.
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            inputs.recv_timeout(LOOK_FOR_END).into_iter().for_each(|input| self.keep(input));
+        }
         threads.into_iter().for_each(|thread| drop(thread.join()));
-        self.kept.extend(inputs.try_iter());
-        self.kept.retain(|input| {
-            !matches!(input, SourceInput::Frame(_) | SourceInput::Garbage(_) | SourceInput::Lost(_))
-        });
+        inputs.try_iter().for_each(|input| self.keep(input));
+        self.kept.retain(|input| !is_of_a_link(input));
     }
+
+    /// Keeps what is still to be heard when the link is closed.
+    fn keep(&mut self, input: SourceInput) {
+        if !is_of_a_link(&input) {
+            self.kept.push_back(input);
+        }
+    }
+}
+
+fn is_of_a_link(input: &SourceInput) -> bool {
+    matches!(input, SourceInput::Frame(_) | SourceInput::Garbage(_) | SourceInput::Lost(_))
 }
 
 impl Goods {
