@@ -86,7 +86,8 @@ fn a_tcp_receiver_opens_no_path_that_its_operator_has_not_named() {
     let send = |body: &Value| {
         let body = json!({ "destination_url": address, "check": body["check"] == json!(true) });
         // The receiver before may still be closing.
-        let comes = |answer: &Answer| !["refused", "reset"].iter().any(|word| answer.body.contains(word));
+        let ends = ["refused", "reset", "has closed the connection"];
+        let comes = |answer: &Answer| !ends.iter().any(|words| answer.body.contains(words));
         wait_until(
             LIMIT,
             || Some(first.api().put_json("vm.send-migration", &body)).filter(comes),
