@@ -379,6 +379,7 @@ mod tests {
         assert_eq!(came, [(0, 1, 0), (1, 1, 1), (3, 6, 3)]);
         assert!(matches!(answer, SourceInput::Done(_)) && owed.bytes() == 0, "{answer:?}");
     }
+
     #[test]
     fn what_waits_for_the_limit_of_bandwidth_is_there_for_who_asks() {
         let (map, owed, pace) = (map(), owing(), Pace::new(1));
