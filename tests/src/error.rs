@@ -85,8 +85,12 @@ pub enum Error {
         console: String,
     },
     /// The nested machine ended without an exit status of its command.
-    #[error("the L1 machine ended before its command did; end of its console:\n{console}")]
+    #[error("the L1 machine ended before its command did ({status}); end of its console:\n{console}")]
     L1Died {
+        /// It had begun its command.
+        ready: bool,
+        /// How its process ended.
+        status: String,
         /// The end of its console.
         console: String,
     },

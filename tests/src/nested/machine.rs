@@ -89,12 +89,13 @@ impl Machine {
         let mut alive = Alive::default();
         let mut ended: Option<Instant> = None;
         loop {
-            let running = self.qemu.is_running()?;
+            let end = self.qemu.end()?;
             self.output.iter_mut().for_each(Tail::pass_on);
             let status = self.status();
-            if !running || ended.is_some_and(|at| at.elapsed() > OFF_LIMIT) {
+            if end.is_some() || ended.is_some_and(|at| at.elapsed() > OFF_LIMIT) {
                 let console = self.console();
-                return status.ok_or(Error::L1Died { console });
+                let how = end.map_or_else(|| "still running".to_owned(), |end| end.to_string());
+                return status.ok_or(Error::L1Died { ready, status: how, console });
             }
             if ended.is_none() && status.is_some() {
                 ended = Some(Instant::now());
@@ -160,9 +161,12 @@ fn start_share(nested: &Nested, work: &Path, socket: &Path) -> Result<Process> {
     let mut share = Process::spawn(&mut command, "virtiofsd")?;
     let start = Instant::now();
     while !socket.exists() {
-        if !share.is_running()? || start.elapsed() > SHARE_LIMIT {
+        let end = share.end()?;
+        if end.is_some() || start.elapsed() > SHARE_LIMIT {
             let log = fs::read_to_string(work.join("qemu.log")).unwrap_or_default();
-            return Err(Error::L1Died { console: format!("virtiofsd: {}", tail(&log, CONSOLE_LINES)) });
+            let status = end.map_or_else(|| "no socket yet".to_owned(), |end| end.to_string());
+            let console = format!("virtiofsd: {}", tail(&log, CONSOLE_LINES));
+            return Err(Error::L1Died { ready: false, status, console });
         }
         thread::sleep(Duration::from_millis(10));
     }
@@ -197,8 +201,9 @@ impl Process {
         Ok(Self { child, name })
     }
 
-    fn is_running(&mut self) -> Result<bool> {
-        self.child.try_wait().map(|status| status.is_none()).map_err(Error::io("wait for", self.name))
+    /// How it ended, once it has.
+    fn end(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().map_err(Error::io("wait for", self.name))
     }
 }
 

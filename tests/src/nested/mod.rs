@@ -166,7 +166,8 @@ impl Nested {
 fn is_emulators_fault(error: &Error) -> bool {
     match error {
         Error::L1NotReady { .. } | Error::L1Stalled { .. } => true,
-        Error::L1Died { console } => console.contains("Kernel panic - not syncing"),
+        // A triple fault of its kernel leaves no word, only a machine that is off.
+        Error::L1Died { ready, console, .. } => *ready || console.contains("Kernel panic - not syncing"),
         _ => false,
     }
 }
@@ -289,9 +290,14 @@ mod tests {
 
     #[test]
     fn only_an_l1_that_crashed_by_itself_is_tried_again() {
-        let died = |console: &str| Error::L1Died { console: console.to_owned() };
-        assert!(is_emulators_fault(&died("[ 1.0] Kernel panic - not syncing: corrupted stack end")));
-        assert!(!is_emulators_fault(&died("VMM-L1: no command")));
+        let died = |ready, console: &str| Error::L1Died {
+            ready,
+            status: "exit status: 0".to_owned(),
+            console: console.to_owned(),
+        };
+        assert!(is_emulators_fault(&died(false, "[ 1.0] Kernel panic - not syncing: corrupted stack end")));
+        assert!(!is_emulators_fault(&died(false, "VMM-L1: no command")));
+        assert!(is_emulators_fault(&died(true, "VMM-L1: ready")));
         assert!(is_emulators_fault(&Error::L1NotReady { limit: Duration::ZERO, console: String::new() }));
         assert!(is_emulators_fault(&Error::L1Stalled { limit: Duration::ZERO, console: String::new() }));
         assert!(!is_emulators_fault(&Error::L1Timeout { limit: Duration::ZERO }));
