@@ -387,6 +387,13 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
+        // A guest that hangs shows in what its vCPUs wait for, and in whether they are at work at all.
+        if std::thread::panicking() && matches!(self.child.try_wait(), Ok(None)) {
+            let before = threads(self.child.id());
+            std::thread::sleep(Duration::from_secs(1));
+            let after = threads(self.child.id());
+            eprintln!("threads of the VMM:\n{before}and a second later:\n{after}");
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
@@ -394,6 +401,22 @@ impl Drop for Vmm {
             eprintln!("standard error of the VMM ends with:\n{}", self.stderr.tail());
         }
     }
+}
+
+/// What each thread of a process does: its name, the fields of its `stat` from its state to its time in system mode (in ticks), and
+/// for root where it is in the kernel. A line for each.
+fn threads(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let line = |task: fs::DirEntry| {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let (name, stat, stack) = (read("comm"), read("stat"), read("stack"));
+        // proc_pid_stat(5): fields 3 to 15, behind the name.
+        let fields: Vec<_> =
+            stat.rsplit(')').next().unwrap_or_default().split_whitespace().take(13).collect();
+        let at: Vec<_> = stack.lines().filter_map(|line| line.split(' ').nth(1)).take(6).collect();
+        format!("  {} [{}] {}\n", name.trim_end(), fields.join(" "), at.join(" < "))
+    };
+    tasks.map(line).collect()
 }
 
 /// Memory that the process `pid` (or `self`) has in RAM, in KiB.
