@@ -12,14 +12,14 @@ use vmm_tests::harness::places::{Link, Places};
 use crate::worker::Worker;
 use crate::{Bench, SYSTEM_LIMIT};
 
-/// How it moves, by turns.
+/// How it moves, by turns: each of them in a batch of a soak.
 const ROUTES: [Route; 6] = [
-    Route { link: Link::Tls, connections: 4, memory_mode: "Precopy" },
+    Route { link: Link::Unix, connections: 1, memory_mode: "Precopy" },
     Route { link: Link::Unix, connections: 1, memory_mode: "Postcopy" },
+    Route { link: Link::Tls, connections: 4, memory_mode: "Precopy" },
+    Route { link: Link::Tcp, connections: 4, memory_mode: "Postcopy" },
     Route { link: Link::Tcp, connections: 1, memory_mode: "Precopy" },
     Route { link: Link::Tls, connections: 1, memory_mode: "Postcopy" },
-    Route { link: Link::Unix, connections: 1, memory_mode: "Precopy" },
-    Route { link: Link::Tcp, connections: 4, memory_mode: "Postcopy" },
 ];
 
 /// A way from one VMM to another, in words of `vm.send-migration`.
@@ -32,7 +32,7 @@ struct Route {
 
 /// Migrations of one guest, 30 in a soak (`VMM_DEBIAN_MIGRATIONS=30`).
 fn migrations() -> usize {
-    std::env::var("VMM_DEBIAN_MIGRATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(2)
+    std::env::var("VMM_DEBIAN_MIGRATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
 }
 
 /// A guest under fio and stress-ng goes from process to process on one route after the other.
