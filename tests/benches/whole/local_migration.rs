@@ -12,7 +12,7 @@ use crate::process::Process;
 use crate::{Bench, Result, micros};
 
 const ROUNDS: usize = 20;
-const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 impl Bench {
     /// From the request to the answer of vm.send-migration with `local`: the new process makes the VM, restores it and runs the

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmm_api::client::Client;
@@ -13,7 +13,7 @@ use vmm_tests::tiny::Guest;
 use crate::figure::{Figure, Goal, median, percentile};
 use crate::http::{Connection, VM_INFO};
 use crate::latency::Pace;
-use crate::local_migration::wait_for;
+use crate::local_migration::{LIMIT, wait_for};
 use crate::process::Process;
 use crate::{Bench, MIB, Result, micros, snapshot};
 
@@ -25,33 +25,41 @@ const CHUNK: usize = 256 << 10;
 /// Of memory in use, in MiB: what both of two VMs have is not counted.
 const LITTLE: u64 = 4;
 const MUCH: u64 = 256;
+/// What the source does before it sends memory.
+const STEPS_BEFORE: [&str; 6] = ["Greeting", "Offering", "Starting", "Joining", "Sharing", "Logging"];
 
 /// A migration that has been.
 struct Moved {
     /// From the request to the answer of vm.send-migration.
     took: Duration,
+    /// Of which it sent memory.
+    sent_for: Duration,
     progress: MigrationProgressReply,
 }
 
 /// Two VMMs, of which the first has a VM.
 struct Pair {
     source: Client,
+    watch: Client,
     destination: Client,
     processes: [Process; 2],
     socket: PathBuf,
 }
 
 impl Bench {
-    /// Bytes per second of one connection, beside a plain copy of as many through a pair of sockets into memory that is there; what a
-    /// migration costs beside its memory is taken off, and that its pages have to be made is not. And how long a whole one takes.
+    /// Bytes per second of one connection, beside a plain copy of as many through a pair of sockets into memory that is there: into
+    /// memory that is there, too, and into memory whose pages have to be made meanwhile. What a migration costs beside its memory is
+    /// taken off. And how long a whole one takes.
     pub(crate) fn migration(&self) -> Result<Vec<Figure>> {
         let bytes = (MUCH - LITTLE) << 20;
         let (from, mut to) = (vec![1; bytes as usize], vec![2; bytes as usize]);
-        let mut times = [const { Vec::new() }; 4];
+        let mut times = [const { Vec::new() }; 6];
         // The first round warms caches.
         for round in 0..=ROUNDS {
             let round_times = [
                 plain_copy(&from, &mut to)?,
+                self.prefaulted(MUCH)?.send()?.sent_for,
+                self.prefaulted(LITTLE)?.send()?.sent_for,
                 self.restored(MUCH, false)?.send()?.took,
                 self.restored(LITTLE, false)?.send()?.took,
                 self.restored(MUCH, true)?.send()?.took,
@@ -60,14 +68,19 @@ impl Bench {
                 times.iter_mut().zip(round_times).for_each(|(times, time)| times.push(time.as_secs_f64()));
             }
         }
-        let [floor, mut much, mut little, mut whole] = times;
+        let [floor, mut much_there, mut little_there, mut much, mut little, mut whole] = times;
         let mib = bytes as f64 / MIB;
-        let ours = mib / (median(&mut much) - median(&mut little));
-        let floor = floor.into_iter().map(|time| mib / time).collect();
-        let memory = "migration: memory over one UNIX connection";
+        let floor = floor.into_iter().map(|time| mib / time).collect::<Vec<_>>();
+        let memory = |name, much: &mut [f64], little: &mut [f64], goal| {
+            let ours = mib / (median(much) - median(little));
+            Figure::beside(name, "MiB/s", (vec![ours], floor.clone()), goal)
+        };
+        let there = "migration: memory over one UNIX connection, prefault=on";
+        let made = "migration: memory over one UNIX connection";
         let name = "migration of a running guest, 512 MiB, 256 in use";
         Ok(vec![
-            Figure::beside(memory, "MiB/s", (vec![ours], floor), Goal::RatioAtLeast(0.8)),
+            memory(there, &mut much_there, &mut little_there, Goal::RatioAtLeast(0.8)),
+            memory(made, &mut much, &mut little, Goal::None),
             Figure::alone(name, "ms", median(&mut whole) * 1e3, Goal::AtMost(140.0)),
         ])
     }
@@ -117,8 +130,20 @@ impl Bench {
 
     /// A VM of a snapshot, `used` MiB of whose memory are in use and its own.
     fn restored(&self, used: u64, running: bool) -> Result<Pair> {
-        let url = self.snapshot_of(Guest::Halt, used)?;
-        let restore = format!("source_url=file://{},prefault=true,resume={running}", url.display());
+        self.restored_from(&self.snapshot_of(Guest::Halt, used)?, running)
+    }
+
+    /// A paused one, all of whose memory but for the first part is in use, and is there at both ends before any is sent.
+    fn prefaulted(&self, used: u64) -> Result<Pair> {
+        let size = snapshot::USED_FROM + (used << 20);
+        self.restored_from(
+            &self.snapshot_with(Guest::Halt, used, &format!("size={size},prefault=on"))?,
+            false,
+        )
+    }
+
+    fn restored_from(&self, snapshot: &Path, running: bool) -> Result<Pair> {
+        let restore = format!("source_url=file://{},prefault=true,resume={running}", snapshot.display());
         let mut pair = self.pair(&["--restore", &restore, "--serial", "null"])?;
         snapshot::wait_for_phase(&mut pair.source, if running { "Running" } else { "Paused" })?;
         Ok(pair)
@@ -135,9 +160,10 @@ impl Bench {
 
     fn pair(&self, vm: &[&str]) -> Result<Pair> {
         let (source, from) = self.serving("source.sock", vm)?;
+        let watch = Client::connect_within(&self.folder.join("source.sock"), LIMIT)?;
         let (destination, to) = self.serving("destination.sock", &[])?;
         let socket = self.folder.join("migration.sock");
-        Ok(Pair { source: from, destination: to, processes: [source, destination], socket })
+        Ok(Pair { source: from, watch, destination: to, processes: [source, destination], socket })
     }
 }
 
@@ -153,16 +179,32 @@ impl Pair {
         });
         wait_for(&self.socket)?;
         let body = format!(r#"{{"destination_url":"unix:{socket}","preserve_source":true}}"#);
+        let mut watch = self.watch;
+        let watching =
+            std::thread::spawn(move || sends_memory(&mut watch).map_err(|error| error.to_string()));
         let start = Instant::now();
         let answer = self.source.request(Method::Put, "vm.send-migration", body.as_bytes(), &[])?;
         let took = start.elapsed();
+        let began = watching.join().map_err(|_| "the watching client panicked")??;
         let received = receiving.join().map_err(|_| "the receiver's client panicked")??;
         if (answer.status, received) != (204, 204) {
             return Err(format!("migration: {received}: {answer:?}").into());
         }
         let progress = self.source.call::<vmm_api::commands::vm::MigrationProgress>(&())?;
         drop(processes);
-        Ok(Moved { took, progress })
+        Ok(Moved { took, sent_for: (start + took).saturating_duration_since(began), progress })
+    }
+}
+
+/// Waits until the source sends memory, or has done so.
+fn sends_memory(source: &mut Client) -> Result<Instant> {
+    loop {
+        let progress = source.call::<vmm_api::commands::vm::MigrationProgress>(&())?;
+        let now = Instant::now();
+        if progress.step.is_some_and(|step| !STEPS_BEFORE.contains(&step.as_str())) {
+            return Ok(now);
+        }
+        std::thread::sleep(Duration::from_micros(100));
     }
 }
 

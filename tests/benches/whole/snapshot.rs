@@ -22,7 +22,7 @@ const RESTORE_ROUNDS: usize = 100;
 const CREATE_ROUNDS: usize = 5;
 const LIVE_ROUNDS: usize = 9;
 /// Where memory that is in use begins, beyond what the guest itself has.
-const USED_FROM: u64 = 64 << 20;
+pub(crate) const USED_FROM: u64 = 64 << 20;
 
 impl Bench {
     /// From the start of the process with `--restore` to the guest's next byte on the serial port, with little and much of
@@ -124,14 +124,19 @@ impl Bench {
 
     /// A snapshot of a guest that has printed something, `used` MiB of whose memory are not zero.
     pub(crate) fn snapshot_of(&self, guest: Guest, used: u64) -> Result<PathBuf> {
-        let name = format!("{guest:?}-{used}");
+        self.snapshot_with(guest, used, &format!("size={MEMORY_MIB}M"))
+    }
+
+    /// The same with the memory of this option.
+    pub(crate) fn snapshot_with(&self, guest: Guest, used: u64, memory: &str) -> Result<PathBuf> {
+        let name = format!("{guest:?}-{used}-{}", memory.replace([',', '='], "-"));
         let path = self.folder.join(&name);
         if path.exists() {
             return Ok(path);
         }
         let (small, socket) = (self.folder.join(format!("small-{name}")), self.folder.join("make.sock"));
         let kernel = guest.write(&self.folder)?;
-        let (option, memory) = (format!("path={}", socket.display()), format!("size={MEMORY_MIB}M"));
+        let option = format!("path={}", socket.display());
         let kernel = kernel.display().to_string();
         let args = [
             "--api-socket",
@@ -139,7 +144,7 @@ impl Bench {
             "--kernel",
             &kernel,
             "--memory",
-            &memory,
+            memory,
             "--serial",
             "tty",
             "--console",

@@ -267,6 +267,7 @@ impl Driver {
     /// `on_zero` reads and writes connection 0.
     fn run(mut self, inputs: &Inputs, on_zero: [JoinHandle<()>; 2], gone: &AtomicBool) {
         let (mut over, mut last) = (None, Instant::now());
+        let mut sends_memory = false;
         while over.is_none() && !gone.load(Ordering::SeqCst) {
             while let Some(action) = self.machine.poll() {
                 if let Some(end) = self.act(action) {
@@ -280,7 +281,11 @@ impl Driver {
                     Err(RecvTimeoutError::Disconnected) => break,
                 };
                 self.take(input);
-                if last.elapsed() >= PERIOD {
+                // That memory begins is told at once, for what comes before may take long.
+                let sends = matches!(self.machine.state(), SourceState::Copying | SourceState::Finishing);
+                let begins = sends && !sends_memory;
+                if begins || last.elapsed() >= PERIOD {
+                    sends_memory |= begins;
                     last = Instant::now();
                     self.tell();
                 }
