@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, goes_on};
+use vmm_tests::harness::counting::{counting_guest, counting_with, goes_on};
 use vmm_tests::harness::migrating::{free_port, pending, progress, receive, receive_with, turn, until, url};
 use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
@@ -50,12 +50,8 @@ fn a_check_names_what_is_missing_and_changes_nothing_at_either_end() {
     let _turn = turn();
     let scratch = Scratch::new();
     let first = Vmm::with_api(&scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
-    first.api().create(&config);
-    first.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let image = json!({ "disks": [{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }] });
+    let serial = counting_with(&first, &scratch, &image);
     let second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
     let disks = json!({ "disks": [{ "id": "_disk0", "path": scratch.path("absent.raw") }] });

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde_json::json;
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, goes_on};
+use vmm_tests::harness::counting::{counting_guest, counting_with, goes_on};
 use vmm_tests::harness::migrating::{arrives_paused, moves, pending, receive, receive_at, to, turn};
 use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
@@ -134,13 +134,8 @@ fn disks_go_along_with_their_locks() {
     let _turn = turn();
     let scratch = Scratch::new();
     let mut first = Vmm::with_api(&scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let disk = scratch.disk("disk", 1 << 20);
-    let mut config = vm_config(&scratch.guest(Guest::Pages), serial.path());
-    config["disks"] = json!([{ "path": disk, "image_type": "Raw" }]);
-    first.api().create(&config);
-    first.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let disks = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
+    let serial = counting_with(&first, &scratch, &json!({ "disks": disks }));
     let mut second = Vmm::with_api(&scratch, [""; 0]);
     let other = SerialFile::new(scratch.path("other"));
 
@@ -153,7 +148,7 @@ fn disks_go_along_with_their_locks() {
     assert_eq!(received.answer().status, 500);
     let third = Vmm::with_api(&scratch, [""; 0]);
     let mut another = vm_config(&scratch.guest(Guest::Pages), &scratch.path("third"));
-    another["disks"] = config["disks"].clone();
+    another["disks"] = disks;
     third.api().create(&another);
     refused(&third.api().put("vm.boot"), 500, "locked");
 

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use vmm_api::client::Client;
 use vmm_api::events::StreamItem;
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, counts, goes_on};
+use vmm_tests::harness::counting::{counting_guest, counting_with, counts, goes_on};
 use vmm_tests::harness::saving::{from, to, url};
 use vmm_tests::harness::{
     Answer, Api, LIMIT, Pending, Scratch, SerialFile, Vmm, refused, resident_kib, vm_config, wait_until,
@@ -324,12 +324,8 @@ fn two_clones_run_at_once_with_disks_and_consoles_of_their_own() {
     let scratch = Scratch::new();
     let saved = scratch.path("saved");
     let vmm = Vmm::with_api(&scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Ticker), serial.path());
-    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
-    vmm.api().create(&config);
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let disks = json!({ "disks": [{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }] });
+    let serial = counting_with(&vmm, &scratch, &disks);
     vmm.api().puts(&["vm.pause"]);
     vmm.api().done("vm.snapshot", &to(&saved));
     let clone = |name: &str| {

@@ -6,21 +6,16 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
-use vmm_tests::harness::counting::{counting_guest, counting_in};
+use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with};
 use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
-use vmm_tests::harness::{Pending, Scratch, SerialFile, Vmm, refused, vm_config};
-use vmm_tests::tiny::Guest;
+use vmm_tests::harness::{Pending, Scratch, SerialFile, Vmm, refused};
 
 /// A guest with a disk, saved: the snapshot, and the disk that its restores are to have.
 fn saved(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let vmm = Vmm::with_api(scratch, [""; 0]);
-    let serial = SerialFile::new(scratch.path("serial"));
-    let mut config = vm_config(&scratch.guest(Guest::Ticker), serial.path());
-    config["disks"] = json!([{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }]);
-    vmm.api().create(&config);
-    vmm.api().puts(&["vm.boot"]);
-    serial.wait_for("00000003\n");
+    let disks = json!({ "disks": [{ "path": scratch.disk("disk", 1 << 20), "image_type": "Raw" }] });
+    let _serial = counting_with(&vmm, scratch, &disks);
     let saved = scratch.path("saved");
     vmm.api().done("vm.snapshot", &live(&saved));
     (saved, scratch.disk("other-disk", 1 << 20))
