@@ -1,16 +1,17 @@
-//! Snapshots and restores by a VMM whose user is not root: all of them work, with a userfaultfd or without. By the real binary, on any
-//! KVM.
+//! A VMM whose user is not root: all ways to save and restore work, with a userfaultfd or without, and what other users' processes may not
+//! do. By the real binary, on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use serde_json::{Value, json};
-use vmm_tests::harness::counting::{counting_with, counts};
+use vmm_tests::harness::counting::{counting_guest, counting_with, counts, goes_on};
+use vmm_tests::harness::migrating::{receive, to};
 use vmm_tests::harness::saving::{from, passes, url};
 use vmm_tests::harness::user::gets_userfaultfd;
-use vmm_tests::harness::{Scratch, SerialFile, Vmm};
+use vmm_tests::harness::{Scratch, SerialFile, Vmm, refused};
 
 /// What the guest is saved to, and how: each is of a moment after the one before.
 const SNAPSHOTS: [(&str, bool, bool); 4] = [
@@ -99,4 +100,35 @@ fn a_user_of_the_device_saves_and_restores_in_every_way() {
         );
     }
     saves_and_restores(true);
+}
+
+/// Its socket's file would let them.
+#[test]
+fn a_receiver_takes_a_vm_of_its_own_users_process_and_of_no_other() {
+    let scratch = Scratch::new();
+    let stranger = Vmm::as_user(&scratch, &[], false);
+    let theirs = counting_with(&stranger, &scratch, &json!({}));
+    let receiver = Vmm::with_api(&scratch, [""; 0]);
+    let arrived = SerialFile::new(scratch.path("arrived"));
+    let (mut received, path) = receive(&receiver, &scratch, &arrived);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+    let uid = |vmm: &Vmm| fs::metadata(format!("/proc/{}", vmm.pid())).unwrap().uid();
+    if uid(&stranger) == uid(&receiver) {
+        eprintln!("not tested by this user: another one is root's to become; its own is taken");
+        stranger.api().done("vm.send-migration", &to(&path));
+        assert_eq!(received.answer().status, 204);
+        return goes_on(&theirs, &arrived);
+    }
+    refused(&stranger.api().put_json("vm.send-migration", &to(&path)), 500, "migration");
+    let log = receiver.stderr.text();
+    assert!(log.contains("a process of another user has tried to connect"), "{log}");
+    theirs.wait_longer_than(theirs.text().len() + 40);
+    assert!(!received.is_answered());
+
+    let inside = Scratch::new();
+    let (mut ours, serial) = counting_guest(&inside);
+    ours.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
+    ours.expect_exit(0);
+    goes_on(&serial, &arrived);
 }

@@ -459,6 +459,7 @@ mod tests {
         assert!(Listener::bind(&address).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"a file");
     }
+
     #[test]
     fn a_receiver_that_takes_no_more_connections_is_not_waited_for_for_ever() {
         let folder = tempfile::tempdir().unwrap();
