@@ -1,17 +1,18 @@
 //! A VMM whose user is not root: all ways to save and restore work, with a userfaultfd or without, and what other users' processes may not
-//! do. By the real binary, on any KVM.
+//! do. And one whose host finds names in another way. By the real binary, on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::fs;
+use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use serde_json::{Value, json};
 use vmm_tests::harness::counting::{counting_guest, counting_with, counts, goes_on};
-use vmm_tests::harness::migrating::{receive, to};
+use vmm_tests::harness::migrating::{free_port, pending, receive, to};
 use vmm_tests::harness::saving::{from, passes, url};
 use vmm_tests::harness::user::gets_userfaultfd;
-use vmm_tests::harness::{Scratch, SerialFile, Vmm, refused};
+use vmm_tests::harness::{LIMIT, Scratch, SerialFile, Vmm, refused, wait_until};
 
 /// What the guest is saved to, and how: each is of a moment after the one before.
 const SNAPSHOTS: [(&str, bool, bool); 4] = [
@@ -131,4 +132,23 @@ fn a_receiver_takes_a_vm_of_its_own_users_process_and_of_no_other() {
     assert_eq!(received.answer().status, 204);
     ours.expect_exit(0);
     goes_on(&serial, &arrived);
+}
+
+/// Such a module's code is loaded, and may do anything.
+#[test]
+fn a_host_whose_name_services_are_modules_costs_names_and_nothing_else() {
+    let scratch = Scratch::new();
+    let Some(vmm) = Vmm::among_name_services(&scratch) else {
+        return eprintln!("not tested by this user: only root gives a process an nsswitch.conf of its own");
+    };
+    let body = |host: &str, port| json!({ "receiver_url": format!("tcp:{host}:{port}") });
+    for _ in 0..2 {
+        let answer = vmm.api().put_json("vm.receive-migration", &body("nowhere.invalid", 1));
+        refused(&answer, 500, "only files and dns are asked");
+    }
+    let port = free_port();
+    let mut received = pending(&vmm, "vm.receive-migration", &body("localhost", port));
+    wait_until(LIMIT, || TcpStream::connect(("127.0.0.1", port)).ok(), || "a name in /etc/hosts".to_owned());
+    vmm.api().puts(&["vm.cancel"]);
+    refused(&received.answer(), 409, "cancelled");
 }

@@ -1,4 +1,4 @@
-//! A VMM that is run by a user other than the superuser, whoever runs the tests.
+//! A VMM that is run by a user other than the superuser, whoever runs the tests, and one on a host that finds names in another way.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
@@ -28,7 +28,34 @@ mount --bind "$program" "$folder/vmm"
 exec setpriv --reuid="$uid" --regid="$uid" --clear-groups --inh-caps=-all -- "$folder/vmm" "$@"
 "#;
 
+/// In a mount namespace of its own, where `$1` is nsswitch.conf(5): the program that follows.
+const OTHER_NAMES: &str = r#"set -e; mount --bind "$1" /etc/nsswitch.conf; shift; exec "$@""#;
+
 impl Vmm {
+    /// Starts it on a host whose first service for hosts' names is a module, which no thread may load under its filter; `None` if only
+    /// root could do that.
+    ///
+    /// # Panics
+    /// When it cannot be started so.
+    #[must_use]
+    pub fn among_name_services(scratch: &Scratch) -> Option<Self> {
+        if fs::metadata("/proc/self").expect("a /proc").uid() != 0 {
+            return None;
+        }
+        let (modules, services) = (scratch.path("modules"), scratch.path("nsswitch.conf"));
+        fs::create_dir_all(&modules).expect("a folder");
+        // Whatever library: it does not come to be asked.
+        let maps = fs::read_to_string("/proc/self/maps").expect("its mappings");
+        let library =
+            maps.lines().find_map(|line| line.split_whitespace().nth(5).filter(|path| path.contains(".so")));
+        fs::copy(library.expect("a library"), modules.join("libnss_strange.so.2")).expect("a copy");
+        fs::write(&services, "hosts: strange files dns\n").expect("a file");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", OTHER_NAMES, "sh"]).arg(services).arg(binary());
+        command.env("LD_LIBRARY_PATH", modules);
+        Some(Self::serving(scratch, command))
+    }
+
     /// Starts it with an API socket in `scratch` as a user who is not root, in no group of note, and without capabilities; returns
     /// when the API answers. If `given`, that user may use `/dev/userfaultfd`. `scratch` is that user's from then on.
     ///

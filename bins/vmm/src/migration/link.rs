@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -20,6 +21,7 @@ use vmm_migration_protocol::{Decoder, Frame, Item};
 
 use super::tls::{Client, Server, TlsError, TlsStream};
 use super::{descriptors, vectors};
+use crate::sandbox::among_strangers;
 
 /// Bytes read from a socket at a time, but for the contents of memory.
 const BUFFER: usize = 64 << 10;
@@ -192,10 +194,28 @@ impl Write for &Socket {
     }
 }
 
+/// What `HOST:PORT` stands for. The C library asks the name services of this host (nsswitch.conf(5)): those that are not its own are
+/// modules, which no filter lets it load.
+fn addresses(name: &str) -> io::Result<Vec<SocketAddr>> {
+    /// It tries to load a module once only.
+    static REFUSED: AtomicBool = AtomicBool::new(false);
+    let (found, refused) = among_strangers(|| name.to_socket_addrs());
+    let refused = REFUSED.fetch_or(refused, Ordering::Relaxed) || refused;
+    let found = found.map_err(|error| match refused {
+        true => io::Error::new(error.kind(), format!("{error} ({LITTLE_IS_ASKED})")),
+        false => error,
+    });
+    Ok(found?.collect())
+}
+
+/// Added to the failure of a lookup, where it may be the reason.
+const LITTLE_IS_ASKED: &str =
+    "of the name services in nsswitch.conf only files and dns are asked; an IP address needs none";
+
 /// Each of the host's addresses is tried, for a while.
 fn connect_tcp(address: &str) -> io::Result<TcpStream> {
     let mut last = io::Error::from(ErrorKind::AddrNotAvailable);
-    for address in address.to_socket_addrs()? {
+    for address in addresses(address)? {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         match connect_within(family, &address, ANSWER) {
             Err(error) => last = error,
@@ -248,7 +268,7 @@ impl Listener {
                 let owner = fs::symlink_metadata(path)?.uid();
                 Ok(Self::Unix(listener, path.clone(), owner))
             }
-            MigrationAddress::Tcp(address) => TcpListener::bind(address).map(Self::Tcp),
+            MigrationAddress::Tcp(address) => TcpListener::bind(&*addresses(address)?).map(Self::Tcp),
         }
     }
 

@@ -17,7 +17,7 @@ use vmm_device_model::thread::{ThreadHook, ThreadKind, Unconfined};
 use landlock::LandlockError;
 use paths::Beginning;
 pub(crate) use violation::last_words;
-pub use violation::report_violations;
+pub use violation::{among_strangers, report_violations};
 
 /// The thread that owns the VM.
 pub const CONTROL_THREAD: ThreadKind = ThreadKind("vmm");

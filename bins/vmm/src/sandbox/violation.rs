@@ -1,7 +1,9 @@
 //! What happens when a thread makes a system call that its filter does not allow: SIGSYS, whose handler says which call
-//! and which thread, gives the terminal back, and ends the process with a status of its own.
+//! and which thread, gives the terminal back, and ends the process with a status of its own. Within [`among_strangers`] the call
+//! fails instead.
 #![expect(unsafe_code, reason = "signal handlers and what they may call are C's")]
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::fmt::{self, Write};
 use std::os::fd::RawFd;
@@ -20,6 +22,26 @@ const SYS_SECCOMP: i32 = 1;
 /// Where the handler writes to: a handler has no other way to know.
 static PLACE: OnceLock<LogPlace> = OnceLock::new();
 
+thread_local! {
+    /// Whether a call that is not allowed fails on this thread, and does no more, and whether one has.
+    static LENIENCE: Cell<Lenience> = const { Cell::new(Lenience::None) };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lenience {
+    None,
+    Unused,
+    Used,
+}
+
+/// Does `work`, which runs code of the host's that nobody here knows, and says whether a system call was refused meanwhile: one that
+/// the thread's filter does not allow fails with EPERM, and does not end the process.
+pub fn among_strangers<R>(work: impl FnOnce() -> R) -> (R, bool) {
+    let before = LENIENCE.replace(Lenience::Unused);
+    let result = work();
+    (result, LENIENCE.replace(before) == Lenience::Used)
+}
+
 /// From now on a system call that a filter does not allow is told in the log at `place`, and ends the process.
 ///
 /// # Errors
@@ -31,7 +53,7 @@ pub fn report_violations(place: LogPlace) -> std::io::Result<()> {
 
 /// Only what is async-signal-safe is called here (signal-safety(7)), and only what each filter allows: a call that
 /// is not allowed would be the end, without a word.
-extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a whole `siginfo_t`, which is 128 bytes and aligned for integers.
     let info: &[i32; 32] = unsafe { &*info.cast() };
     // `si_code` and `si_syscall` (asm-generic/siginfo.h, 64 bits).
@@ -42,6 +64,17 @@ extern "C" fn on_sigsys(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
         unsafe { libc::signal(signal, libc::SIG_DFL) };
         // SAFETY: takes a number.
         unsafe { libc::raise(signal) };
+        return;
+    }
+    if LENIENCE.get() != Lenience::None {
+        LENIENCE.set(Lenience::Used);
+        // SAFETY: the kernel passes the thread's registers, which it takes back when this handler returns; nobody else has them.
+        let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+        if let Some(result) =
+            usize::try_from(libc::REG_RAX).ok().and_then(|at| context.uc_mcontext.gregs.get_mut(at))
+        {
+            *result = -i64::from(libc::EPERM);
+        }
         return;
     }
     restore_terminal_in_handler();

@@ -11,6 +11,7 @@ use crate::child::{Deed, run};
 pub(crate) const ALL: &[Case] = &[
     ("a_forbidden_call_is_named_and_ends_the_process", a_forbidden_call_is_named_and_ends_the_process),
     ("arguments_are_looked_at", arguments_are_looked_at),
+    ("what_strangers_may_not_do_fails_and_ends_nothing", what_strangers_may_not_do_fails_and_ends_nothing),
     ("log_mode_lets_calls_pass", log_mode_lets_calls_pass),
     ("errno_mode_refuses_calls", errno_mode_refuses_calls),
     ("without_filters_calls_pass", without_filters_calls_pass),
@@ -47,6 +48,20 @@ fn arguments_are_looked_at() {
     for kind in kinds() {
         assert_caught(kind, "mmap (9)", &run("true", kind, Deed::MapCode));
         assert_caught(kind, "ioctl (16)", &run("true", kind, Deed::Ioctl));
+    }
+}
+
+fn what_strangers_may_not_do_fails_and_ends_nothing() {
+    let refused = format!("came back: Some({})\nrefused: true\n", libc::EPERM);
+    for kind in kinds() {
+        let output = run("true", kind, Deed::Stranger);
+        assert_eq!(output.status.code(), Some(12), "{kind}: {output:?}");
+        let rest = text(&output);
+        let rest = rest.strip_prefix(&refused.repeat(3)).unwrap_or_else(|| panic!("{kind}: {rest}"));
+        let (allowed, rest) = rest.split_once('\n').unwrap();
+        assert!(allowed.starts_with("alive after"), "{kind}: {allowed}");
+        let rest = rest.strip_prefix("refused: false\n").unwrap_or_else(|| panic!("{kind}: {rest}"));
+        assert!(rest.contains("forbidden system call getppid (110)"), "{kind}: {rest}");
     }
 }
 

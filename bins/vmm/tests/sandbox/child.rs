@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vmm::cli::SeccompMode;
 use vmm::logger::LogPlace;
+use vmm::sandbox::among_strangers;
 use vmm::sandbox::filters::{self, Filter};
 use vmm_device_model::thread::{ThreadKind, spawn};
 
@@ -22,6 +23,8 @@ pub(crate) enum Deed {
     MapCode,
     /// An ioctl(2) that no filter allows.
     Ioctl,
+    /// Three of these and what is allowed, by code that nobody here knows; then the first one as itself.
+    Stranger,
     /// Panics, and aborts as release builds do.
     Panic,
     /// Allocates, logs, looks at the time, and ends.
@@ -29,10 +32,11 @@ pub(crate) enum Deed {
 }
 
 impl Deed {
-    const ALL: [(&str, Self); 5] = [
+    const ALL: [(&str, Self); 6] = [
         ("getppid", Self::GetPpid),
         ("map-code", Self::MapCode),
         ("ioctl", Self::Ioctl),
+        ("stranger", Self::Stranger),
         ("panic", Self::Panic),
         ("live", Self::Live),
     ];
@@ -52,6 +56,13 @@ impl Deed {
             }),
             // SAFETY: TIOCSTI takes the byte that it is given.
             Self::Ioctl => report(unsafe { libc::syscall(libc::SYS_ioctl, 0, libc::TIOCSTI, c"x".as_ptr()) }),
+            Self::Stranger => {
+                for deed in [Self::GetPpid, Self::MapCode, Self::Ioctl, Self::Live] {
+                    let ((), refused) = among_strangers(|| deed.done());
+                    eprintln!("refused: {refused}");
+                }
+                Self::GetPpid.done();
+            }
             Self::Panic => {
                 let _ = std::panic::catch_unwind(|| panic!("told to panic"));
                 std::process::abort();
