@@ -160,7 +160,7 @@ impl Bench {
 
     fn pair(&self, vm: &[&str]) -> Result<Pair> {
         let (source, from) = self.serving("source.sock", vm)?;
-        let watch = Client::connect_within(&self.folder.join("source.sock"), LIMIT)?;
+        let watch = Client::connect_within(self.folder.join("source.sock"), LIMIT)?;
         let (destination, to) = self.serving("destination.sock", &[])?;
         let socket = self.folder.join("migration.sock");
         Ok(Pair { source: from, watch, destination: to, processes: [source, destination], socket })
