@@ -90,6 +90,10 @@ impl MemoryMap {
             if source.is_overlay(region) {
                 return Err(unlike("is a private mapping of a file"));
             }
+            // A page that is merged is not protected any more, and looks as if it had never been there.
+            if self.zones().iter().any(|zone| zone.mergeable && zone.id == place.zone) {
+                return Err(unlike("may be merged with equal memory (mergeable)"));
+            }
             // A writer reads a chunk at once, and a page is frozen as a whole.
             if userfault.unit(region) > CHUNK {
                 return Err(unlike("is in huge pages of more than 2 MiB"));
@@ -279,7 +283,9 @@ impl MemorySource for Frozen {
         let unit = self.userfault.unit(region);
         // Page tables tell of a huge page in parts.
         let found = found.map(|found| widened(&found, unit)).map(|found| found.start.max(offset)..found.end);
-        let state = self.lock();
+        let mut state = self.lock();
+        // What was thawed meanwhile is not protected, and was not found.
+        state.check()?;
         let ahead = state.ahead.range((region, offset / unit * unit)..(region + 1, 0)).next();
         let ahead = ahead.map(|((_, at), _)| (*at).max(offset)..at + unit);
         Ok(match (found, ahead) {

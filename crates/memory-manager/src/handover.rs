@@ -21,7 +21,7 @@ use vm_memory::GuestMemoryBackend;
 use vmm_device_model::dma::GuestRam;
 
 use crate::layout::Layout;
-use crate::map::{HostMemory, MemoryMap};
+use crate::map::{HostMemory, MemoryMap, Zone};
 use crate::zone::{Backing, ZoneConfig, ZoneError, ZoneOptions};
 
 /// File systems of memory files (statfs(2)).
@@ -90,7 +90,7 @@ impl MemoryMap {
             }
         }
         let private = zones.iter().zip(&files).filter(|(_, file)| file.is_none());
-        let private: Vec<_> = private.map(|(zone, _)| zone.clone()).collect();
+        let private: Vec<_> = private.map(|(zone, _)| zone.id.clone()).collect();
         if !private.is_empty() {
             return Err(HandoverError::Private { zones: private });
         }
@@ -143,7 +143,7 @@ impl HostMemory {
             }
         }
         let memory = Arc::new(GuestRam::from_regions(regions).map_err(ZoneError::from)?);
-        Ok(Self::of(layout, zones.iter().map(|zone| zone.id.clone()).collect(), memory))
+        Ok(Self::of(layout, zones.iter().map(Zone::from).collect(), memory))
     }
 
     /// Where memory of `zones` lies before there is any: the zone, the guest physical address and the bytes of each region.

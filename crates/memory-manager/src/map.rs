@@ -19,7 +19,7 @@ use crate::zone::{Backing, ZoneConfig, ZoneError, check_host};
 pub struct MemoryMap {
     vm: Arc<dyn Vm>,
     layout: Layout,
-    zones: Vec<String>,
+    zones: Vec<Zone>,
     slots: Vec<MemorySlot>,
     memory: Arc<GuestRam>,
     dma: DmaMemory,
@@ -35,8 +35,22 @@ pub struct MemoryMap {
 #[derive(Debug)]
 pub struct HostMemory {
     layout: Layout,
-    zones: Vec<String>,
+    zones: Vec<Zone>,
     memory: Arc<GuestRam>,
+}
+
+/// What is kept of a zone's configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct Zone {
+    pub(crate) id: String,
+    /// The kernel may replace a page by one that is equal, behind this process's back.
+    pub(crate) mergeable: bool,
+}
+
+impl From<&ZoneConfig> for Zone {
+    fn from(config: &ZoneConfig) -> Self {
+        Self { id: config.id.clone(), mergeable: config.options.mergeable }
+    }
 }
 
 impl HostMemory {
@@ -56,10 +70,10 @@ impl HostMemory {
             }
         }
         let memory = Arc::new(GuestRam::from_regions(regions)?);
-        Ok(Self::of(layout, zones.iter().map(|zone| zone.id.clone()).collect(), memory))
+        Ok(Self::of(layout, zones.iter().map(Zone::from).collect(), memory))
     }
 
-    pub(crate) fn of(layout: Layout, zones: Vec<String>, memory: Arc<GuestRam>) -> Self {
+    pub(crate) fn of(layout: Layout, zones: Vec<Zone>, memory: Arc<GuestRam>) -> Self {
         Self { layout, zones, memory }
     }
 
@@ -70,7 +84,7 @@ impl HostMemory {
 
     /// Where it lies: the zone, the guest physical address and the bytes of each region.
     pub fn regions(&self) -> impl Iterator<Item = (&str, u64, u64)> {
-        let zone = |number: usize| self.zones.get(number).map_or("", String::as_str);
+        let zone = |number: usize| self.zones.get(number).map_or("", |zone| &zone.id);
         self.layout.ram.iter().map(move |piece| (zone(piece.zone), piece.range.start, piece.range.size))
     }
 
@@ -108,7 +122,7 @@ impl MemoryMap {
     pub(crate) fn assemble(
         vm: Arc<dyn Vm>,
         layout: Layout,
-        zones: Vec<String>,
+        zones: Vec<Zone>,
         memory: Arc<GuestRam>,
         files: Vec<Option<PathBuf>>,
     ) -> Result<Self, ZoneError> {
@@ -221,7 +235,7 @@ impl MemoryMap {
     }
 
     /// Ids of the zones.
-    pub(crate) fn zones(&self) -> &[String] {
+    pub(crate) fn zones(&self) -> &[Zone] {
         &self.zones
     }
 
@@ -253,7 +267,7 @@ impl MemoryMap {
     /// Where the RAM lies, as a record.
     pub fn save(&self) -> MemoryLayoutV1 {
         let piece = |p: &crate::layout::Placement| {
-            Some(PieceV1 { zone: self.zones.get(p.zone)?.clone(), offset: p.offset, range: p.range })
+            Some(PieceV1 { zone: self.zones.get(p.zone)?.id.clone(), offset: p.offset, range: p.range })
         };
         MemoryLayoutV1 { ram: self.layout.ram.iter().filter_map(piece).collect(), mmio64: self.layout.mmio64 }
     }

@@ -25,6 +25,9 @@ const PROTECTED: u64 = 1 << 57;
 pub(crate) enum Own {
     /// All.
     All,
+    /// All, in a private mapping of a file: the zero page, which is nobody's elsewhere, is there for what was written (KSM puts it
+    /// there, see `use_zero_pages`).
+    OverFile,
     /// Those that a userfaultfd protects from writes.
     Protected,
 }
@@ -33,14 +36,13 @@ pub(crate) enum Own {
 #[derive(Debug)]
 pub(crate) struct Pagemap {
     file: File,
-    which: Own,
     /// The kernel has the ioctl that scans (Linux 6.7).
     scans: AtomicBool,
 }
 
 impl Pagemap {
-    pub(crate) fn open(which: Own) -> io::Result<Self> {
-        Ok(Self { file: File::open("/proc/self/pagemap")?, which, scans: AtomicBool::new(true) })
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self { file: File::open("/proc/self/pagemap")?, scans: AtomicBool::new(true) })
     }
 
     /// Runs of pages in `range` (host addresses, whole pages) that belong to this process alone, in memory or
@@ -49,12 +51,17 @@ impl Pagemap {
     /// mapped.
     ///
     /// More pages than that may be in it, never fewer.
-    pub(crate) fn runs(&self, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+    pub(crate) fn runs(
+        &self,
+        range: Range<u64>,
+        most: u64,
+        which: Own,
+    ) -> io::Result<(Vec<Range<u64>>, u64)> {
         if range.is_empty() {
             return Ok((Vec::new(), range.end));
         }
         if self.scans.load(Ordering::Relaxed) {
-            match sys::scan_pages(&self.file, range.clone(), most, self.which) {
+            match sys::scan_pages(&self.file, range.clone(), most, which) {
                 // An older kernel knows no ioctl here.
                 Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
                     self.scans.store(false, Ordering::Relaxed);
@@ -62,11 +69,11 @@ impl Pagemap {
                 found => return found,
             }
         }
-        self.read(range, most)
+        self.read(range, most, which)
     }
 
     /// As [`runs`](Self::runs), from the entries themselves.
-    fn read(&self, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+    fn read(&self, range: Range<u64>, most: u64, which: Own) -> io::Result<(Vec<Range<u64>>, u64)> {
         let (mut bytes, mut runs, mut left) = (Vec::new(), Vec::<Range<u64>>::new(), most);
         let mut at = range.start;
         // Who walks from run to run looks at what is behind the last one again; the first slice is thus small.
@@ -79,7 +86,7 @@ impl Pagemap {
             for entry in bytes.as_chunks::<8>().0 {
                 let page = at..at + PAGE_SIZE;
                 at = page.end;
-                if !own(u64::from_ne_bytes(*entry), self.which) {
+                if !own(u64::from_ne_bytes(*entry), which) {
                     continue;
                 }
                 match runs.last_mut() {
@@ -97,7 +104,7 @@ impl Pagemap {
 }
 
 fn own(entry: u64, which: Own) -> bool {
-    let meant = which == Own::All || entry & PROTECTED != 0;
+    let meant = which != Own::Protected || entry & PROTECTED != 0;
     entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 && meant
 }
 
@@ -122,7 +129,7 @@ mod tests {
     fn walk(pagemap: &Pagemap, host: u64, most: u64) -> (Vec<Range<u64>>, u64) {
         let (mut at, mut found, mut pages) = (host, Vec::<Range<u64>>::new(), 0);
         while at < host + PAGES * PAGE_SIZE {
-            let (runs, end) = pagemap.runs(at..host + PAGES * PAGE_SIZE, most).unwrap();
+            let (runs, end) = pagemap.runs(at..host + PAGES * PAGE_SIZE, most, Own::All).unwrap();
             assert!(end > at && runs.iter().all(|run| at <= run.start && run.end <= end), "{at:#x} {end:#x}");
             at = end;
             pages = pages.max(runs.iter().map(|run| (run.end - run.start) / PAGE_SIZE).sum());
@@ -139,8 +146,8 @@ mod tests {
     #[test]
     fn scanned_and_read_page_tables_say_the_same() {
         let (memory, host) = memory();
-        let scanned = Pagemap::open(Own::All).unwrap();
-        let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open(Own::All).unwrap() };
+        let scanned = Pagemap::open().unwrap();
+        let read = Pagemap { scans: AtomicBool::new(false), ..Pagemap::open().unwrap() };
         for pagemap in [&scanned, &read] {
             assert_eq!(walk(pagemap, host, 512), (vec![], 0));
         }

@@ -12,7 +12,7 @@ use vmm_snapshot::directory::{Chain, MAX_REGIONS, Piece, Place, ReadError, Work}
 
 use crate::fill::{Behind, FillError, FillThreads, Filling};
 use crate::layout::{HIGH_RAM_START, HOLE_START, Layout, PAGE_SIZE, Placement};
-use crate::map::{MemoryLayoutV1, MemoryMap, PieceV1};
+use crate::map::{MemoryLayoutV1, MemoryMap, PieceV1, Zone};
 use crate::sys::{self, Advice};
 use crate::zone::{Backing, Region, ZoneConfig, ZoneError, check_host};
 
@@ -106,7 +106,7 @@ impl MemoryMap {
         }
         fill(&memory, &files, &now, saved.chain, work)?;
         let threads = filling.zip(behind).map(|(filling, behind)| FillThreads::start(filling, behind));
-        let zones = zones.into_iter().map(|zone| zone.id).collect();
+        let zones = zones.iter().map(Zone::from).collect();
         let mut map = Self::assemble(vm, layout, zones, memory, files)?;
         if let Some(threads) = threads {
             map.filled_by(threads?);

@@ -36,6 +36,8 @@ const GAP: u64 = 16 * PAGE_SIZE;
 pub struct GuestMemorySource {
     memory: Arc<GuestRam>,
     pagemap: Pagemap,
+    /// The pages of private memory that are there.
+    which: Own,
     regions: Vec<Region>,
 }
 
@@ -66,7 +68,7 @@ impl MemoryMap {
             let what = "it is still being read from the snapshot that it was restored from";
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
         }
-        let pagemap = Pagemap::open(which)?;
+        let pagemap = Pagemap::open()?;
         let regions = self.places().into_iter().zip(self.memory().iter()).map(|(place, region)| {
             let mapping = region.get_mmap();
             Region {
@@ -78,7 +80,12 @@ impl MemoryMap {
                 sealed: OnceLock::new(),
             }
         });
-        Ok(GuestMemorySource { memory: Arc::clone(self.memory()), pagemap, regions: regions.collect() })
+        Ok(GuestMemorySource {
+            memory: Arc::clone(self.memory()),
+            pagemap,
+            which,
+            regions: regions.collect(),
+        })
     }
 
     /// What may have changed since all of the RAM was restored as mappings of a snapshot's files, for the page
@@ -146,10 +153,14 @@ impl GuestMemorySource {
 
     /// The pages in `range` that are this process's own, and where they end to be told.
     fn own(&self, region: usize, range: Range<u64>, most: u64) -> io::Result<(Vec<Range<u64>>, u64)> {
+        let which = match self.which {
+            Own::All if self.is_overlay(region) => Own::OverFile,
+            which => which,
+        };
         let region = self.region(region)?;
         let host = |offset: u64| region.host + offset.min(region.place.size);
         let pages = range.start / PAGE_SIZE * PAGE_SIZE..range.end.next_multiple_of(PAGE_SIZE);
-        let (runs, end) = self.pagemap.runs(host(pages.start)..host(pages.end), most)?;
+        let (runs, end) = self.pagemap.runs(host(pages.start)..host(pages.end), most, which)?;
         let offset = |host: u64| (host - region.host).clamp(range.start, range.end);
         let runs = runs.into_iter().map(|run| offset(run.start)..offset(run.end));
         Ok((runs.collect(), offset(end)))

@@ -119,7 +119,7 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 
 /// The first runs of pages in `range` (addresses of this process) that are its own: in memory or swapped out, no
-/// file's, not the zero page; at most `most` pages. And where it stopped to look, or the end of the range.
+/// file's, and, but [over files](Own::OverFile), not the zero page; at most `most` pages. And where it stopped to look, or the end of the range.
 ///
 /// `pagemap` is /proc/self/pagemap.
 pub(crate) fn scan_pages(
@@ -128,10 +128,12 @@ pub(crate) fn scan_pages(
     most: u64,
     which: Own,
 ) -> io::Result<(Vec<Range<u64>>, u64)> {
-    let protected = match which {
-        Own::All => 0,
+    let without = match which {
+        Own::All => PAGE_IS_FILE | PAGE_IS_PFNZERO,
+        // Over a file's page the zero page is there for what was written.
+        Own::OverFile => PAGE_IS_FILE,
         // What is protected counts as not written since.
-        Own::Protected => PAGE_IS_WRITTEN,
+        Own::Protected => PAGE_IS_FILE | PAGE_IS_PFNZERO | PAGE_IS_WRITTEN,
     };
     let mut found = [PageRegion::default(); MOST_RUNS];
     let mut arg = ScanArg {
@@ -141,8 +143,8 @@ pub(crate) fn scan_pages(
         vec: found.as_mut_ptr() as u64,
         vec_len: found.len() as u64,
         max_pages: most,
-        category_inverted: PAGE_IS_FILE | PAGE_IS_PFNZERO | protected,
-        category_mask: PAGE_IS_FILE | PAGE_IS_PFNZERO | protected,
+        category_inverted: without,
+        category_mask: without,
         category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         // Any one: runs are split where it differs, and this one does not.
         return_mask: PAGE_IS_FILE,

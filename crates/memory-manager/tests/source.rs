@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_hypervisor::fake::Fake;
 use vmm_memory_manager::restore::Fill;
 use vmm_memory_manager::source::GuestMemorySource;
+use vmm_memory_manager::userfault::{Features, Mode, Userfault};
 use vmm_memory_manager::zone::{ZoneConfig, ZoneOptions};
 use vmm_snapshot::directory::MemorySource;
 
@@ -67,6 +68,25 @@ fn a_zones_file_is_data_where_it_was_not_written_over() {
     assert!(found[(5 << 20) + 4096..(5 << 20) + 8192].iter().all(|byte| *byte == 0x22));
     assert!(found == content(&map));
     assert!(std::fs::read(file).unwrap() == before, "private");
+}
+
+/// KSM puts it there (use_zero_pages) for a page that the guest has cleared; so can a userfaultfd, in a file of tmpfs.
+#[test]
+fn the_zero_page_over_a_files_page_is_what_was_written() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = dir.path().join("ram");
+    std::fs::write(&file, vec![0x11; usize::try_from(SIZE).unwrap()]).unwrap();
+    let map = create(&[ZoneConfig { file: Some(file), ..zone(SIZE) }]);
+    let Ok(userfault) = Userfault::new(map.memory().clone(), Features::NONE) else {
+        return eprintln!("not on this host: it gives this user no userfaultfd");
+    };
+    userfault.register(0, Mode::Missing).unwrap();
+    userfault.zero(0, MIB..MIB + 4096).unwrap();
+    drop(userfault);
+    let found = data(&map.source().unwrap());
+    let cleared = usize::try_from(MIB).unwrap();
+    assert!(found[cleared..cleared + 4096].iter().all(|byte| *byte == 0));
+    assert!(found == content(&map));
 }
 
 #[test]

@@ -208,6 +208,11 @@ fn what_cannot_be_frozen_is_told_by_name() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let map = memory(ZoneConfig { file: Some(file.path().to_owned()), ..zone(false) });
     assert_eq!(map.freezer().unwrap_err().to_string(), "memory zone \"mem0\" is a private mapping of a file");
+    let options = ZoneOptions { mergeable: true, ..ZoneOptions::default() };
+    assert_eq!(
+        memory(ZoneConfig { options, ..zone(false) }).freezer().unwrap_err().to_string(),
+        "memory zone \"mem0\" may be merged with equal memory (mergeable)"
+    );
     let larger = ZoneConfig { huge_page: Some(1 << 30), size: 1 << 30, ..zone(true) };
     let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
     match MemoryMap::create(vm, &[larger], 40) {
