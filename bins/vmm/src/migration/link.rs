@@ -20,7 +20,7 @@ use vmm_memory_manager::straight::GuestSlice;
 use vmm_migration_protocol::{Decoder, Frame, Item};
 
 use super::tls::{Client, Server, TlsError, TlsStream};
-use super::{descriptors, vectors};
+use super::{LOOK, descriptors, vectors};
 use crate::sandbox::among_strangers;
 
 /// Bytes read from a socket at a time, but for the contents of memory.
@@ -303,10 +303,10 @@ impl Listener {
     }
 }
 
-/// Whether `path` is a socket that nobody listens at.
+/// Whether `path` is a socket that nobody listens at. Who has no room for a connection just now does.
 fn is_left_behind(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
-        && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        && connect_unix(path, LOOK).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
 /// Why there are no more frames.
@@ -492,5 +492,8 @@ mod tests {
         let time = Duration::from_millis(20);
         let _queued = connect_unix(&path, time).unwrap();
         assert_eq!(connect_unix(&path, time).unwrap_err().kind(), ErrorKind::TimedOut);
+        // Nor by one that would listen there, too.
+        let taken = Listener::bind(&MigrationAddress::Unix(path)).unwrap_err();
+        assert_eq!(taken.kind(), ErrorKind::AddrInUse);
     }
 }
