@@ -1,15 +1,17 @@
-//! Snapshots and restores whose files do not answer, as those of a server that is gone: nobody waits for them. By the real binary,
-//! on any KVM.
+//! Snapshots, restores and receivers whose files or sockets do not answer, as those of a server that is gone: nobody waits for
+//! them. By the real binary, on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with};
+use vmm_tests::harness::migrating::{free_port, pending, receive};
 use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
-use vmm_tests::harness::{Pending, Scratch, SerialFile, Vmm, refused};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
 
 /// A guest with a disk, saved: the snapshot, and the disk that its restores are to have.
 fn saved(scratch: &Scratch) -> (PathBuf, PathBuf) {
@@ -127,5 +129,38 @@ fn the_end_of_the_vmm_does_not_wait_for_a_snapshot_whose_parent_does_not_answer(
         refused(&snapshot.answer(), 409, "cancelled");
         vmm.expect_exit(0);
         assert!(!child.join("manifest.json").exists(), "none");
+    }
+}
+
+/// A receiver's request that does not come to its address.
+fn receiver_that_waits(scratch: &Scratch) -> Value {
+    let tls_dir = scratch.path("tls");
+    std::fs::create_dir(&tls_dir).unwrap();
+    // Nobody writes to it: who opens it waits.
+    assert!(Command::new("mkfifo").arg(tls_dir.join("server-cert.pem")).status().unwrap().success());
+    json!({ "receiver_url": format!("tcp:127.0.0.1:{}", free_port()), "tls_dir": tls_dir })
+}
+
+#[test]
+fn a_receiver_ends_by_request_though_its_certificates_do_not_answer() {
+    let scratch = Scratch::new();
+    let body = receiver_that_waits(&scratch);
+    for end in ["vm.cancel", "vmm.shutdown"] {
+        let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+        let mut receiver = pending(&vmm, "vm.receive-migration", &body);
+        let api = &mut vmm.api();
+        wait_until(LIMIT, || (api.phase() == Phase::Receiving).then_some(()), || "a receiver".to_owned());
+        api.puts(&[end]);
+        refused(&receiver.answer(), 409, if end == "vm.cancel" { "cancelled" } else { "the VMM ends" });
+        if end == "vm.cancel" {
+            assert_eq!(api.phase(), Phase::Empty);
+            // The next has nothing of it.
+            let serial = SerialFile::new(scratch.path("next"));
+            let (mut next, _) = receive(&vmm, &scratch, &serial);
+            api.puts(&["vm.cancel"]);
+            refused(&next.answer(), 409, "cancelled");
+            api.puts(&["vmm.shutdown"]);
+        }
+        vmm.expect_exit(0);
     }
 }

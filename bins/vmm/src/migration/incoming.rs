@@ -24,11 +24,12 @@ use super::backlog::Place;
 use super::landing::{Ground, Said, WRITE, read};
 use super::link::{Listener, Socket};
 use super::making::Made;
+use super::opening::Opened;
 use super::outgoing::PERIOD;
 use super::postcopy::FillStep;
 use super::postcopy::filling::{Filling, Numbered};
 use super::tls::{Server, TlsError};
-use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making};
+use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making, opening};
 use crate::exit::chain;
 use crate::machine;
 
@@ -108,6 +109,8 @@ pub(crate) enum Heard {
     Said(Spoken),
     /// The control thread's answer to a step.
     Answer(DestinationInput),
+    /// The receiver is at its address, or cannot be.
+    Opened(Box<Result<Opened, ReceiveError>>),
     /// A step that may take long has been done.
     Made(Box<Made>),
     /// An operator wants it to end.
@@ -140,16 +143,13 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// Waits for a VM, and after that for sources that ask what became of it.
     pub(crate) fn run(self) {
-        let tls = match self.spec.tls_dir.as_deref().map(Server::load).transpose() {
-            Ok(tls) => tls,
-            Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Tls(error)))),
-        };
-        let listener = match Listener::bind(&self.spec.address) {
-            Ok(listener) => Arc::new(listener),
-            Err(error) => return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Listen(error)))),
+        let (to, heard) = self.heard;
+        let (listener, tls) = match opening::open(&self.spec, &self.threads, (&to, &heard)) {
+            Ok(Some((listener, tls))) => (Arc::new(listener), tls),
+            Ok(None) => return,
+            Err(error) => return (self.desk)(ReceiveStep::Over(Err(error))),
         };
         let (ground, gone) = (Arc::new(Ground::default()), Arc::new(AtomicBool::new(false)));
-        let (to, heard) = self.heard;
         let accepting = Accepting {
             listener: Arc::clone(&listener),
             tls,
@@ -307,6 +307,8 @@ impl Driver {
                     self.handle(DestinationInput::Tick);
                     self.fill(FillerInput::Tick);
                 }
+                // It was before there was a driver.
+                Ok(Heard::Opened(_)) => {}
                 Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
             }
             if last.elapsed() >= PERIOD {

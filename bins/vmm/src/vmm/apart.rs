@@ -1,10 +1,14 @@
-//! The thread of a boot or restore. Files that it opens and reads may be on a file system that does not answer, so nobody who wants
-//! its end has to wait for it: then it is left to itself.
+//! Threads beside the control thread: of a boot or restore, of a snapshot, of a receiver. Files that they open and read may be on a
+//! file system that does not answer, so nobody who wants their end has to wait for it: then they are left to themselves.
 
+use std::convert::Infallible;
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
+
+use vmm_device_model::thread::{self, ThreadHook, ThreadKind};
 
 use super::restore::{LoadError, Loaded};
 use crate::machine::stages::Stages;
@@ -14,7 +18,46 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent};
 /// a lot of memory to be touched.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
-/// What the thread made.
+/// A thread that is waited for only so long as is worth while.
+#[derive(Debug)]
+pub(super) struct Apart {
+    handle: JoinHandle<()>,
+    /// Says nothing, and ends with it.
+    ended: Receiver<Infallible>,
+}
+
+impl Apart {
+    /// Does `work` on one of `kind`.
+    pub(super) fn start(
+        hook: &Arc<dyn ThreadHook>,
+        kind: ThreadKind,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Self> {
+        let (alive, ended) = channel();
+        let work = move || {
+            let _alive: Sender<Infallible> = alive;
+            work();
+        };
+        Ok(Self { handle: thread::spawn(hook, kind, kind.0, work)?, ended })
+    }
+
+    /// Waits for its end, which it has said is near.
+    pub(super) fn join(self) {
+        let _ = self.handle.join();
+    }
+
+    /// Nobody wants what it does any more, which is `what`.
+    pub(super) fn leave(self, what: &str) {
+        match self.ended.recv_timeout(PATIENCE) {
+            Err(RecvTimeoutError::Timeout) => {
+                log::warn!("{what} that was given up does not end yet: it is left to itself");
+            }
+            _ => self.join(),
+        }
+    }
+}
+
+/// What the boot thread made.
 #[derive(Debug)]
 pub(super) enum Made {
     /// It looked at a snapshot.
@@ -89,5 +132,30 @@ impl Left {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_device_model::thread::Unconfined;
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_does_not_end_is_left_to_itself_and_one_that_does_is_joined() {
+        let hook: Arc<dyn ThreadHook> = Arc::new(Unconfined);
+        let (goes_on, held) = channel::<()>();
+        let (done, over) = channel();
+        let work = move || {
+            let _ = held.recv();
+            let _ = done.send(());
+        };
+        Apart::start(&hook, ThreadKind("held"), work).unwrap().leave("a test");
+        assert!(over.try_recv().is_err(), "it still waits");
+        drop(goes_on);
+        over.recv().unwrap();
+        let (done, over) = channel();
+        Apart::start(&hook, ThreadKind("short"), move || drop(done.send(()))).unwrap().leave("a test");
+        over.try_recv().expect("it is over");
     }
 }

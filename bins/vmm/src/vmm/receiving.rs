@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vmm_api::command::Replier;
@@ -12,10 +11,10 @@ use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::progress::{MigrationRole, MigrationStatus};
 use vmm_api::spec::ReceiveSpec;
-use vmm_device_model::thread;
 use vmm_migration_protocol::{DestinationInput, DestinationOutcome, Fault, Output, Reason};
 use vmm_state::Guest;
 
+use super::apart::Apart;
 use super::boot::Asker;
 use super::filling::Filling;
 use super::restore::{Origin, Restore};
@@ -80,15 +79,15 @@ pub(super) struct Held {
 #[derive(Debug)]
 struct Thread {
     to: Sender<Heard>,
-    handle: Option<JoinHandle<()>>,
+    apart: Option<Apart>,
 }
 
 impl Drop for Thread {
     fn drop(&mut self) {
         let _ = self.to.send(Heard::Gone);
-        if let Some(handle) = self.handle.take() {
-            // It waits for nobody.
-            let _ = handle.join();
+        if let Some(apart) = self.apart.take() {
+            // It waits for nobody that it knows of.
+            apart.leave("a receiver");
         }
     }
 }
@@ -123,11 +122,11 @@ impl Vmm {
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker: Some(asker), detach, cancels, start, to, held };
-        match thread::spawn(self.means.sandbox.threads(), THREAD, THREAD.0, move || incoming.run()) {
-            Ok(handle) => {
+        match Apart::start(self.means.sandbox.threads(), THREAD, move || incoming.run()) {
+            Ok(apart) => {
                 // Admission keeps this from failing.
                 let _ = self.slot.begin_receive();
-                self.jobs.receive.thread = Some(Thread { to: job.to.clone(), handle: Some(handle) });
+                self.jobs.receive.thread = Some(Thread { to: job.to.clone(), apart: Some(apart) });
                 self.jobs.receive.job = Some(job);
             }
             Err(error) => self.not_received(job, ReceiveError::Thread(error)),

@@ -1,11 +1,9 @@
 //! Snapshots. A thread of its own writes one; the machine stays here, and clients are served meanwhile. The guest is paused, or
 //! runs on while its memory is written and stands still only for what is left in the end.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use vmm_api::command::Replier;
@@ -13,12 +11,11 @@ use vmm_api::config::{Fault, FaultKind, VmSnapshotConfig};
 use vmm_api::error::{ApiError, Code};
 use vmm_api::events::{Event, JobOutcome};
 use vmm_api::spec::SnapshotSpec;
-use vmm_device_model::thread;
 use vmm_memory_manager::freeze::{FreezeError, Frozen};
 use vmm_snapshot::directory::Hash;
 use vmm_state::{Action, Admission, Guest, GuestEvent, Phase, PhaseSet, Reaction, Reason, Refusal, admit};
 
-use super::apart::PATIENCE;
+use super::apart::Apart;
 use super::tracks::{TrackError, Tracks};
 use super::writer::{self, Answer, Memory, SaveError, SaveStep, Still, Watch, Writer};
 use super::{Vmm, VmmError, boot, freezing, told};
@@ -58,9 +55,7 @@ struct Job {
 /// The thread, and the ways to it.
 #[derive(Debug)]
 struct Thread {
-    handle: JoinHandle<()>,
-    /// Says nothing, and ends with it.
-    ended: Receiver<Infallible>,
+    apart: Apart,
     answers: Option<Sender<Answer>>,
     cancelled: Arc<AtomicBool>,
     /// The snapshot is there.
@@ -171,14 +166,9 @@ impl Vmm {
             answers: asked,
             committed: Arc::clone(&committed),
         };
-        let (alive, ended) = channel();
-        let work = move || {
-            let _alive = alive;
-            writer.run();
-        };
-        let handle = thread::spawn(self.means.sandbox.threads(), writer::THREAD, writer::THREAD.0, work);
-        let handle = handle.map_err(SaveError::Thread)?;
-        Ok((Thread { handle, ended, answers: Some(answers), cancelled, committed, frozen }, passes))
+        let apart = Apart::start(self.means.sandbox.threads(), writer::THREAD, || writer.run());
+        let apart = apart.map_err(SaveError::Thread)?;
+        Ok((Thread { apart, answers: Some(answers), cancelled, committed, frozen }, passes))
     }
 
     /// The snapshot's thread tells or asks something of the machine that is there.
@@ -267,7 +257,7 @@ impl Vmm {
         let Some(job) = self.jobs.saving.job.take() else { return };
         let Job { number, asker, cancels, spec, start, pace, passes, thread, failure } = job;
         // It has nothing left to do but end.
-        let _ = thread.handle.join();
+        thread.apart.join();
         let result = match (result, failure) {
             (Err(_), Some(failure)) => Err(failure),
             (result, _) => result,
@@ -377,9 +367,7 @@ impl Vmm {
     pub(super) fn give_up_save(&mut self) {
         self.fail_save(SaveError::Cancelled);
         let Some(Job { number, asker, cancels, thread, .. }) = self.jobs.saving.job.take() else { return };
-        if thread.ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            log::warn!("a snapshot that was given up does not end yet: it is left to itself");
-        }
+        thread.apart.leave("a snapshot");
         if thread.committed.load(Ordering::SeqCst) {
             self.note(&Event::JobFinished { job: number, outcome: JobOutcome::Done });
             asker.reply(Ok(()));
