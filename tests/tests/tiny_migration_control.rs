@@ -12,7 +12,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counting_with, goes_on};
-use vmm_tests::harness::migrating::{free_port, pending, progress, receive, receive_with, turn, until, url};
+use vmm_tests::harness::migrating::{
+    free_port, pending, progress, receive, receive_at, receive_with, turn, until, url,
+};
 use vmm_tests::harness::{Answer, LIMIT, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
@@ -273,6 +275,28 @@ fn cut_at_commit(at: &Path, to: &Path, passes: bool) {
         let _ = destination.shutdown(Shutdown::Both);
         answers.join().unwrap();
     });
+}
+
+/// The receiver that knows what became of the session is no more, and the source asks when the next is there.
+#[test]
+fn a_receiver_answers_for_those_before_it() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (first, serial) = counting_guest(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    let between = scratch.path("between");
+    cut_at_commit(&between, &path, false);
+    let mut sent = pending(&first, "vm.send-migration", &json!({ "destination_url": url(&between) }));
+    assert_ne!(received.answer().status, 204);
+    until(&first, "an answer that does not come", |now| now["step"] == "Asking");
+    let mut next = receive_at(&second, &url(&between), None, &other);
+    assert_ne!(sent.answer().status, 204);
+    assert_eq!((first.api().phase(), &progress(&first)["status"]), (Phase::Running, &json!("Failed")));
+    serial.wait_longer_than(serial.text().len() + 40);
+    second.api().puts(&["vm.cancel"]);
+    refused(&next.answer(), 409, "cancelled");
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_api::spec::{Checked, MigrationAddress, ReceiveSpec};
@@ -131,6 +131,25 @@ impl From<(u64, Said, Place)> for Heard {
     }
 }
 
+/// What became of sessions: each receiver of this process answers for those of the ones before, too.
+#[derive(Debug, Clone)]
+pub(crate) struct Past {
+    clock: Clock,
+    outcomes: Arc<Mutex<Outcomes>>,
+}
+
+impl Default for Past {
+    fn default() -> Self {
+        Self { clock: Clock::start(), outcomes: Arc::default() }
+    }
+}
+
+impl Past {
+    fn outcomes(&self) -> MutexGuard<'_, Outcomes> {
+        self.outcomes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// All that the thread needs.
 pub(crate) struct Incoming {
     pub(crate) spec: ReceiveSpec,
@@ -138,6 +157,7 @@ pub(crate) struct Incoming {
     pub(crate) desk: Box<dyn Fn(ReceiveStep) + Send>,
     pub(crate) threads: Arc<dyn ThreadHook>,
     pub(crate) heard: (Sender<Heard>, Receiver<Heard>),
+    pub(crate) past: Past,
 }
 
 impl Incoming {
@@ -163,14 +183,14 @@ impl Incoming {
             return (self.desk)(ReceiveStep::Over(Err(ReceiveError::Thread(error))));
         }
         let mut driver = Driver {
-            clock: Clock::start(),
+            clock: self.past.clock,
             spec: self.spec,
             host: self.host,
             desk: self.desk,
             ground,
             to,
             threads: self.threads,
-            outcomes: Outcomes::new(),
+            past: self.past,
             live: None,
             vm: Vm::default(),
             queries: BTreeMap::new(),
@@ -278,7 +298,7 @@ pub(super) struct Driver {
     pub(super) ground: Arc<Ground>,
     to: Sender<Heard>,
     pub(super) threads: Arc<dyn ThreadHook>,
-    outcomes: Outcomes,
+    past: Past,
     pub(super) live: Option<Live>,
     vm: Vm,
     /// Connections that asked.
@@ -333,8 +353,9 @@ impl Driver {
             live.shutdown();
         }
         let now = self.clock.now();
-        let known = |session| self.outcomes.answer(now, session) != SessionOutcome::Unknown;
-        self.told && self.live.is_none() && self.filling.is_over() && !self.outcomes.sessions().any(known)
+        let outcomes = self.past.outcomes();
+        let known = |session| outcomes.answer(now, session) != SessionOutcome::Unknown;
+        self.told && self.live.is_none() && self.filling.is_over() && !outcomes.sessions().any(known)
     }
 
     fn said(&mut self, number: u64, said: Said) {
@@ -393,7 +414,7 @@ impl Driver {
             Said::Frame(frame) => {
                 let asked = self.queries.get(&number).map(|(_, session)| *session);
                 if let (Some(session), Ok(Message::Ack(Command::Outcome))) = (asked, Message::decode(frame)) {
-                    self.outcomes.settle(session);
+                    self.past.outcomes().settle(session);
                 }
             }
             _ => {
@@ -425,7 +446,7 @@ impl Driver {
             connections: MAX_CONNECTIONS,
             program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
-        let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.outcomes);
+        let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.past.outcomes());
         let (joined, wanted) = (BTreeMap::new(), None);
         self.ground.begin(number);
         let live = Live { machine, connection: number, socket, wanted, joined, lost: false, until: None };
@@ -478,7 +499,7 @@ impl Driver {
         if undecided {
             self.handle(DestinationInput::Query);
         }
-        let outcome = self.outcomes.answer(self.clock.now(), session);
+        let outcome = self.past.outcomes().answer(self.clock.now(), session);
         if let Ok(frame) = (Message::Outcome(session, outcome)).encode() {
             let _ = socket.send(&frame);
         }
@@ -519,9 +540,9 @@ impl Driver {
             // Steps here are short, or cannot be ended.
             DestinationAction::Interrupt => {}
             DestinationAction::Remember(session, outcome) => {
-                self.outcomes.remember(self.clock.now(), session, outcome);
+                self.past.outcomes().remember(self.clock.now(), session, outcome);
             }
-            DestinationAction::Settle(session) => self.outcomes.settle(session),
+            DestinationAction::Settle(session) => self.past.outcomes().settle(session),
             DestinationAction::Close => {
                 if let Some(live) = &mut self.live {
                     live.socket.shutdown(Shutdown::Write);

@@ -155,7 +155,9 @@ mod tests {
         drop(goes_on);
         over.recv().unwrap();
         let (done, over) = channel();
-        Apart::start(&hook, ThreadKind("short"), move || drop(done.send(()))).unwrap().leave("a test");
+        Apart::start(&hook, ThreadKind("short"), move || done.send(()).unwrap_or_default())
+            .unwrap()
+            .leave("a test");
         over.try_recv().expect("it is over");
     }
 }

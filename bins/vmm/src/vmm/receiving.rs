@@ -22,7 +22,7 @@ use super::{Configured, Vmm, VmmError, boot, told};
 use crate::exit::chain;
 use crate::machine::stages::Stages;
 use crate::machine::{EventPost, Machine, MachineEvent};
-use crate::migration::incoming::{Heard, Incoming};
+use crate::migration::incoming::{Heard, Incoming, Past};
 use crate::migration::{self, Arrival, Host, ReceiveError, ReceiveStep, THREAD};
 
 /// The kind of the job, in events.
@@ -34,6 +34,8 @@ pub(super) struct Receiving {
     job: Option<Job>,
     /// The last receiver: after its end it answers sources that lost the link.
     thread: Option<Thread>,
+    /// What the receivers so far answer.
+    past: Past,
     /// A guest whose memory is to come.
     pub(super) filling: Option<Filling>,
 }
@@ -119,6 +121,7 @@ impl Vmm {
             desk: Box::new(move |step| post.post(MachineEvent::Receive(Box::new(step)))),
             threads: Arc::clone(self.means.sandbox.threads()),
             heard: (to.clone(), heard),
+            past: self.jobs.receive.past.clone(),
         };
         let (cancels, start, held) = (Vec::new(), Instant::now(), None);
         let job = Job { machine, number, asker: Some(asker), detach, cancels, start, to, held };

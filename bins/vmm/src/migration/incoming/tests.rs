@@ -21,7 +21,7 @@ fn driver(to: &Sender<Heard>, live: Live) -> Driver {
         ground: Arc::default(),
         to: to.clone(),
         threads: Arc::new(Unconfined),
-        outcomes: Outcomes::new(),
+        past: Past::default(),
         live: Some(live),
         vm: Vm::default(),
         queries: BTreeMap::new(),
