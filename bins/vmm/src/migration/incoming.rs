@@ -1,6 +1,7 @@
 //! The thread that gets a VM: it listens, drives the protocol's [`Destination`], and answers what became of sessions.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,20 +22,17 @@ use vmm_snapshot::{Record, RecordSet};
 
 use super::ahead::Ahead;
 use super::backlog::Place;
-use super::landing::{Ground, Said, WRITE, read};
-use super::link::{Listener, Socket};
+use super::landing::{Ground, Said};
+use super::link::Socket;
 use super::making::Made;
-use super::opening::Opened;
+use super::opening::{Accepting, Opened};
 use super::outgoing::PERIOD;
 use super::postcopy::FillStep;
 use super::postcopy::filling::{Filling, Numbered};
-use super::tls::{Server, TlsError};
+use super::tls::TlsError;
 use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making, opening};
 use crate::exit::chain;
 use crate::machine;
-
-/// Connections at one time.
-const MOST_CONNECTIONS: usize = 32;
 
 /// A VM whose memory and state have arrived.
 #[derive(Debug)]
@@ -76,10 +74,10 @@ pub enum ReceiveError {
     Tls(#[source] TlsError),
     /// It cannot be waited for there.
     #[error("cannot listen for the source")]
-    Listen(#[source] std::io::Error),
+    Listen(#[source] io::Error),
     /// A thread cannot be had.
     #[error("cannot start a thread of the migration")]
-    Thread(#[source] std::io::Error),
+    Thread(#[source] io::Error),
     /// One end gave up, or the link is lost.
     #[error("the VM did not arrive")]
     Failed(#[source] Failure),
@@ -193,7 +191,7 @@ impl Incoming {
             past: self.past,
             live: None,
             vm: Vm::default(),
-            queries: BTreeMap::new(),
+            parting: BTreeMap::new(),
             filling: Filling::default(),
             told: false,
         };
@@ -205,45 +203,7 @@ impl Incoming {
         driver.ground.close();
         driver.ground.follow(None);
         driver.live.iter().for_each(Live::shutdown);
-        driver.queries.values().for_each(|(socket, _)| socket.shutdown(Shutdown::Both));
-    }
-}
-
-/// Takes connections, and starts a thread for each.
-struct Accepting {
-    listener: Arc<Listener>,
-    tls: Option<Server>,
-    /// Nobody waits for a VM any more: handshakes are given up.
-    gone: Arc<AtomicBool>,
-    ground: Arc<Ground>,
-    to: Sender<Heard>,
-    threads: Arc<dyn ThreadHook>,
-}
-
-impl Accepting {
-    fn run(self) {
-        let alive = Arc::new(());
-        let mut number = 0;
-        while let Ok(socket) = self.listener.accept() {
-            if Arc::strong_count(&alive) > MOST_CONNECTIONS {
-                log::warn!("migration: too many connections, one more is closed");
-                continue;
-            }
-            number += 1;
-            let (to, token) = (self.to.clone(), Arc::clone(&alive));
-            let (ground, gone, tls) = (Arc::clone(&self.ground), Arc::clone(&self.gone), self.tls.clone());
-            let work = move || {
-                let secured = socket.secured(tls.as_ref(), &mut || !gone.load(Ordering::SeqCst));
-                match secured.and_then(|socket| socket.set_timeouts(None, Some(WRITE)).map(|()| socket)) {
-                    Ok(socket) => read(number, &Arc::new(socket), &ground, &to),
-                    Err(error) => log::warn!("migration: a connection is refused: {}", chain(&error)),
-                }
-                drop(token);
-            };
-            if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-in", work) {
-                log::warn!("migration: a connection is closed: {error}");
-            }
-        }
+        driver.parting.values().for_each(|parting| parting.socket.shutdown(Shutdown::Both));
     }
 }
 
@@ -279,6 +239,15 @@ impl Live {
     }
 }
 
+/// A connection on which nothing more is said here, and little there.
+struct Parting {
+    socket: Arc<Socket>,
+    /// What it asked for.
+    session: Option<SessionId>,
+    /// Read on until then, at most: who keeps it open keeps nobody out.
+    until: Instant,
+}
+
 /// What is there of the VM.
 #[derive(Default)]
 struct Vm {
@@ -301,8 +270,8 @@ pub(super) struct Driver {
     past: Past,
     pub(super) live: Option<Live>,
     vm: Vm,
-    /// Connections that asked.
-    queries: BTreeMap<u64, (Arc<Socket>, SessionId)>,
+    /// Connections that have had their answer.
+    parting: BTreeMap<u64, Parting>,
     pub(super) filling: Filling,
     /// The control thread knows how it ended.
     told: bool,
@@ -312,6 +281,7 @@ impl Driver {
     fn run(&mut self, heard: &Receiver<Heard>) {
         let mut last = Instant::now();
         while !self.is_done() {
+            self.close_parted();
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             let wake = wake.into_iter().chain(self.filling.next_wake()).min();
             match heard.recv_timeout(self.clock.until(wake)) {
@@ -412,14 +382,14 @@ impl Driver {
             Said::Damaged(range) if ours => self.handle(DestinationInput::Damaged(range)),
             Said::Failed(fault) if ours => self.handle(DestinationInput::Failed(fault)),
             Said::Frame(frame) => {
-                let asked = self.queries.get(&number).map(|(_, session)| *session);
+                let asked = self.parting.get(&number).and_then(|parting| parting.session);
                 if let (Some(session), Ok(Message::Ack(Command::Outcome))) = (asked, Message::decode(frame)) {
                     self.past.outcomes().settle(session);
                 }
             }
             _ => {
-                if let Some((socket, _)) = self.queries.remove(&number) {
-                    socket.shutdown(Shutdown::Both);
+                if let Some(parting) = self.parting.remove(&number) {
+                    parting.socket.shutdown(Shutdown::Both);
                 }
             }
         }
@@ -432,13 +402,17 @@ impl Driver {
             _ => {}
         }
         // One that only asked is done with.
-        self.live.take_if(|live| !self.told && live.machine.state() == DestinationState::Ended);
+        let told = self.told;
+        let ended = |live: &mut Live| !told && live.machine.state() == DestinationState::Ended;
+        if let Some(live) = self.live.take_if(ended) {
+            self.part(live.connection, live.socket, None);
+        }
         if self.live.is_some() || self.told {
             let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
             if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
                 let _ = socket.send(&nack);
             }
-            return socket.shutdown(Shutdown::Write);
+            return self.part(number, socket, None);
         }
         let offer = Offer {
             versions: Versions::OURS,
@@ -503,9 +477,19 @@ impl Driver {
         if let Ok(frame) = (Message::Outcome(session, outcome)).encode() {
             let _ = socket.send(&frame);
         }
+        self.part(number, socket, Some(session));
+    }
+
+    /// A connection has had its answer, and is closed when the other end has read it, or soon.
+    fn part(&mut self, number: u64, socket: Arc<Socket>, session: Option<SessionId>) {
         socket.shutdown(Shutdown::Write);
-        if self.queries.len() < MOST_CONNECTIONS {
-            self.queries.insert(number, (socket, session));
+        self.parting.insert(number, Parting { socket, session, until: Instant::now() + LINGER });
+    }
+
+    fn close_parted(&mut self) {
+        let now = Instant::now();
+        for (_, parting) in self.parting.extract_if(.., |_, parting| parting.until <= now) {
+            parting.socket.shutdown(Shutdown::Both);
         }
     }
 

@@ -8,7 +8,7 @@
 //! | `course` | | what a pass sends, which these threads share |
 //! | `joining` | `migration-join` | opens further connections |
 //! | `incoming` | `migration` | drives the destination, and answers what became of sessions |
-//! | `opening` | `migration-open` | comes to a receiver's address |
+//! | `opening` | `migration-open`, `migration-all` | comes to a receiver's address; takes connections there |
 //! | `landing` | `migration-in`, one per connection | reads a connection; memory lands from here |
 //! | `ahead` | `migration-ahead` | allocates a destination's memory ahead of what arrives |
 //! | `backlog` | | what connections have said and a driver has not heard yet |

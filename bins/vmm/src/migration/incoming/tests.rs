@@ -1,4 +1,6 @@
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Mutex;
 
 use vmm_api::config::ReceiveMigrationData;
@@ -6,6 +8,8 @@ use vmm_device_model::thread::{ThreadKind, Unconfined};
 use vmm_memory_manager::zone::{ZoneConfig, ZoneOptions};
 use vmm_migration_protocol::{CpuNeeds, Decoder, Item, MemoryLayout, Purpose, Region};
 
+use super::super::LOOK;
+use super::super::opening::{MOST_CONNECTIONS, next};
 use super::*;
 
 /// Long: only for what hangs.
@@ -24,16 +28,15 @@ fn driver(to: &Sender<Heard>, live: Live) -> Driver {
         past: Past::default(),
         live: Some(live),
         vm: Vm::default(),
-        queries: BTreeMap::new(),
+        parting: BTreeMap::new(),
         filling: Filling::default(),
         told: false,
     }
 }
 
-/// A destination that has been asked to check a configuration, after these features were agreed on.
-fn checking(limits: Limits, features: Features) -> Destination {
+fn hello(features: Features) -> Hello {
     let region = Region { gpa: 0, length: 1 << 20, zone: "mem0".into() };
-    let hello = Hello {
+    Hello {
         versions: Versions::OURS,
         session: SessionId([1; 16]),
         purpose: Purpose::Migrate,
@@ -43,10 +46,14 @@ fn checking(limits: Limits, features: Features) -> Destination {
         memory: MemoryLayout::new(vec![region]).unwrap(),
         cpu: CpuNeeds::default(),
         program: String::new(),
-    };
+    }
+}
+
+/// A destination that has been asked to check a configuration, after these features were agreed on.
+fn checking(limits: Limits, features: Features) -> Destination {
     let offer = Offer { versions: Versions::OURS, features, connections: 1, program: String::new() };
     let mut machine = Destination::new(Duration::ZERO, offer, limits, &Outcomes::new());
-    for message in [Message::Hello(Box::new(hello)), Message::Config(vec![1])] {
+    for message in [Message::Hello(Box::new(hello(features))), Message::Config(vec![1])] {
         machine.handle(Duration::ZERO, DestinationInput::Frame(message.encode().unwrap()));
     }
     while machine.poll().is_some() {}
@@ -79,7 +86,7 @@ fn the_source_hears_of_a_destination_that_is_busy() {
     let mut next = || {
         let mut byte = [0];
         loop {
-            std::io::Read::read_exact(&mut theirs, &mut byte).unwrap();
+            theirs.read_exact(&mut byte).unwrap();
             if let Some(Item::Frame(frame)) = decoder.push(&mut byte.as_slice()).unwrap() {
                 return frame.command();
             }
@@ -99,7 +106,7 @@ fn the_source_hears_of_a_destination_that_is_busy() {
 struct Names(Mutex<Vec<String>>);
 
 impl ThreadHook for Names {
-    fn begin(&self, _: ThreadKind) -> std::io::Result<()> {
+    fn begin(&self, _: ThreadKind) -> io::Result<()> {
         self.0.lock().unwrap().extend(std::thread::current().name().map(str::to_owned));
         Ok(())
     }
@@ -120,4 +127,80 @@ fn nothing_is_allocated_ahead_of_memory_that_may_come_after_the_guest() {
         assert!(driver.vm.memory.is_some());
         assert_eq!(*names.0.lock().unwrap(), wanted, "{features:?}");
     }
+}
+
+#[test]
+fn a_connection_that_cannot_be_taken_keeps_out_none_that_comes_later() {
+    let errors = Mutex::new(vec![rustix::io::Errno::MFILE, rustix::io::Errno::NOMEM]);
+    let gone = AtomicBool::new(false);
+    let accept = || match errors.lock().unwrap().pop() {
+        Some(error) => Err(error.into()),
+        None => Ok(Socket::Unix(UnixStream::pair().unwrap().0)),
+    };
+    assert!(next(&gone, accept).is_some());
+    let close = || {
+        gone.store(true, Ordering::SeqCst);
+        Err(rustix::io::Errno::INVAL.into())
+    };
+    assert!(next(&gone, close).is_none());
+}
+
+/// A receiver at its address, and what its control thread hears.
+fn receiver(path: &Path) -> (Sender<Heard>, Receiver<ReceiveStep>, std::thread::JoinHandle<()>) {
+    let url = format!("unix:{}", path.display());
+    let config = ReceiveMigrationData { receiver_url: url, ..Default::default() };
+    let (to, heard) = std::sync::mpsc::channel();
+    let (post, steps) = std::sync::mpsc::channel();
+    let incoming = Incoming {
+        spec: ReceiveSpec::check(&config).unwrap(),
+        host: Host { most_vcpus: 1, cpuid: None },
+        desk: Box::new(move |step| drop(post.send(step))),
+        threads: Arc::new(Unconfined),
+        heard: (to.clone(), heard),
+        past: Past::default(),
+    };
+    let thread = std::thread::spawn(move || incoming.run());
+    assert!(matches!(steps.recv_timeout(LIMIT), Ok(ReceiveStep::Listening)));
+    (to, steps, thread)
+}
+
+/// A connection with this first frame.
+fn says(path: &Path, message: &Message) -> io::Result<UnixStream> {
+    let mut socket = UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    socket.write_all(&message.clone().encode().unwrap().encode())?;
+    Ok(socket)
+}
+
+#[test]
+fn who_keeps_a_connection_that_was_answered_keeps_nobody_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m");
+    let (to, _steps, thread) = receiver(&path);
+    // The session under way.
+    let hello = Message::Hello(Box::new(hello(Features::NONE)));
+    let mut first = says(&path, &hello).unwrap();
+    let mut header = [0; 16];
+    first.read_exact(&mut header).unwrap();
+    for message in [Message::Query(SessionId([2; 16])), hello] {
+        let kept: Vec<_> = (1..MOST_CONNECTIONS)
+            .map(|_| {
+                let mut kept = says(&path, &message).unwrap();
+                kept.read_to_end(&mut Vec::new()).unwrap();
+                kept
+            })
+            .collect();
+        let end = Instant::now() + LIMIT;
+        loop {
+            assert!(Instant::now() < end, "{message:?}: nobody else is let in");
+            let late = says(&path, &Message::Query(SessionId([3; 16])));
+            if late.and_then(|mut late| late.read_to_end(&mut Vec::new())).is_ok_and(|bytes| bytes > 0) {
+                break;
+            }
+            std::thread::sleep(LOOK);
+        }
+        drop(kept);
+    }
+    to.send(Heard::Gone).unwrap();
+    thread.join().unwrap();
 }
