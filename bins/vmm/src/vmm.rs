@@ -47,6 +47,7 @@ use crate::machine::{Machine, MachineError, MachineEvent, MachineMessage};
 use crate::migration::{ReceiveError, SendError};
 use crate::sandbox::Sandbox;
 use crate::sandbox::landlock::LandlockError;
+pub(crate) use apart::PATIENCE;
 use boot::Boot;
 use inputs::Inputs;
 pub use restore::{LoadError, Loaded};

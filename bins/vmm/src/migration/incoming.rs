@@ -33,6 +33,7 @@ use super::tls::TlsError;
 use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making, opening};
 use crate::exit::chain;
 use crate::machine;
+use crate::vmm::PATIENCE;
 
 /// A VM whose memory and state have arrived.
 #[derive(Debug)]
@@ -109,8 +110,8 @@ pub(crate) enum Heard {
     Answer(DestinationInput),
     /// The receiver is at its address, or cannot be.
     Opened(Box<Result<Opened, ReceiveError>>),
-    /// A step that may take long has been done.
-    Made(Box<Made>),
+    /// A step that may take long has been done: which, and what it gave.
+    Made(u64, Box<Made>),
     /// An operator wants it to end.
     Cancel,
     /// The VMM is to end as soon as the VM has.
@@ -193,6 +194,7 @@ impl Incoming {
             vm: Vm::default(),
             parting: BTreeMap::new(),
             filling: Filling::default(),
+            beside: Beside::default(),
             told: false,
         };
         (driver.desk)(ReceiveStep::Listening);
@@ -248,6 +250,36 @@ struct Parting {
     until: Instant,
 }
 
+/// Steps that are done beside the driver, one at a time.
+#[derive(Default)]
+struct Beside {
+    /// The last one's number.
+    begun: u64,
+    /// It is under way.
+    goes_on: bool,
+    /// It is to end, and is waited for until then.
+    until: Option<Instant>,
+}
+
+impl Beside {
+    /// The number of one that begins.
+    fn begin(&mut self) -> u64 {
+        *self = Self { begun: self.begun + 1, goes_on: true, until: None };
+        self.begun
+    }
+
+    /// Whether that is the end of the one under way.
+    fn ends(&mut self, number: u64) -> bool {
+        self.begun == number && std::mem::take(&mut self.goes_on)
+    }
+
+    /// Whether the one under way is not to be waited for any longer. It is not under way then.
+    fn is_overdue(&mut self) -> bool {
+        let is_late = self.until.is_some_and(|until| until <= Instant::now());
+        is_late && std::mem::take(&mut self.goes_on)
+    }
+}
+
 /// What is there of the VM.
 #[derive(Default)]
 struct Vm {
@@ -273,6 +305,7 @@ pub(super) struct Driver {
     /// Connections that have had their answer.
     parting: BTreeMap<u64, Parting>,
     pub(super) filling: Filling,
+    beside: Beside,
     /// The control thread knows how it ended.
     told: bool,
 }
@@ -282,13 +315,16 @@ impl Driver {
         let mut last = Instant::now();
         while !self.is_done() {
             self.close_parted();
+            self.leave_step();
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             let wake = wake.into_iter().chain(self.filling.next_wake()).min();
             match heard.recv_timeout(self.clock.until(wake)) {
                 Ok(Heard::Said(Spoken(number, said, _place))) => self.said(number, said),
                 Ok(Heard::Answer(input)) => self.answered(input),
                 Ok(Heard::Ending) => self.filling.end_soon(),
-                Ok(Heard::Made(made)) => self.made(*made),
+                Ok(Heard::Made(number, made)) if self.beside.ends(number) => self.made(*made),
+                // Nobody wants it any more.
+                Ok(Heard::Made(..)) => {}
                 Ok(Heard::Cancel) if self.live.is_some() => {
                     self.handle(DestinationInput::Cancel("by this end's operator".to_owned()));
                 }
@@ -521,8 +557,8 @@ impl Driver {
             }
             DestinationAction::Run(step) => self.step(step),
             DestinationAction::Undo(undo) => self.undo(undo),
-            // Steps here are short, or cannot be ended.
-            DestinationAction::Interrupt => {}
+            // Those that are done here are short.
+            DestinationAction::Interrupt => self.beside.until = Some(Instant::now() + PATIENCE),
             DestinationAction::Remember(session, outcome) => {
                 self.past.outcomes().remember(self.clock.now(), session, outcome);
             }
@@ -565,7 +601,7 @@ impl Driver {
                 Ok(()) => return (self.desk)(ReceiveStep::Run(self.to_come())),
                 Err(fault) => Err(fault),
             },
-            DestinationStep::MapMemory(ranges) => self.map(&ranges),
+            DestinationStep::MapMemory(ranges) => return self.map(&ranges),
         };
         self.answer(result);
     }
@@ -617,10 +653,19 @@ impl Driver {
 
     /// Does `work` beside this thread, which hears of its end.
     fn make(&mut self, work: impl FnOnce() -> Made + Send + 'static) {
-        let to = self.to.clone();
-        let work = move || drop(to.send(Heard::Made(Box::new(work()))));
+        let (to, number) = (self.to.clone(), self.beside.begin());
+        let work = move || drop(to.send(Heard::Made(number, Box::new(work()))));
         if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-make", work) {
+            self.beside.ends(number);
             self.answer(Err(Fault::new(Reason::Failed, &format!("a thread: {error}"))));
+        }
+    }
+
+    /// A step that was to end, and has not for so long, is left to itself: what it gives is dropped.
+    fn leave_step(&mut self) {
+        if self.beside.is_overdue() {
+            log::warn!("migration: a step that was given up does not end yet: it is left to itself");
+            self.handle(input(Err(Fault::new(Reason::Failed, "it does not end"))));
         }
     }
 
@@ -633,7 +678,13 @@ impl Driver {
         let result = match made {
             Made::Checked(result) => result.map(|checked| self.vm.checked = Some(*checked)),
             Made::Memory(result) => {
-                result.map(|memory| memory.into_iter().for_each(|memory| self.land(memory)))
+                // What was handed over is there.
+                let is_local = self.live.as_ref().is_some_and(is_local);
+                result.map(|memory| match memory {
+                    Some(memory) if is_local => self.vm.memory = Some(memory),
+                    Some(memory) => self.land(memory),
+                    None => {}
+                })
             }
         };
         self.handle(input(result));
@@ -660,18 +711,21 @@ impl Driver {
     }
 
     /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
-    fn map(&mut self, ranges: &[DescriptorRange]) -> Result<(), Fault> {
+    fn map(&mut self, ranges: &[DescriptorRange]) {
         self.ground.refuse_files();
         let files = std::mem::take(&mut self.vm.files);
         let (Some(checked), Some(hello)) = (&self.vm.checked, self.hello()) else {
-            return Err(Fault::new(Reason::Failed, "there is no configuration"));
+            return self.answer(Err(Fault::new(Reason::Failed, "there is no configuration")));
         };
-        let failed = |error: &dyn std::error::Error| Fault::new(Reason::Incompatible, &chain(error));
-        let zones = machine::zones(&checked.spec).map_err(|error| failed(&error))?;
-        let pieces = descriptors::pieces(ranges);
-        let memory = HostMemory::adopt(&zones, hello.cpu.phys_bits, files, &pieces);
-        self.vm.memory = Some(memory.map_err(|error| failed(&error))?);
-        Ok(())
+        let (spec, bits, pieces) = (checked.spec.clone(), hello.cpu.phys_bits, descriptors::pieces(ranges));
+        self.make(move || {
+            let failed = |error: &dyn std::error::Error| Fault::new(Reason::Incompatible, &chain(error));
+            let zones = machine::zones(&spec).map_err(|error| failed(&error));
+            let memory = zones.and_then(|zones| {
+                HostMemory::adopt(&zones, bits, files, &pieces).map_err(|error| failed(&error))
+            });
+            Made::Memory(memory.map(Some))
+        });
     }
 
     fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {

@@ -16,7 +16,7 @@ use crate::machine::{EventPost, Machine, MachineError, MachineEvent};
 
 /// How long a thread that nobody wants any more is waited for. Longer takes what holds nothing up: a file that does not answer, or
 /// a lot of memory to be touched.
-pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A thread that is waited for only so long as is worth while.
 #[derive(Debug)]

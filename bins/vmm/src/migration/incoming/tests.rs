@@ -30,6 +30,7 @@ fn driver(to: &Sender<Heard>, live: Live) -> Driver {
         vm: Vm::default(),
         parting: BTreeMap::new(),
         filling: Filling::default(),
+        beside: Beside::default(),
         told: false,
     }
 }
@@ -201,6 +202,34 @@ fn who_keeps_a_connection_that_was_answered_keeps_nobody_out() {
         }
         drop(kept);
     }
+    to.send(Heard::Gone).unwrap();
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_step_that_does_not_end_is_left_to_itself_when_it_is_cancelled() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let (to, heard) = std::sync::mpsc::channel();
+    let (post, steps) = std::sync::mpsc::channel();
+    let mut driver = driver(&to, live(checking(Limits::default(), Features::NONE), ours));
+    driver.desk = Box::new(move |step| drop(post.send(step)));
+    let (goes_on, held) = std::sync::mpsc::channel::<()>();
+    driver.make(move || {
+        let _ = held.recv();
+        Made::Memory(Ok(None))
+    });
+    to.send(Heard::Cancel).unwrap();
+    let thread = std::thread::spawn(move || driver.run(&heard));
+    let end = Instant::now() + LIMIT;
+    loop {
+        assert!(Instant::now() < end, "it is waited for");
+        if let Ok(ReceiveStep::Over(Ok(DestinationOutcome::Failed { failure, .. }))) =
+            steps.recv_timeout(LIMIT)
+        {
+            break assert_eq!(failure.fault.reason(), Reason::Cancelled);
+        }
+    }
+    drop(goes_on);
     to.send(Heard::Gone).unwrap();
     thread.join().unwrap();
 }
