@@ -169,7 +169,7 @@ impl<'a> Backing<'a> {
     }
 }
 
-fn nameless_file(directory: &std::path::Path) -> io::Result<File> {
+fn nameless_file(directory: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     match OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory) {
         // hugetlbfs got O_TMPFILE late; a file unlinked at once serves as well.
