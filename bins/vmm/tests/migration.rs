@@ -156,7 +156,7 @@ fn fail_each_call(cases: &[(usize, Phase)], is_late: bool) {
 /// The kinds of threads that a migration starts at either end.
 const KINDS: [ThreadKind; 3] = [ThreadKind("migration"), set::THREAD, block::THREAD];
 /// No end starts as many threads of one kind, however they race.
-const MOST: usize = 8;
+const MOST: usize = 9;
 /// The same where memory follows the guest.
 const MOST_LATE: usize = 16;
 
