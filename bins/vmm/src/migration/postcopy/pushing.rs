@@ -226,7 +226,7 @@ fn failed(error: &dyn std::error::Error) -> Fault {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::migration) mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc::channel;
@@ -242,10 +242,10 @@ pub(super) mod tests {
     use crate::migration::inputs::inputs;
 
     /// Long: only for what hangs.
-    pub(in crate::migration::postcopy) const LIMIT: Duration = Duration::from_secs(60);
+    pub(in crate::migration) const LIMIT: Duration = Duration::from_secs(60);
     const SIZE: u64 = 1 << 20;
 
-    pub(in crate::migration::postcopy) fn map() -> MemoryMap {
+    pub(in crate::migration) fn map() -> MemoryMap {
         let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
         let options = ZoneOptions::default();
         let zone =
