@@ -280,16 +280,18 @@ fn in_doubt_the_operator_decides() {
     let _turn = turn();
     let scratch = Scratch::new();
     let mut pairs = Vec::new();
-    for passes in [false, true] {
+    for (number, passes) in [false, true, true].into_iter().enumerate() {
         let folder = Scratch::new();
-        let (first, serial) = counting_guest(&folder);
+        let first = Vmm::with_api(&folder, [""; 0]);
+        let disks = json!([{ "path": folder.disk("disk", 1 << 20), "image_type": "Raw" }]);
+        let serial = counting_with(&first, &folder, &json!({ "disks": disks }));
         for name in ["vm.migration-keep", "vm.migration-yield"] {
             refused(&first.api().put(name), 409, "no VM is being given away");
         }
         let second = Vmm::with_api(&folder, [""; 0]);
         let other = SerialFile::new(folder.path("other"));
         let (received, path) = receive(&second, &folder, &other);
-        let between = scratch.path(format!("between{passes}"));
+        let between = scratch.path(format!("between{number}"));
         cut_at_commit(&between, &path, passes);
         let sent = pending(&first, "vm.send-migration", &json!({ "destination_url": url(&between) }));
         pairs.push((folder, first, serial, second, other, received, sent));
@@ -323,4 +325,19 @@ fn in_doubt_the_operator_decides() {
     first.api().puts(&["vm.migration-yield"]);
     first.expect_exit(0);
     goes_on(&serial, &other);
+    // Likewise, but the operator takes it for dead.
+    let (_folder, first, serial, second, _, mut received, mut sent) = pairs.remove(0);
+    refused(&sent.answer(), 500, "in doubt");
+    assert_eq!(received.answer().status, 204);
+    refused(&first.api().put("vm.migration-keep"), 500, "TakeLocks");
+    assert_eq!((first.api().phase(), first.api().state().as_str()), (Phase::Paused, "Paused"));
+    for name in ["vm.resume", "vm.boot"] {
+        refused(&first.api().put(name), 500, "the locks of the disks");
+    }
+    assert_eq!(first.api().phase(), Phase::Paused);
+    drop(second);
+    // The kernel closes what the rings of a process hold after its end.
+    let runs = || (first.api().put("vm.resume").status == 204).then_some(());
+    wait_until(LIMIT, runs, || "the locks".to_owned());
+    serial.wait_longer_than(serial.text().len() + 40);
 }

@@ -427,6 +427,25 @@ fn a_vm_that_was_restored_is_saved_again_whole_or_as_a_chain() {
     goes_on(&serial, &other);
 }
 
+/// What lies where the parent was is another moment, or another guest.
+#[test]
+fn an_incremental_snapshot_whose_parent_was_replaced_is_refused() {
+    let scratch = Scratch::new();
+    let (vmm, serial) = counting_guest(&scratch);
+    let (parent, child) = (scratch.path("parent"), scratch.path("child"));
+    let body = |folder: &Path, track: bool, incremental: bool| json!({ "destination_url": url(folder), "live": true, "track": track, "incremental": incremental });
+    let mut api = vmm.api();
+    api.done("vm.snapshot", &body(&parent, true, false));
+    fs::remove_dir_all(&parent).unwrap();
+    api.done("vm.snapshot", &body(&parent, false, false));
+    refused(&api.put_json("vm.snapshot", &body(&child, true, true)), 500, "expected the parent");
+    assert!(!child.exists());
+    serial.wait_longer_than(serial.text().len() + 40);
+    fs::remove_dir_all(&parent).unwrap();
+    api.done("vm.snapshot", &body(&parent, true, false));
+    api.done("vm.snapshot", &body(&child, true, true));
+}
+
 #[test]
 fn an_incremental_snapshot_that_fails_loses_no_change() {
     let scratch = Scratch::new();

@@ -225,6 +225,8 @@ impl Vmm {
     fn resume(&mut self) -> Result<(), VmmError> {
         self.note(&Event::Resuming);
         let machine = self.slot.machine_mut().ok_or(VmmError::NoVm)?;
+        // A migration that failed may not have got them back.
+        machine.take_disks()?;
         let resumed = machine.resume();
         told::changes(&self.events, machine);
         resumed?;

@@ -4,8 +4,11 @@
 use std::cell::RefCell;
 use std::sync::{Arc, mpsc};
 
-use serde_json::json;
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+use vmm::machine::MachineEvent;
 use vmm::sandbox::{PathPolicy, Sandbox};
+use vmm::vmm::SaveStep;
 use vmm_api::command::Host;
 use vmm_api::error::Code;
 use vmm_device_model::thread::ThreadKind;
@@ -14,7 +17,7 @@ use vmm_platform_devices::serial::COM1_PORT;
 use vmm_state::{
     ACTIONS, Action, Cell, EventCell, GUEST_EVENTS, GuestEvent, Phase, Reaction, Reactions, Reason,
 };
-use vmm_tests::harness::{LIMIT, UNBOOTABLE};
+use vmm_tests::harness::{LIMIT, UNBOOTABLE, wait_until};
 use vmm_tests::tiny::Guest;
 use vmm_virtio_devices::block;
 
@@ -429,20 +432,48 @@ fn a_restore_that_fails_leaves_nothing() {
     rig.ask("vm.resume").unwrap();
 }
 
+/// A VM whose memory is a private mapping of a file, which cannot be frozen.
+fn saved_in_passes(vm: &mut Value) -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(16 << 20).unwrap();
+    vm["memory"] = json!({ "size": 0, "zones": [{ "id": "z", "size": 16 << 20, "file": file.path() }] });
+    file
+}
+
+/// Whatever the thread that writes it waits for.
+#[test]
+fn a_snapshot_that_is_cancelled_while_the_guest_stands_still_lets_it_run_on() {
+    let fake = Fake::new();
+    let mut rig = Rig::with(fake.clone(), "Null", Reactions::default());
+    let mut vm = rig.requests().vm;
+    let _file = saved_in_passes(&mut vm);
+    let created = rig.begin_with("vm.create", vm.to_string().into_bytes());
+    rig.wait(&created).unwrap();
+    rig.ask("vm.boot").unwrap();
+    let outcome = rig.begin("vm.snapshot");
+    rig.pump_until(|event| matches!(event, MachineEvent::Save(step) if matches!(**step, SaveStep::Still)));
+    let before = fake.answers().len();
+    fake.script(0, [Exit::PioRead { port: COM1_PORT, size: 1, count: 1 }]);
+    assert_eq!(fake.answers().len(), before, "it stands still");
+    let cancelled = rig.begin("vm.cancel");
+    // Nothing that the thread says is heard meanwhile.
+    wait_until(LIMIT, || (fake.answers().len() > before).then_some(()), || "the guest".to_owned());
+    // It may have come too late.
+    assert_eq!(rig.wait(&cancelled).is_ok(), rig.wait(&outcome).is_err());
+    assert_eq!(rig.vmm.phase(), Phase::Running);
+}
+
 /// The guest is stopped for its snapshot, which fails, and then the thread of its disk cannot begin.
 #[test]
 fn a_guest_that_cannot_run_on_after_a_snapshot_that_fails_is_paused() {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(16 << 20).unwrap();
-    let in_passes = json!([{ "id": "z", "size": 16 << 20, "file": file.path() }]);
-    for (zones, fault) in [(None, "thread"), (None, "state"), (Some(in_passes), "state")] {
+    for (in_passes, fault) in
+        [(false, "thread"), (false, "writer's thread"), (false, "state"), (true, "state")]
+    {
         let (fake, doorman) = (Fake::new(), Arc::new(Doorman::default()));
         let sandbox = Sandbox::new(Arc::clone(&doorman) as _, PathPolicy::Never);
         let mut rig = Rig::with(fake.clone(), "Null", Reactions::default()).confined(sandbox);
         let mut vm = rig.requests().vm;
-        if let Some(zones) = &zones {
-            vm["memory"] = json!({ "size": 0, "zones": zones });
-        }
+        let _file = in_passes.then(|| saved_in_passes(&mut vm));
         let created = rig.begin_with("vm.create", vm.to_string().into_bytes());
         rig.wait(&created).unwrap();
         rig.ask("vm.boot").unwrap();
@@ -450,14 +481,16 @@ fn a_guest_that_cannot_run_on_after_a_snapshot_that_fails_is_paused() {
 
         match fault {
             "thread" => doorman.refuse(ThreadKind("snapshot"), 1),
+            // The one before serves faults.
+            "writer's thread" => doorman.refuse(ThreadKind("snapshot"), 2),
             _ => fake.fail_nth_of("KVM_GET_REGS", 1),
         }
         doorman.refuse(block::THREAD, 1);
         let error = rig.ask("vm.snapshot").unwrap_err();
-        let about = format!("{zones:?}, {fault}: {error}");
+        let about = format!("in passes: {in_passes}, {fault}: {error}");
         assert!(doorman.relent(), "{about}");
         assert_eq!(error.code, Code::SnapshotFailed, "{about}");
-        let cause = if fault == "thread" { "the snapshot's thread" } else { "KVM_GET_REGS" };
+        let cause = if fault.ends_with("thread") { "the snapshot's thread" } else { "KVM_GET_REGS" };
         assert!(about.contains(cause) && about.contains("stays paused"), "{about}");
         assert!(about.contains("cannot resume device \"_disk0\""), "{about}");
         assert_eq!(rig.vmm.phase(), Phase::Paused, "{about}");

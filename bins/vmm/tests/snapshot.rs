@@ -25,7 +25,7 @@ impl Scene {
         let scene = Self { folder: tempfile::tempdir().unwrap() };
         scene.write("a", 1, &["0"], "old.raw", None);
         let changed = [vec![PAGE..PAGE + 1], vec![]];
-        let increment = Increment { parent: Path::new("../a"), changed: &changed };
+        let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed };
         scene.write("b", 2, &["0", "1"], "new.raw", Some(&increment));
         scene
     }

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, SealFlags};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
@@ -56,6 +56,16 @@ pub fn check_host(wanted: u64) -> Result<(), ZoneError> {
     match sys::host_memory() {
         Ok(host) if wanted > host => Err(ZoneError::HostTooSmall { wanted, host }),
         _ => Ok(()),
+    }
+}
+
+impl ZoneConfig {
+    /// The file that this zone would show instead of zeroes: one that it names and that holds something, be it another guest's memory.
+    pub fn filled_file(&self) -> Option<&Path> {
+        let path = self.file.as_deref()?;
+        // What cannot be looked at cannot be opened either.
+        let holds_something = path.metadata().is_ok_and(|meta| meta.is_file() && meta.blocks() != 0);
+        holds_something.then_some(path)
     }
 }
 
@@ -159,7 +169,7 @@ impl<'a> Backing<'a> {
     }
 }
 
-fn nameless_file(directory: &std::path::Path) -> io::Result<File> {
+fn nameless_file(directory: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     match OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory) {
         // hugetlbfs got O_TMPFILE late; a file unlinked at once serves as well.

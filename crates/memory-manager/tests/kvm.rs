@@ -123,7 +123,11 @@ fn a_guest_goes_on_from_a_mapped_snapshot_and_from_its_child() {
     assert_eq!(dirty.take_changed(&map, "snapshot").unwrap(), changed, "both ways tell the same");
     Chain::open(&dir.path().join("a")).unwrap().verify(&work()).unwrap();
 
-    save(&map, &dir.path().join("b"), Some(&Increment { parent: Path::new("../a"), changed: &changed }));
+    save(
+        &map,
+        &dir.path().join("b"),
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed }),
+    );
     for fill in [Fill::Lazy, Fill::Eager] {
         let (back, mut vcpu) = restored("b", fill);
         touch(&mut *vcpu, 10);

@@ -39,7 +39,11 @@ fn chain(dir: &Path, zones: &[ZoneConfig]) -> MemoryMap {
         write(&map, page * 3 * PAGE, name.as_bytes());
         let changed = dirty.take_changed(&map, "snapshot").unwrap();
         assert_eq!(changed.iter().flatten().map(|r| r.end - r.start).sum::<u64>(), 3 * PAGE);
-        save(&map, &dir.join(name), Some(&Increment { parent: Path::new(parent), changed: &changed }));
+        save(
+            &map,
+            &dir.join(name),
+            Some(&Increment { parent: Path::new(parent), id: None, changed: &changed }),
+        );
     }
     map
 }
@@ -145,7 +149,7 @@ fn ten_per_cent_at_random_need_one_mapping_per_region() {
             }
         }
         let parent = format!("../{}", layer - 1);
-        let increment = Increment { parent: Path::new(&parent), changed: &changed };
+        let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed };
         save(&map, &dir.path().join(layer.to_string()), Some(&increment));
     }
     let back = restore(&Fake::new(), &map, &zones, &dir.path().join("4"), Fill::Lazy).unwrap();
@@ -180,7 +184,7 @@ fn a_mapped_vm_knows_what_it_changed() {
     assert_eq!(changed, [[4 * PAGE..6 * PAGE, 1024 * PAGE..1536 * PAGE]]);
 
     // What it knows makes the next snapshot.
-    let increment = Increment { parent: Path::new("../a"), changed: &changed };
+    let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed };
     save(&back, &dir.path().join("d"), Some(&increment));
     let again = restore(&Fake::new(), &map, &zones, &dir.path().join("d"), Fill::Lazy).unwrap();
     assert!(content(&again) == content(&back) && content(&back) != before);
@@ -231,7 +235,11 @@ fn zones_are_filled_each_in_its_way() {
     write(&map, SIZE + PAGE, b"changed");
     write(&map, 2 * PAGE, b"changed");
     let changed = [vec![2 * PAGE..3 * PAGE], vec![PAGE..2 * PAGE]];
-    save(&map, &dir.path().join("b"), Some(&Increment { parent: Path::new("../a"), changed: &changed }));
+    save(
+        &map,
+        &dir.path().join("b"),
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed }),
+    );
     let both = |fill| restore(&Fake::new(), &map, &zones, &dir.path().join("b"), fill);
     let back = both(Fill::Lazy).unwrap();
     assert_eq!(back.mapped_files().len(), 1);

@@ -177,7 +177,10 @@ fn many_random_changes_stay_within_the_extents() {
         draft.memory(&memory, increment, &work()).unwrap().commit(&contents).unwrap();
     };
     write("a", None);
-    write("b", Some(&Increment { parent: Path::new("../a"), changed: std::slice::from_ref(&ranges) }));
+    write(
+        "b",
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: std::slice::from_ref(&ranges) }),
+    );
     let chain = Chain::open(&folder.path().join("b")).unwrap();
     let extents = &chain.newest().table().regions[0].extents;
     assert!(extents.ranges().len() <= vmm_snapshot::directory::MAX_EXTENTS);
@@ -337,7 +340,7 @@ fn a_chain_has_an_end() {
     let chain = Chain::open(&path(MAX_DEPTH)).unwrap();
     assert!(same(&load(&chain).unwrap(), &memory));
     let (parent, changed) = (format!("../{MAX_DEPTH}"), [vec![], vec![]]);
-    let increment = Increment { parent: Path::new(&parent), changed: &changed };
+    let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed };
     let next = path(MAX_DEPTH + 1);
     let error = write_on(&HostStorage, &next, &memory, Some(&increment), &work()).unwrap_err();
     assert!(matches!(error, WriteError::Invalid { .. }), "{error}");

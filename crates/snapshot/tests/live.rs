@@ -107,7 +107,7 @@ proptest! {
             let (region, range) = set(&mut memory, *page, *byte);
             changed[region].push(range);
         }
-        let increment = Increment { parent: Path::new("../parent"), changed: &changed };
+        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed };
         write_live(&path("live"), incremental.then_some(&increment), &mut memory, &passes);
         let live = Chain::open(&path("live")).unwrap();
         live.verify(&work()).unwrap();
@@ -118,7 +118,7 @@ proptest! {
             let (region, page) = ((page / PAGES) as usize, page % PAGES);
             all[region].push(page * PAGE..(page + 1) * PAGE);
         }
-        let increment = Increment { parent: Path::new("../parent"), changed: &all };
+        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &all };
         write_on(&HostStorage, &path("still"), &memory, incremental.then_some(&increment), &work()).unwrap();
         let still = Chain::open(&path("still")).unwrap();
         prop_assert_eq!(live.newest().table(), still.newest().table());

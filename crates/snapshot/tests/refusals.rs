@@ -8,7 +8,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use fixture::*;
-use vmm_snapshot::directory::{CHUNK, Chain, HostStorage, MAX_STATE, PAGE, Snapshot, diff, merge};
+use vmm_snapshot::directory::{
+    CHUNK, Chain, Hash, HostStorage, Increment, MAX_STATE, PAGE, Snapshot, diff, merge,
+};
 use vmm_snapshot::{NoState, Record, RecordSet, minicbor};
 
 mod fixture;
@@ -53,7 +55,7 @@ fn vouched(name: &str, bytes: &[u8]) -> String {
         let text = fs::read_to_string(path.join("manifest.json")).unwrap();
         let start = text.find(&format!("\"file\":\"{name}\"")).unwrap();
         let old = &text[start..start + text[start..].find('}').unwrap()];
-        let hash = vmm_snapshot::directory::Hash::of(bytes);
+        let hash = Hash::of(bytes);
         let new = format!("\"file\":\"{name}\",\"size\":{},\"sha256\":\"{hash}\"", bytes.len());
         forge(&path, |text| text.replace(old, &new));
         edit(&path.join(name), |old| *old = bytes.to_vec());
@@ -313,13 +315,21 @@ fn destinations() {
     lock.lock().unwrap();
     assert_eq!(refused(&empty), "DIR/e is being written by another snapshot");
     let increment = |parent: &str, changed| {
-        let increment = vmm_snapshot::directory::Increment { parent: Path::new(parent), changed };
+        let increment = Increment { parent: Path::new(parent), id: None, changed };
         let path = folder.path().join("n");
         let error = write_on(&HostStorage, &path, &memory(4, &[]), Some(&increment), &work()).unwrap_err();
         assert!(!path.exists());
         told(&error, folder.path())
     };
     let none = &[Vec::new(), Vec::new()][..];
+    let (path, other) = (folder.path().join("n"), Hash([0xab; 32]));
+    let replaced = Increment { parent: Path::new("../a"), id: Some(other), changed: none };
+    let error = write_on(&HostStorage, &path, &memory(4, &[]), Some(&replaced), &work()).unwrap_err();
+    let found = Chain::open(&folder.path().join("a")).unwrap().newest().id();
+    assert_eq!(
+        told(&error, folder.path()),
+        format!("parent of the snapshot: DIR/n/../a is snapshot {found}, expected the parent {other}")
+    );
     assert_eq!(increment("../x", none), "parent of the snapshot: DIR/n/../x is missing");
     let invalid = "cannot write such a snapshot";
     let outside = [Vec::new(), vec![4 * PAGE..4 * PAGE + 1]];

@@ -207,9 +207,13 @@ impl Machine {
     /// Gives up the locks of the disks, which stay open; the guest is paused.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses; they are held as before, as far as that goes.
     pub fn release_disks(&mut self) -> Result<(), MachineError> {
-        self.ways.disks.iter().try_for_each(|disk| disk.release_lock()).map_err(MachineError::Locks)
+        let released = self.ways.disks.iter().try_for_each(|disk| disk.release_lock());
+        released.map_err(|error| {
+            let _ = self.ways.disks.iter().try_for_each(|disk| disk.reacquire_lock());
+            MachineError::Locks(error)
+        })
     }
 
     /// Takes the locks of the disks; those that are held stay so.
@@ -219,7 +223,9 @@ impl Machine {
     pub fn take_disks(&mut self) -> Result<(), MachineError> {
         let taken = self.ways.disks.iter().try_for_each(|disk| disk.reacquire_lock());
         taken.map_err(|error| {
-            let _ = self.release_disks();
+            for disk in &self.ways.disks {
+                let _ = disk.release_lock();
+            }
             MachineError::Locks(error)
         })
     }

@@ -61,6 +61,9 @@ pub(super) fn check(
     }
     // What the operator does not allow is not looked at either.
     if foreign.is_empty() {
+        if !hello.required.contains(Features::LOCAL_MEMORY) {
+            filled(&checked).iter().for_each(|name| lacks(MissingKind::Memory, name));
+        }
         resources(&checked).iter().for_each(|name| lacks(MissingKind::Resource, name));
     }
     if missing.is_empty() { Ok(checked) } else { Err(Fault::incompatible(missing)) }
@@ -70,6 +73,16 @@ pub(super) fn check(
 fn absent(checked: &Checked) -> Result<(), String> {
     let zones = machine::zones(&checked.spec).map_err(|error| chain(&error))?;
     absent::supported(&zones).map_err(|error| format!("for post-copy: {}", chain(&error)))
+}
+
+/// Memory that shows what is in a file instead of zeroes, which are not sent. It may be the file that the source's guest runs on.
+fn filled(checked: &Checked) -> Vec<String> {
+    let zones = machine::zones(&checked.spec).unwrap_or_default();
+    let names = zones.iter().filter_map(|zone| {
+        let path = zone.filled_file()?.display();
+        Some(format!("zone {:?}: its file {path} holds something, and memory is copied (not local)", zone.id))
+    });
+    names.collect()
 }
 
 /// What the processor lacks.
@@ -202,6 +215,29 @@ mod tests {
         assert!(text.contains("Device net"), "{text}");
         let text = told(&here, &fits, &serde_json::json!({ "payload": 7 })).unwrap();
         assert!(text.contains("the configuration is refused: payload"), "{text}");
+    }
+
+    /// The guest's zeroes are not sent, and what is in the file may be the source's memory.
+    #[test]
+    fn memory_is_not_copied_into_a_file_that_holds_something() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, file) = (folder.path().join("disk"), folder.path().join("memory"));
+        std::fs::write(&disk, [0; 4096]).unwrap();
+        let here = spec(&serde_json::json!({ "receiver_url": "unix:/m" }));
+        let mut copied = hello(16 << 20, CpuNeeds::default());
+        let mut document = document(&disk, 1);
+        for shared in [false, true] {
+            let zone = serde_json::json!({ "id": "z", "size": 16 << 20, "file": file, "shared": shared });
+            document["memory"] = serde_json::json!({ "size": 0, "zones": [zone] });
+            std::fs::File::create(&file).unwrap().set_len(16 << 20).unwrap();
+            copied.required = Features::NONE;
+            assert_eq!(told(&here, &copied, &document), None);
+            std::fs::write(&file, [1; 4096]).unwrap();
+            let text = told(&here, &copied, &document).unwrap();
+            assert!(text.contains("zone \"z\": its file") && text.contains("holds something"), "{text}");
+            copied.required = Features::LOCAL_MEMORY;
+            assert_eq!(told(&here, &copied, &document), None);
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use vmm_memory_manager::fill::Behind;
 use vmm_memory_manager::map::{HostMemory, MemoryMap};
 use vmm_memory_manager::restore::{Fill, Saved as SavedBytes};
 use vmm_snapshot::RecordSet;
-use vmm_snapshot::directory::{Chain, Manifest, ReadError, Work};
+use vmm_snapshot::directory::{Chain, Hash, Manifest, ReadError, Work};
 
 use super::apart::{BootThread, Made};
 use super::boot::{Asker, Job};
@@ -58,6 +58,8 @@ pub(super) struct Snapshot {
 pub(super) struct Restore {
     /// `None`: a VM arrives by migration.
     spec: Option<RestoreSpec>,
+    /// The id of its snapshot, once that has been looked at.
+    id: Option<Hash>,
     start: Instant,
     /// Set when nobody wants it any more.
     cancelled: Arc<AtomicBool>,
@@ -66,7 +68,7 @@ pub(super) struct Restore {
 impl Restore {
     /// A VM that arrives, waited for since `start`.
     pub(super) fn arrival(start: Instant) -> Self {
-        Self { spec: None, start, cancelled: Arc::default() }
+        Self { spec: None, id: None, start, cancelled: Arc::default() }
     }
 
     /// Whether the guest is to run.
@@ -86,9 +88,9 @@ impl Restore {
 
     /// Changes since the snapshot are known from now on.
     pub(super) fn track(&self, tracks: &mut Tracks, machine: &mut Machine) -> Result<(), TrackError> {
-        match &self.spec {
-            Some(spec) => tracks.restored(machine.memory_mut(), &spec.folder, spec.track),
-            None => Ok(()),
+        match (&self.spec, self.id) {
+            (Some(spec), Some(id)) => tracks.restored(machine.memory_mut(), (&spec.folder, id), spec.track),
+            _ => Ok(()),
         }
     }
 }
@@ -117,6 +119,7 @@ impl Vmm {
         let cancelled = Arc::new(AtomicBool::new(false));
         self.boot.restore = Some(Restore {
             spec: Some(spec.clone()),
+            id: None,
             start: Instant::now(),
             cancelled: Arc::clone(&cancelled),
         });
@@ -140,6 +143,9 @@ impl Vmm {
             Ok(loaded) => loaded,
             Err(error) => return self.give_back(error.into(), asker),
         };
+        if let (Some(restore), Origin::Snapshot(snapshot)) = (&mut self.boot.restore, &origin) {
+            restore.id = Some(snapshot.chain.newest().id());
+        }
         super::warn(&checked.spec);
         let configured = Configured { restored_from: Some(from), ..Configured::new(checked) };
         let _ = self.slot.load(configured);

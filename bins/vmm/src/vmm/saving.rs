@@ -109,6 +109,10 @@ impl Vmm {
             }
             Err(error) => {
                 self.give_tracks_back(&pace);
+                let error = match pace {
+                    Pace::Stuck(_, resume) => error.stuck(resume),
+                    _ => error,
+                };
                 if matches!(error, SaveError::Stuck { .. }) {
                     // There is a machine.
                     let _ = self.slot.pause();
@@ -144,8 +148,7 @@ impl Vmm {
                 }
                 Err(why) => {
                     passes = Some(why);
-                    let since = spec.incremental.then(|| tracks.since(machine.memory())).transpose()?;
-                    tracks.begin_live(machine.memory_mut())?;
+                    let since = tracks.begin_passes(machine.memory_mut(), spec)?;
                     (as_is(machine)?, since, None)
                 }
             },
@@ -248,10 +251,11 @@ impl Vmm {
         job.failure.get_or_insert(error);
         job.thread.cancelled.store(true, Ordering::SeqCst);
         job.thread.answers = None;
-        // Whatever it does just now, the guest goes on.
+        // Whatever it does just now, the guest goes on: nothing of this snapshot will be kept.
         if let Some(frozen) = &job.thread.frozen {
             frozen.thaw();
         }
+        self.run_on();
     }
 
     /// The guest did something that ends it, or may: there is nothing to go on with from a snapshot of that moment.
@@ -273,8 +277,8 @@ impl Vmm {
             (result, _) => result,
         };
         match &result {
-            Ok(_) if spec.track => {
-                self.jobs.saving.tracks.keep(&spec.folder);
+            Ok(id) if spec.track => {
+                self.jobs.saving.tracks.keep(&spec.folder, *id);
                 self.end_live(&pace);
             }
             Ok(_) => self.end_live(&pace),

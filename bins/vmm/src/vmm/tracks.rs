@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use vmm_api::spec::SnapshotSpec;
 use vmm_memory_manager::dirty::{Changed, DirtyCollector, DirtyError};
 use vmm_memory_manager::map::MemoryMap;
+use vmm_snapshot::directory::Hash;
 
 use super::writer::Since;
 
@@ -31,6 +32,7 @@ pub(super) struct Tracks {
 #[derive(Debug)]
 struct Base {
     folder: PathBuf,
+    id: Hash,
     by: By,
 }
 
@@ -44,12 +46,12 @@ enum By {
 }
 
 impl Tracks {
-    /// The machine was restored from the snapshot in `folder`. Where memory is a mapping of its files, the page tables know
+    /// The machine was restored from the snapshot `id` in `folder`. Where memory is a mapping of its files, the page tables know
     /// what changes; else it is tracked if `track` is wanted.
     pub(super) fn restored(
         &mut self,
         memory: &mut MemoryMap,
-        folder: &Path,
+        (folder, id): (&Path, Hash),
         track: bool,
     ) -> Result<(), TrackError> {
         let by = if memory.changed_since_restore()?.is_some() {
@@ -60,7 +62,7 @@ impl Tracks {
         } else {
             return Ok(());
         };
-        self.base = Some(Base { folder: folder.to_owned(), by });
+        self.base = Some(Base { folder: folder.to_owned(), id, by });
         Ok(())
     }
 
@@ -79,8 +81,8 @@ impl Tracks {
     }
 
     /// What an incremental snapshot holds, so far.
-    pub(super) fn since(&mut self, memory: &MemoryMap) -> Result<Since, TrackError> {
-        let Some(Base { folder, by }) = &self.base else { return Err(TrackError::NoBase) };
+    fn since(&mut self, memory: &MemoryMap) -> Result<Since, TrackError> {
+        let Some(Base { folder, id, by }) = &self.base else { return Err(TrackError::NoBase) };
         let changed = match by {
             By::PageTables => memory.changed_since_restore()?.ok_or(TrackError::NoBase)?,
             By::Tracker => {
@@ -89,7 +91,7 @@ impl Tracks {
                 changed
             }
         };
-        Ok(Since { parent: folder.clone(), changed })
+        Ok(Since { parent: folder.clone(), id: *id, changed })
     }
 
     /// The guest stands still: changes from here on are those since the snapshot.
@@ -105,12 +107,12 @@ impl Tracks {
     }
 
     /// The snapshot is written: what was begun holds from now on.
-    pub(super) fn keep(&mut self, folder: &Path) {
+    pub(super) fn keep(&mut self, folder: &Path, id: Hash) {
         if self.fresh
             || !self.taken.is_empty()
             || self.base.as_ref().is_some_and(|base| base.by == By::Tracker)
         {
-            self.base = Some(Base { folder: folder.to_owned(), by: By::Tracker });
+            self.base = Some(Base { folder: folder.to_owned(), id, by: By::Tracker });
         }
         (self.taken, self.fresh) = (Changed::new(), false);
     }
@@ -126,11 +128,22 @@ impl Tracks {
         Ok(())
     }
 
-    /// A live snapshot begins.
+    /// What a guest that runs on changes is tracked from now on.
     pub(super) fn begin_live(&mut self, memory: &mut MemoryMap) -> Result<(), TrackError> {
         self.collector.start(memory, LIVE)?;
         self.live = true;
         Ok(())
+    }
+
+    /// The same for a snapshot; an incremental one holds so far what is given.
+    pub(super) fn begin_passes(
+        &mut self,
+        memory: &mut MemoryMap,
+        spec: &SnapshotSpec,
+    ) -> Result<Option<Since>, TrackError> {
+        // In this order: what is written in between is in both, and not in neither.
+        self.begin_live(memory)?;
+        spec.incremental.then(|| self.since(memory)).transpose()
     }
 
     /// What changed since it began, or since the last call.
@@ -172,7 +185,49 @@ pub enum TrackError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use vmm_device_model::dirty::DirtySource;
+    use vmm_hypervisor::fake::Fake;
+    use vmm_hypervisor::{Hypervisor, VmOptions};
+    use vmm_memory_manager::layout::PAGE_SIZE;
+    use vmm_memory_manager::zone::{ZoneConfig, ZoneOptions};
+
     use super::*;
+
+    /// Between any two looks the guest writes a page that it has not written before.
+    #[derive(Debug, Default)]
+    struct Writing(AtomicU64);
+
+    impl DirtySource for Writing {
+        fn take(&self, mark: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+            mark(self.0.fetch_add(1, Ordering::Relaxed) * PAGE_SIZE, 1);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_written_as_a_snapshot_in_passes_begins_is_in_it() {
+        let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
+        let options = ZoneOptions::default();
+        let zone =
+            ZoneConfig { id: "z".into(), size: 1 << 20, file: None, shared: false, huge_page: None, options };
+        let mut memory = MemoryMap::create(vm, &[zone], 40).unwrap();
+        let (mut tracks, writing) = (Tracks::default(), Arc::new(Writing::default()));
+        tracks.collector.add_source(Arc::clone(&writing) as Arc<dyn DirtySource>);
+        tracks.restored(&mut memory, (Path::new("/a"), Hash([1; 32])), true).unwrap();
+        let known = writing.0.load(Ordering::Relaxed);
+        let spec = SnapshotSpec { folder: "/b".into(), live: true, incremental: true, track: true };
+        let mut held = tracks.begin_passes(&mut memory, &spec).unwrap().unwrap();
+        assert_eq!((held.parent.as_path(), held.id), (Path::new("/a"), Hash([1; 32])));
+        // The guest stands still.
+        join(&mut held.changed, &tracks.live(&memory).unwrap());
+        let written = (known..writing.0.load(Ordering::Relaxed)).map(|page| page * PAGE_SIZE);
+        for page in written {
+            assert!(held.changed.iter().flatten().any(|range| range.contains(&page)), "{page:#x}: {held:?}");
+        }
+    }
 
     #[test]
     fn changes_are_joined_by_region() {

@@ -85,6 +85,7 @@ pub(super) struct Still {
 #[derive(Debug, Clone)]
 pub(super) struct Since {
     pub(super) parent: PathBuf,
+    pub(super) id: Hash,
     pub(super) changed: Changed,
 }
 
@@ -167,7 +168,8 @@ impl Writer {
     }
 
     fn write(&self, still: Option<Still>) -> Result<Hash, SaveError> {
-        let since = self.since.as_ref().map(|Since { parent, changed }| Increment { parent, changed });
+        let since = self.since.as_ref();
+        let since = since.map(|Since { parent, id, changed }| Increment { parent, id: Some(*id), changed });
         let filled = self.watch.over(|told| {
             let work = Work { threads: self.threads, watch: told };
             Draft::begin(&HostStorage, &self.folder)?.memory(self.memory.source(), since.as_ref(), &work)

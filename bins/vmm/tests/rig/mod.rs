@@ -161,6 +161,21 @@ impl Rig {
         }
     }
 
+    /// Until the message that is `wanted` has been taken, and no further.
+    pub(crate) fn pump_until(&mut self, wanted: impl Fn(&MachineEvent) -> bool) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            assert!(Instant::now() < end, "it does not come");
+            for message in self.inbox.take_all() {
+                let is_wanted = wanted(&message.event);
+                self.vmm.machine_says(message);
+                if is_wanted {
+                    return;
+                }
+            }
+        }
+    }
+
     /// Waits for a boot that no client asked for.
     pub(crate) fn end_boot(&mut self) {
         let end = Instant::now() + LIMIT;

@@ -19,7 +19,8 @@ use super::manifest::{
 use super::pages::Writer;
 use super::work::{Buffers, Job, Stop, sized};
 use super::{
-    Chain, Extents, Hash, MAX_DEPTH, MemorySource, Storage, Table, Work, WriteError, chunk_range, part_mut,
+    Chain, Extents, Hash, MAX_DEPTH, MemorySource, ReadError, Storage, Table, Work, WriteError, chunk_range,
+    part_mut,
 };
 use crate::{Record, RecordSet, minicbor};
 
@@ -37,6 +38,8 @@ pub struct Draft<'s> {
 pub struct Increment<'a> {
     /// Where the parent is, as the manifest will say: absolute, or relative to the directory of the snapshot.
     pub parent: &'a Path,
+    /// Its id, where that is known: another snapshot there is none.
+    pub id: Option<Hash>,
     /// Per region the bytes that may have changed since, in any order.
     pub changed: &'a [Vec<Range<u64>>],
 }
@@ -101,6 +104,11 @@ impl<'s> Draft<'s> {
         let invalid = |what: &str| WriteError::Invalid { what: what.to_owned() };
         let location = increment.parent.to_str().ok_or_else(|| invalid("the parent's path is not UTF-8"))?;
         let chain = Chain::open(&self.place.path().join(location)).map_err(WriteError::Parent)?;
+        let found = chain.newest().id();
+        if let Some(expected) = increment.id.filter(|id| *id != found) {
+            let path = chain.newest().path().to_owned();
+            return Err(WriteError::Parent(ReadError::OtherParent { path, found, expected }));
+        }
         if chain.depth() >= MAX_DEPTH {
             return Err(WriteError::Invalid {
                 what: format!("its chain would exceed {MAX_DEPTH} snapshots"),
@@ -109,7 +117,7 @@ impl<'s> Draft<'s> {
         if !chain.regions().iter().map(Region::place).eq(regions.iter().map(Region::place)) {
             return Err(invalid("the parent has other memory regions"));
         }
-        Ok(Parent { id: chain.newest().id(), location: location.to_owned() })
+        Ok(Parent { id: found, location: location.to_owned() })
     }
 }
 
