@@ -504,6 +504,34 @@ fn who_has_given_the_guest_up_says_so_to_who_comes_again() {
     assert!(matches!(world.supplied.last(), Some(SupplierOutcome::Refused(_))), "{:?}", world.supplied);
 }
 
+/// Another receiver has the destination's address, it may be: it says nothing about the guest.
+#[test]
+fn only_a_nack_of_rejoin_gives_the_guest_up() {
+    let fault = || Fault::new(Reason::Busy, "test");
+    let nacks = [Command::Hello, Command::Join, Command::Commit].map(|about| Message::Nack(about, fault()));
+    for other in nacks.into_iter().chain([Message::Whole(SessionId([2; 16]))]) {
+        let frame = other.clone().encode().unwrap();
+        let mut world = World::new();
+        world.trouble(Trouble::Cut);
+        let rejoins = |world: &World| world.supplier.state() == SupplierState::Rejoining;
+        assert!((0..600).any(|choice| {
+            world.step(choice);
+            rejoins(&world)
+        }));
+        let (mut machine, now) = (world.supplier.clone(), world.now);
+        machine.handle(now, SupplierInput::Frame(frame.clone()));
+        assert_eq!(machine.state(), SupplierState::Severed, "{other:?}");
+        let later = now + machine.next_wake().unwrap().saturating_sub(now);
+        machine.handle(later, SupplierInput::Tick);
+        assert_eq!(machine.state(), SupplierState::Rejoining, "{other:?}: it looks again");
+        // On a link that is there it is nothing that a destination says.
+        let mut world = World::new();
+        world.tell_supplier(SupplierInput::Frame(frame));
+        world.finish("another receiver");
+        assert_eq!(world.supplied.last(), Some(&SupplierOutcome::Supplied), "{other:?}");
+    }
+}
+
 #[test]
 fn memory_that_is_whole_is_told_again_to_a_source_that_missed_it() {
     let mut world = World::new();
@@ -527,6 +555,7 @@ fn frames() -> Vec<Frame> {
         Message::Ack(Command::Whole),
         Message::Ack(Command::Committed),
         Message::Nack(Command::Rejoin, Fault::new(Reason::Cancelled, "test")),
+        Message::Nack(Command::Hello, Fault::new(Reason::Busy, "test")),
         Message::Cancel(Fault::new(Reason::Cancelled, "test")),
         Message::Keepalive(Progress::default()),
         Message::Ready(SESSION),

@@ -435,6 +435,10 @@ impl Driver {
         match frame.command() {
             Command::Query => return self.asked(number, socket, frame),
             Command::Join => return self.join(number, socket, frame),
+            Command::Rejoin => {
+                log::warn!("migration: a connection that belongs to no session is closed");
+                return socket.shutdown(Shutdown::Both);
+            }
             _ => {}
         }
         // One that only asked is done with.

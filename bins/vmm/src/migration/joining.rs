@@ -50,7 +50,8 @@ impl Session {
             }
             let timeouts = socket.set_timeouts(Some(ANSWER), Some(ANSWER));
             timeouts.map_err(|error| cannot(*index, &error.to_string()))?;
-            joined(socket).map_err(|text| cannot(*index, &text))?;
+            // Nothing more is said there.
+            joined(socket).map(drop).map_err(|text| cannot(*index, &text))?;
         }
         let mut all = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         all.extend(sockets.iter().map(|(_, socket)| Arc::clone(socket)));
@@ -98,15 +99,16 @@ impl Session {
     }
 }
 
-/// Waits until the destination has taken the connection.
-pub(super) fn joined(socket: &Arc<Socket>) -> Result<(), String> {
-    let answer = match Frames::of(socket).next() {
+/// Waits until the destination has taken the connection. What it says next may have been read with that: it is in what is given.
+pub(super) fn joined(socket: &Arc<Socket>) -> Result<Frames, String> {
+    let mut frames = Frames::of(socket);
+    let answer = match frames.next() {
         Ok(Item::Frame(frame)) => Message::decode(frame).map_err(|error| error.to_string())?,
         Ok(Item::Bulk(_)) => return Err("memory comes the wrong way".to_owned()),
         Err(End::Garbage(text) | End::Lost(text)) => return Err(text),
     };
     if answer == Message::Ack(Command::Join) {
-        return Ok(());
+        return Ok(frames);
     }
     socket.shutdown(Shutdown::Both);
     Err("another answer than Ack".to_owned())

@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use super::joining::Session;
 use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::pace::Pace;
 use super::postcopy::SupplyStep;
-use super::postcopy::opening;
+use super::postcopy::opening::{self, Wanted};
 use super::postcopy::owed::Owed;
 use super::postcopy::supplying::{Goods, Supplying};
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
@@ -246,7 +246,7 @@ struct Late {
     wanted: bool,
     owed: Arc<Owed>,
     /// The connection on which the destination asks for it.
-    socket: Arc<OnceLock<Arc<Socket>>>,
+    way: Arc<Mutex<Option<Wanted>>>,
     /// The number that it carries.
     pass: u32,
 }
@@ -257,9 +257,13 @@ impl Late {
             // One that is paused leaves nothing behind.
             wanted: setup.hello.required.contains(Features::POST_COPY) && !setup.paused,
             owed: Arc::new(Owed::none(setup.hello.memory.clone())),
-            socket: Arc::default(),
+            way: Arc::default(),
             pass: 0,
         }
+    }
+
+    fn way(&self) -> MutexGuard<'_, Option<Wanted>> {
+        self.way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -327,6 +331,7 @@ impl Driver {
         // What was to be said before is on the link then.
         drop(queue);
         let _ = writing.join();
+        let wanted = late.way().take().unwrap_or_else(|| Wanted::of(Arc::clone(&socket)));
         let goods = Goods {
             session,
             owed: late.owed,
@@ -334,7 +339,6 @@ impl Driver {
             features: source.features(),
             sent: Arc::new(AtomicU64::new(source.progress().sent.bytes)),
         };
-        let wanted = late.socket.get().map_or_else(|| Arc::clone(&socket), Arc::clone);
         Supplying::new((clock, machine), goods, (socket, wanted), reading, desk).run(inputs, gone);
     }
 
@@ -391,14 +395,14 @@ impl Driver {
             What::Taken => Course::new(pass, Some(self.aside.take()), last),
             What::Absent => Course::leaving(pass, self.late.owed.set(&self.aside.take())),
         });
-        if !self.late.wanted || self.late.socket.get().is_some() {
+        if !self.late.wanted || self.late.way().is_some() {
             return self.write(Out::Pass(course));
         }
         // Before anything else, the way for what the destination will want.
-        let (queue, place) = (self.queue.clone(), Arc::clone(&self.late.socket));
+        let (queue, place) = (self.queue.clone(), Arc::clone(&self.late.way));
         self.beside("migration-join", move |session| match opening::wanted(session) {
-            Ok(socket) => {
-                let _ = place.set(socket);
+            Ok(wanted) => {
+                *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(wanted);
                 let _ = queue.send(Out::Pass(course));
                 None
             }

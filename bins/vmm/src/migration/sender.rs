@@ -30,6 +30,9 @@ pub(super) const PATIENCE: Duration = Duration::from_millis(50);
 /// A link that takes nothing for so long is lost.
 pub(super) const STALLED: Duration = Duration::from_secs(10);
 
+/// How long the peer is heard after the link has broken.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 static ZERO_PAGE: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// What is to be written.
@@ -125,12 +128,21 @@ impl Writer {
                         Err(fault) => SourceInput::Failed(fault),
                     };
                     if self.pen.broken.is_some() {
-                        // What the peer said before the link broke comes first.
-                        let _ = self.read.recv();
+                        self.hear_out();
                     }
                     let _ = self.answers.send(answer);
                 }
                 Out::Close => return self.pen.socket.shutdown(Shutdown::Write),
+            }
+        }
+    }
+
+    /// What the peer said before the link broke comes first. One that goes on saying something is not heard for ever.
+    fn hear_out(&self) {
+        let since = Instant::now();
+        while self.read.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+            if self.pen.shared.is_unwanted() || since.elapsed() >= LAST_WORDS {
+                return self.pen.socket.shutdown(Shutdown::Both);
             }
         }
     }
@@ -468,7 +480,43 @@ pub(super) fn failed(error: &dyn std::error::Error) -> Fault {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::channel;
+
     use super::*;
+    use crate::migration::inputs::inputs;
+    use crate::migration::postcopy::pushing::tests::{LIMIT, map};
+
+    #[test]
+    fn a_peer_that_takes_nothing_and_goes_on_talking_is_not_heard_for_ever() {
+        for interrupted in [false, true] {
+            let (map, (answers, told), (queue, queued)) = (map(), inputs(), channel());
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            theirs.shutdown(Shutdown::Read).unwrap();
+            // Whoever reads the connection does so all the time.
+            let (_reads, read) = channel();
+            let pen = Pen {
+                index: 0,
+                socket: Arc::new(Socket::Unix(ours)),
+                memory: Arc::new(map.source().unwrap()),
+                shared: Arc::default(),
+                packer: None,
+                broken: None,
+            };
+            let (socket, shared) = (Arc::clone(&pen.socket), Arc::clone(&pen.shared));
+            socket.set_timeouts(Some(LIMIT), None).unwrap();
+            let writer = Writer { pen, files: Vec::new(), queue: queued, answers, read, lanes: Vec::new() };
+            queue.send(Out::Pass(Arc::new(Course::new(1, None, false)))).unwrap();
+            shared.interrupted.store(interrupted, Ordering::SeqCst);
+            let thread = std::thread::spawn(move || writer.run());
+            let answer = told.recv_timeout(LIMIT);
+            assert!(matches!(answer, Ok(SourceInput::Failed(_))), "{answer:?}");
+            assert_eq!((&*socket).read(&mut [0]).unwrap(), 0, "who reads it comes to the end");
+            drop(queue);
+            thread.join().unwrap();
+        }
+    }
 
     #[test]
     fn zero_pages_are_told_from_others() {

@@ -67,7 +67,7 @@ impl SupplierState {
 pub enum SupplierKind {
     /// Whole, of this session.
     Whole,
-    /// Nack or Cancel: the destination has given the guest up.
+    /// Nack of Rejoin, or Cancel: the destination has given the guest up.
     Refused,
     /// Keepalive.
     Keepalive,
@@ -114,7 +114,8 @@ impl SupplierKind {
 /// What happens to a supplier.
 #[derive(Debug, Clone)]
 pub enum SupplierInput {
-    /// A frame on connection 0 that is not Want; or Whole or Nack, which [`SupplierStep::Rejoin`] got for an answer.
+    /// A frame on connection 0 that is not Want; or Whole or Nack, which [`SupplierStep::Rejoin`] got for an answer, and which ends
+    /// that step.
     Frame(Frame),
     /// Bytes from the peer that are no frame, on any connection.
     Garbage(String),
@@ -433,9 +434,17 @@ impl Supplier {
     }
 
     fn read_frame(&self, frame: Frame) -> Event {
-        let stray = |text: &str| Event::Broken(K::Stray, Failure::new(End::Peer, Reason::Violation, text));
+        let answers = matches!(frame.command(), Command::Whole | Command::Nack);
+        let stray = |text: &str| match self.state {
+            // Somebody else is at the address by now, it may be.
+            S::Rejoining if answers => Event::Failed(Fault::new(Reason::Violation, text)),
+            _ => Event::Broken(K::Stray, Failure::new(End::Peer, Reason::Violation, text)),
+        };
         match Message::decode(frame) {
             Ok(Message::Whole(of)) if of == self.session => Event::Whole,
+            Ok(Message::Nack(about, fault)) if about != Command::Rejoin => {
+                stray(&format!("Nack of {about}: {}", fault.text()))
+            }
             Ok(Message::Nack(_, fault) | Message::Cancel(fault)) => {
                 Event::Refused(Failure { end: End::Peer, fault })
             }

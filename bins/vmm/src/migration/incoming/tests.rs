@@ -102,6 +102,21 @@ fn the_source_hears_of_a_destination_that_is_busy() {
     thread.join().unwrap();
 }
 
+/// It looks for a guest that another receiver got at this address.
+#[test]
+fn a_source_that_comes_again_for_another_guest_does_not_end_the_wait() {
+    let (to, _heard) = std::sync::mpsc::channel();
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut driver = driver(&to, live(checking(Limits::default(), Features::NONE), ours));
+    driver.live = None;
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(LIMIT)).unwrap();
+    let rejoin = Message::Rejoin(SessionId([2; 16])).encode().unwrap();
+    driver.said(2, Said::First(Arc::new(Socket::Unix(ours)), rejoin));
+    assert!(driver.live.is_none() && !driver.told, "it waits for a source still");
+    assert_eq!(std::io::Read::read(&mut theirs, &mut [0]).unwrap(), 0, "nothing is said to that one");
+}
+
 /// The names of threads that have begun.
 #[derive(Debug, Default)]
 struct Names(Mutex<Vec<String>>);

@@ -14,7 +14,7 @@ pub(super) mod arriving;
 pub(super) mod filling;
 pub(super) mod opening;
 pub(super) mod owed;
-mod pushing;
+pub(super) mod pushing;
 pub(super) mod supplying;
 pub(super) mod wanting;
 

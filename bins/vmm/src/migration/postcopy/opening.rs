@@ -2,6 +2,7 @@
 
 use std::net::Shutdown;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use vmm_memory_manager::pages::Pages;
 use vmm_migration_protocol::{Command, Fault, Frame, Item, Join, Message, Reason};
@@ -14,7 +15,7 @@ use crate::migration::link::{ANSWER, End, Frames, Socket};
 /// What a destination says to a source that comes again.
 pub(super) enum Again {
     /// It lacks these.
-    Lacks(Pages, Ways),
+    Lacks(Pages, Box<Ways>),
     /// It lacks nothing, or has given the guest up.
     Over(Frame, Arc<Socket>),
 }
@@ -22,20 +23,42 @@ pub(super) enum Again {
 /// The connections of a session.
 pub(super) struct Ways {
     pub(super) main: Arc<Socket>,
-    pub(super) wanted: Arc<Socket>,
+    pub(super) reader: Reader,
+    pub(super) wanted: Wanted,
+}
+
+/// Who reads connection 0.
+pub(super) enum Reader {
+    /// A thread does.
+    Thread(JoinHandle<()>),
+    /// Nobody yet; with what was read with the answer.
+    None(Frames),
+}
+
+/// The connection on which the destination asks for memory.
+pub(in crate::migration) struct Wanted {
+    pub(super) socket: Arc<Socket>,
+    /// What it asks for, of which some may have been read with its Ack.
+    pub(super) frames: Frames,
+}
+
+impl Wanted {
+    /// A connection of which nothing has been read.
+    pub(in crate::migration) fn of(socket: Arc<Socket>) -> Self {
+        Self { frames: Frames::of(&socket), socket }
+    }
 }
 
 /// Opens the connection on which the destination asks for memory, and gets it.
 ///
 /// # Errors
 /// The destination is not to be reached, or does not take it.
-pub(in crate::migration) fn wanted(session: &Session) -> Result<Arc<Socket>, Fault> {
-    let opened = || -> Result<Arc<Socket>, String> {
+pub(in crate::migration) fn wanted(session: &Session) -> Result<Wanted, Fault> {
+    let opened = || -> Result<Wanted, String> {
         let failed = |error: std::io::Error| chain(&error);
         let socket = session.connect(0, Join::WANTED).map_err(failed)?;
         socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
-        joined(&socket)?;
-        Ok(socket)
+        Ok(Wanted { frames: joined(&socket)?, socket })
     };
     opened().map_err(|text| Fault::new(Reason::Failed, &format!("the connection for wanted memory: {text}")))
 }
@@ -70,7 +93,10 @@ pub(super) fn again(session: &Session, owed: &Owed) -> Result<Again, Fault> {
         }
     }
     match wanted(session) {
-        Ok(wanted) => Ok(Again::Lacks(pages, Ways { main, wanted })),
+        Ok(wanted) => {
+            let ways = Ways { main, reader: Reader::None(frames), wanted };
+            Ok(Again::Lacks(pages, Box::new(ways)))
+        }
         Err(fault) => {
             main.shutdown(Shutdown::Both);
             Err(fault)

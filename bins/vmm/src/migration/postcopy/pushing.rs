@@ -185,8 +185,7 @@ impl Pusher<'_> {
 }
 
 /// Sends what is asked for on this connection, at once, until it ends.
-pub(super) fn serve(mut quill: Quill, owed: &Owed, answers: &Answers) {
-    let mut frames = Frames::of(&quill.socket);
+pub(super) fn serve(mut quill: Quill, mut frames: Frames, owed: &Owed, answers: &Answers) {
     let about = |text: &str| format!("the connection for wanted memory: {text}");
     let end = loop {
         let range = match frames.next().map(asked) {
@@ -227,7 +226,7 @@ fn failed(error: &dyn std::error::Error) -> Fault {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::migration) mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc::channel;
@@ -243,10 +242,10 @@ mod tests {
     use crate::migration::inputs::inputs;
 
     /// Long: only for what hangs.
-    const LIMIT: Duration = Duration::from_secs(60);
+    pub(in crate::migration) const LIMIT: Duration = Duration::from_secs(60);
     const SIZE: u64 = 1 << 20;
 
-    fn map() -> MemoryMap {
+    pub(in crate::migration) fn map() -> MemoryMap {
         let vm = Fake::new().create_vm(&VmOptions { ioapic_pins: 24, tss_address: 0 }).unwrap();
         let options = ZoneOptions::default();
         let zone =
@@ -257,7 +256,7 @@ mod tests {
     }
 
     /// A source that owes pages 0 to 8.
-    fn owing() -> Arc<Owed> {
+    pub(in crate::migration::postcopy) fn owing() -> Arc<Owed> {
         let layout = MemoryLayout::new(vec![Region { gpa: 0, length: SIZE, zone: "z".into() }]);
         let owed = Owed::none(layout.unwrap());
         owed.set(&vec![std::iter::once(0..9 * PAGE).collect()]);
@@ -277,7 +276,7 @@ mod tests {
     }
 
     /// The ranges of all that came, with the first byte of each.
-    fn arrived(bytes: &[u8]) -> Vec<(u64, u64, u8)> {
+    pub(in crate::migration::postcopy) fn arrived(bytes: &[u8]) -> Vec<(u64, u64, u8)> {
         let (mut rest, mut decoder, mut found) = (bytes, Decoder::new(), Vec::new());
         while !rest.is_empty() {
             match decoder.push(&mut rest).unwrap() {
@@ -310,7 +309,8 @@ mod tests {
         ours.shutdown(Shutdown::Write).unwrap();
         let (answers, told) = inputs();
         let quill = quill(&map, theirs);
-        serve(quill, owed, &answers);
+        let frames = Frames::of(&quill.socket);
+        serve(quill, frames, owed, &answers);
         let mut bytes = Vec::new();
         ours.read_to_end(&mut bytes).unwrap();
         (arrived(&bytes), told.recv_timeout(LIMIT).unwrap())

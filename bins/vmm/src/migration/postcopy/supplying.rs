@@ -15,12 +15,12 @@ use vmm_migration_protocol::{
 };
 
 use super::SupplyStep;
-use super::opening::{self, Again, Ways};
+use super::opening::{self, Again, Reader, Wanted, Ways};
 use super::owed::Owed;
 use super::pushing::{Out, Pusher, Quill, serve};
 use crate::migration::inputs::Inputs;
 use crate::migration::joining::Session;
-use crate::migration::link::{Frames, Socket};
+use crate::migration::link::Socket;
 use crate::migration::outgoing::{DONE, Desk, PERIOD, SendError, SendStep, listen};
 use crate::migration::sender::PATIENCE;
 use crate::migration::{Clock, LINGER, THREAD};
@@ -40,7 +40,8 @@ pub(in crate::migration) struct Goods {
 
 /// Connections, and the threads on them.
 struct Link {
-    ways: Ways,
+    /// 0, and that for wanted memory.
+    sockets: [Arc<Socket>; 2],
     queue: Sender<Out>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -66,12 +67,12 @@ impl Supplying {
     pub(in crate::migration) fn new(
         (clock, machine): (Clock, Supplier),
         goods: Goods,
-        (main, wanted): (Arc<Socket>, Arc<Socket>),
+        (main, wanted): (Arc<Socket>, Wanted),
         reading: JoinHandle<()>,
         desk: Desk,
     ) -> Self {
         let answers = goods.session.answers.clone();
-        let link = goods.link(Ways { main, wanted }, Some(reading)).map_err(|error| {
+        let link = goods.link(Ways { main, reader: Reader::Thread(reading), wanted }).map_err(|error| {
             let _ = answers.send(SourceInput::Lost(format!("a thread: {error}")));
         });
         Self {
@@ -141,7 +142,7 @@ impl Supplying {
             let found = self.found().take();
             if let Some(Again::Lacks(pages, ways)) = found {
                 self.goods.owed.replace(pages);
-                match self.goods.link(ways, None) {
+                match self.goods.link(*ways) {
                     Ok(link) => self.link = Some(link),
                     Err(error) => {
                         let fault = Fault::new(Reason::Failed, &format!("a thread: {error}"));
@@ -255,7 +256,7 @@ impl Supplying {
         if let Some(Again::Over(_, socket)) = &*self.found() {
             socket.shutdown(Shutdown::Write);
         }
-        let Some(Link { ways, queue, stop, threads }) = self.link.take() else { return };
+        let Some(Link { sockets, queue, stop, threads }) = self.link.take() else { return };
         let _ = queue.send(Out::Close);
         // Who interrupts itself for that may not see it.
         drop(queue);
@@ -263,7 +264,7 @@ impl Supplying {
             self.linger(inputs);
         }
         stop.store(true, Ordering::SeqCst);
-        [ways.main, ways.wanted].iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+        sockets.iter().for_each(|socket| socket.shutdown(Shutdown::Both));
         // Who reads it may wait for room.
         while threads.iter().any(|thread| !thread.is_finished()) {
             inputs.recv_timeout(LOOK_FOR_END).into_iter().for_each(|input| self.keep(input));
@@ -286,42 +287,37 @@ fn is_of_a_link(input: &SourceInput) -> bool {
 }
 
 impl Goods {
-    /// Begins to send over these connections. The first is read by `reading`, or by a thread that is started for it.
-    fn link(&self, ways: Ways, reading: Option<JoinHandle<()>>) -> std::io::Result<Link> {
+    /// Begins to send over these connections.
+    fn link(&self, ways: Ways) -> std::io::Result<Link> {
         let stop = Arc::new(AtomicBool::new(false));
         let (queue, queued) = channel();
-        let mut link = Link { ways, queue, stop, threads: Vec::new() };
-        let begun = self.begin(&mut link, queued, reading);
-        if let Err(error) = begun {
+        let sockets = [Arc::clone(&ways.main), Arc::clone(&ways.wanted.socket)];
+        let mut link = Link { sockets, queue, stop, threads: Vec::new() };
+        if let Err(error) = self.begin(&mut link, ways, queued) {
             link.stop.store(true, Ordering::SeqCst);
-            [&link.ways.main, &link.ways.wanted].iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+            link.sockets.iter().for_each(|socket| socket.shutdown(Shutdown::Both));
             return Err(error);
         }
         Ok(link)
     }
 
-    fn begin(
-        &self,
-        link: &mut Link,
-        queue: Receiver<Out>,
-        reading: Option<JoinHandle<()>>,
-    ) -> std::io::Result<()> {
+    fn begin(&self, link: &mut Link, ways: Ways, queue: Receiver<Out>) -> std::io::Result<()> {
         let Session { threads, answers, shared, .. } = &self.session;
-        let main = Arc::clone(&link.ways.main);
-        for socket in [&main, &link.ways.wanted] {
+        let Ways { main, reader, wanted: Wanted { socket: wanted, frames: wants } } = ways;
+        for socket in &link.sockets {
             socket.set_timeouts(None, Some(PATIENCE))?;
         }
-        match reading {
-            Some(thread) => link.threads.push(thread),
-            None => {
-                let (frames, heard) = (Frames::of(&main), answers.clone());
+        match reader {
+            Reader::Thread(thread) => link.threads.push(thread),
+            Reader::None(frames) => {
+                let heard = answers.clone();
                 let read = move || listen(frames, &heard);
                 link.threads.push(thread::spawn(threads, THREAD, "migration-in", read)?);
             }
         }
-        let (quill, owed, answers) = (self.quill(&link.ways.wanted, &link.stop), &self.owed, answers.clone());
+        let (quill, owed, answers) = (self.quill(&wanted, &link.stop), &self.owed, answers.clone());
         let (owed_too, answers_too) = (Arc::clone(owed), answers.clone());
-        let serving = move || serve(quill, &owed_too, &answers_too);
+        let serving = move || serve(quill, wants, &owed_too, &answers_too);
         link.threads.push(thread::spawn(threads, THREAD, "migration-want", serving)?);
         let (quill, owed, shared) = (self.quill(&main, &link.stop), Arc::clone(owed), Arc::clone(shared));
         let pushing = move || Pusher { quill, owed, pace: &shared.pace, queue, answers }.run();
@@ -339,5 +335,82 @@ impl Goods {
             features: self.features,
             packer: self.features.contains(Features::LZ4).then(Packer::new),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use vmm_api::spec::MigrationAddress;
+    use vmm_device_model::thread::Unconfined;
+    use vmm_migration_protocol::{Bulk, Command, Join, MemoryRange, Message, PAGE, SessionId};
+
+    use super::super::pushing::tests::{LIMIT, arrived, map, owing};
+    use super::*;
+    use crate::migration::inputs::inputs;
+    use crate::migration::link::Way;
+    use crate::migration::sender::Shared;
+
+    const SESSION: SessionId = SessionId([3; 16]);
+
+    /// Takes the connection of a source, and its first frame; answers with these in one piece.
+    fn answer(listener: &UnixListener, first: Message, answers: [Message; 3]) -> UnixStream {
+        let bytes = |message: Message| message.encode().unwrap().encode();
+        let first = bytes(first);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let mut came = vec![0; first.len()];
+        stream.read_exact(&mut came).unwrap();
+        assert_eq!(came, first);
+        stream.write_all(&answers.map(bytes).concat()).unwrap();
+        stream
+    }
+
+    #[test]
+    fn what_comes_with_the_answer_to_who_rejoins_is_heard() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (map, (answers, told)) = (map(), inputs());
+        let session = Session {
+            way: Way::new(MigrationAddress::Unix(path), None).unwrap(),
+            id: SESSION,
+            memory: Arc::new(map.source().unwrap()),
+            shared: Arc::new(Shared::default()),
+            answers,
+            threads: Arc::new(Unconfined),
+            sockets: Arc::default(),
+        };
+        let owed = owing();
+        let goods = Goods { session, owed, pass: 2, features: Features::NONE, sent: Arc::default() };
+        let range = |page| MemoryRange::new(page * PAGE, PAGE).unwrap();
+        let destination = std::thread::spawn(move || {
+            let lacks = MemoryRange::new(0, 9 * PAGE).unwrap();
+            let said = [Message::Lacks(lacks), Message::Ack(Command::Rejoin), Message::Whole(SESSION)];
+            let main = answer(&listener, Message::Rejoin(SESSION), said);
+            let join = Join { session: SESSION, index: 0, role: Join::WANTED };
+            let said = [Message::Ack(Command::Join), Message::Want(range(7)), Message::Want(range(3))];
+            let mut wanted = answer(&listener, Message::Join(join), said);
+            let header = Bulk::memory(range(7), 2, 0).unwrap().header().len();
+            let mut came = vec![0; 2 * (header + PAGE as usize)];
+            wanted.read_exact(&mut came).unwrap();
+            (came, main)
+        });
+        let Ok(Again::Lacks(_, ways)) = opening::again(&goods.session, &goods.owed) else {
+            panic!("it lacks memory");
+        };
+        let link = goods.link(*ways).unwrap();
+        let (came, main) = destination.join().unwrap();
+        assert_eq!(arrived(&came), [(7, 1, 7), (3, 1, 3)]);
+        match told.recv_timeout(LIMIT) {
+            Ok(SourceInput::Frame(frame)) => assert_eq!(frame.command(), Command::Whole),
+            other => panic!("{other:?}"),
+        }
+        drop(link.queue);
+        link.sockets.iter().for_each(|socket| socket.shutdown(Shutdown::Both));
+        link.threads.into_iter().for_each(|thread| thread.join().unwrap());
+        drop(main);
     }
 }
