@@ -114,7 +114,7 @@ fn a_source_that_comes_again_for_another_guest_does_not_end_the_wait() {
     let rejoin = Message::Rejoin(SessionId([2; 16])).encode().unwrap();
     driver.said(2, Said::First(Arc::new(Socket::Unix(ours)), rejoin));
     assert!(driver.live.is_none() && !driver.told, "it waits for a source still");
-    assert_eq!(std::io::Read::read(&mut theirs, &mut [0]).unwrap(), 0, "nothing is said to that one");
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "nothing is said to that one");
 }
 
 /// The names of threads that have begun.
