@@ -12,7 +12,7 @@ use vmm_memory_manager::straight::{prefault, slice};
 use vmm_migration_protocol::{MemoryLayout, MemoryRange};
 
 use super::course::PORTION;
-use super::{THREAD, give_way};
+use super::THREAD;
 
 /// Bytes ahead, at most.
 const MOST: u64 = 8 << 20;
@@ -107,7 +107,6 @@ fn allocate(memory: &GuestRam, ranges: &Receiver<Range<u64>>, over: &AtomicBool)
             // What cannot be had here is an error where it arrives.
             let _ = slice(memory, range.start, step).and_then(|step| prefault(&step));
             range.start += step;
-            give_way();
         }
     }
 }

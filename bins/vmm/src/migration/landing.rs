@@ -18,7 +18,6 @@ use vmm_migration_protocol::{
 
 use super::ahead::Ahead;
 use super::backlog::{Backlog, Place};
-use super::give_way;
 use super::link::{End, Frames, Socket};
 use super::postcopy::arriving::Arriving;
 use super::straight::page_sums;
@@ -375,7 +374,6 @@ struct Rooms {
 
 /// Puts contents where they belong: straight from the link, unless they have to be right, or have to become others, first.
 fn put(frames: &mut Frames, target: &Target, bulk: &Bulk, rooms: &mut Rooms) -> Result<Option<Said>, End> {
-    give_way();
     let (range, memory) = (bulk.range(), &target.memory);
     let is_packed = bulk.command() == Command::Packed;
     let has_sum = !target.features.contains(Features::UNCHECKED_MEMORY);

@@ -91,12 +91,6 @@ pub(crate) fn check_tls(tls_dir: Option<&Path>) -> Result<(), Vec<config::Fault>
     }
 }
 
-/// Lets others have this processor first who wait for it, as the API's thread and vCPUs: who moves memory uses up its turn each time,
-/// which is 3 ms and more, where there are fewer processors than such threads.
-fn give_way() {
-    std::thread::yield_now();
-}
-
 /// What the machines' time is counted from.
 #[derive(Debug, Clone, Copy)]
 struct Clock(Instant);

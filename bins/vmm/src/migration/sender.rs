@@ -21,7 +21,7 @@ use super::link::Socket;
 use super::pace::Pace;
 use super::straight::Batch;
 use super::vectors;
-use super::{LOOK, give_way};
+use super::LOOK;
 use crate::exit::chain;
 
 /// How long one write waits for the link before the thread looks whether it is to end.
@@ -262,7 +262,6 @@ impl Pen {
                 }
             }
             described += self.batch(&batch, course, between)?;
-            give_way();
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
