@@ -11,8 +11,8 @@ use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::straight::{prefault, slice};
 use vmm_migration_protocol::{MemoryLayout, MemoryRange};
 
-use super::course::PORTION;
 use super::THREAD;
+use super::course::PORTION;
 
 /// Bytes ahead, at most.
 const MOST: u64 = 8 << 20;

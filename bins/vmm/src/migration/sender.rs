@@ -15,13 +15,13 @@ use vmm_migration_protocol::{
 };
 use vmm_snapshot::directory::MemorySource;
 
+use super::LOOK;
 use super::course::{Course, Piece};
 use super::inputs::Answers;
 use super::link::Socket;
 use super::pace::Pace;
 use super::straight::Batch;
 use super::vectors;
-use super::LOOK;
 use crate::exit::chain;
 
 /// How long one write waits for the link before the thread looks whether it is to end.
