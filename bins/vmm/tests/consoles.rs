@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmm_tests::harness::terminal::{self, Terminal};
-use vmm_tests::harness::{Api, LIMIT, Scratch, Vmm, vm_config, wait_until};
+use vmm_tests::harness::{Api, Holdings, LIMIT, Scratch, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
 /// A VM of `guest` with these serial and virtio consoles, running.
@@ -401,12 +401,26 @@ fn ptys_and_sockets_that_nobody_uses_never_spin() {
     }
 }
 
+/// What it holds once that does not change any more: its threads come up one after the other, and a client's end is noticed later.
+fn settled(vmm: &Vmm) -> Holdings {
+    let mut before = vmm.holdings();
+    wait_until(
+        LIMIT,
+        || {
+            thread::sleep(Duration::from_millis(200));
+            let now = vmm.holdings();
+            (now == std::mem::replace(&mut before, now.clone())).then_some(now)
+        },
+        || "a process at rest".to_owned(),
+    )
+}
+
 #[test]
 fn clients_come_and_go_and_leave_nothing() {
     let mut rig = Rig::boot(Guest::Echo, &serial_socket);
     let path = rig.place("serial");
-    let before = rig.vmm.holdings();
     read_until(&connect(&path), "ready\n");
+    let before = settled(&rig.vmm);
     for round in 0..300 {
         let mut client = connect(&path);
         // Some send nothing, some more than is taken.
