@@ -101,10 +101,12 @@ impl Bench {
         ])
     }
 
-    /// Latency of vm.info at the source while all of its memory is sent as fast as it goes.
+    /// Latency of vm.info at the source while all of its memory is sent as fast as it goes: of the median migration, and of all
+    /// requests together, in which one migration decides whose memory the host had taken away.
     pub(crate) fn migration_info(&self) -> Result<Vec<Figure>> {
-        let mut times = Vec::new();
+        let (mut all, mut slow) = (Vec::new(), Vec::new());
         for _ in 0..INFO_ROUNDS {
+            let mut times = Vec::new();
             let mut pair = self.restored(MUCH, true)?;
             let api = self.folder.join("source.sock");
             let mut info = Connection::wait_for(&api, &mut pair.processes[0])?;
@@ -119,12 +121,15 @@ impl Bench {
                 times.push(micros(start.elapsed()));
             }
             sending.join().map_err(|_| "the sender's client panicked")??;
+            slow.push(percentile(&mut times, 0.99));
+            all.append(&mut times);
         }
-        let figure =
-            |name, part, goal, times: &mut [f64]| Figure::alone(name, "us", percentile(times, part), goal);
+        let figure = |name, value, goal| Figure::alone(name, "us", value, goal);
+        let goal = || Goal::AtMost(1000.0);
         Ok(vec![
-            figure("vm.info p50, memory is migrated", 0.5, Goal::None, &mut times),
-            figure("vm.info p99, memory is migrated", 0.99, Goal::AtMost(1000.0), &mut times),
+            figure("vm.info p50, memory is migrated", percentile(&mut all, 0.5), Goal::None),
+            figure("vm.info p99, in the median migration", median(&mut slow), goal()),
+            figure("vm.info p99, in all migrations", percentile(&mut all, 0.99), goal()),
         ])
     }
 

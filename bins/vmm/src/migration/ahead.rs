@@ -13,6 +13,7 @@ use vmm_migration_protocol::{MemoryLayout, MemoryRange};
 
 use super::THREAD;
 use super::course::PORTION;
+use super::turn::Turn;
 
 /// Bytes ahead, at most.
 const MOST: u64 = 8 << 20;
@@ -102,11 +103,13 @@ impl Front {
 
 fn allocate(memory: &GuestRam, ranges: &Receiver<Range<u64>>, over: &AtomicBool) {
     while let Ok(mut range) = ranges.recv() {
+        let mut turn = Turn::default();
         while !range.is_empty() && !over.load(Ordering::SeqCst) {
             let step = STEP.min(range.end - range.start);
             // What cannot be had here is an error where it arrives.
             let _ = slice(memory, range.start, step).and_then(|step| prefault(&step));
             range.start += step;
+            turn.give_way();
         }
     }
 }

@@ -44,6 +44,7 @@ mod slowing;
 mod straight;
 #[cfg_attr(not(feature = "tls"), path = "without_tls.rs")]
 mod tls;
+mod turn;
 mod vectors;
 
 use std::path::Path;

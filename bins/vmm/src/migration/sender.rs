@@ -21,6 +21,7 @@ use super::inputs::Answers;
 use super::link::Socket;
 use super::pace::Pace;
 use super::straight::Batch;
+use super::turn::Turn;
 use super::vectors;
 use crate::exit::chain;
 
@@ -244,6 +245,7 @@ impl Pen {
         self.packer = self.shared.features().contains(Features::LZ4).then(Packer::new);
         let (memory, summed) = (Arc::clone(&self.memory), self.shared.features().sums_pages());
         let (mut described, mut pieces, mut buffer) = (self.absent(course)?, Vec::new(), Vec::new());
+        let mut turn = Turn::default();
         loop {
             course.take(&memory, &mut pieces).map_err(|error| unreadable(&error))?;
             if pieces.is_empty() {
@@ -262,6 +264,7 @@ impl Pen {
                 }
             }
             described += self.batch(&batch, course, between)?;
+            turn.give_way();
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
