@@ -25,7 +25,7 @@ use super::straight::page_sums;
 /// How long a frame may take to be written. They are small, and a socket has room for them.
 pub(super) const WRITE: Duration = Duration::from_secs(1);
 
-/// How long a connection may wait before it says something.
+/// How long a connection may take before it has said what it wants.
 const FIRST: Duration = Duration::from_secs(10);
 
 /// Where memory is to land.
@@ -203,15 +203,14 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     to: &Sender<T>,
 ) {
     // Who says nothing does not keep others out.
-    let _ = socket.set_timeouts(Some(FIRST), Some(WRITE));
+    let _ = socket.set_timeouts(None, Some(WRITE));
     let mut frames = Frames::of(socket);
     let tell = |said: Said| {
         let place = ground.backlog.place(said.carried());
         to.send((number, said, place).into()).is_ok()
     };
-    match frames.next() {
+    match frames.first(FIRST) {
         Ok(Item::Frame(frame)) if may_be_first(frame.command()) => {
-            let _ = socket.set_timeouts(None, Some(WRITE));
             if !tell(Said::First(Arc::clone(socket), frame)) {
                 return;
             }

@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::addr::SocketAddrArg;
@@ -40,6 +40,9 @@ const UNDERWAY: usize = 1 << 20;
 
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
+
+/// Why a connection is closed that has not said in time what it wants.
+const LATE: &str = "its first frame was not whole in time";
 
 /// A connection.
 #[derive(Debug)]
@@ -129,6 +132,14 @@ impl Socket {
         };
         stream.set_read_timeout(read)?;
         stream.set_write_timeout(write)
+    }
+
+    fn set_read_timeout(&self, read: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => stream.set_read_timeout(read),
+            Self::Tcp(stream) => stream.set_read_timeout(read),
+            Self::Tls(stream) => stream.socket().set_read_timeout(read),
+        }
     }
 
     /// Where it is closed already, there is nothing to do.
@@ -331,6 +342,8 @@ pub(super) struct Frames {
     begun: bool,
     /// A frame may be as large as its command allows.
     takes_large: bool,
+    /// When a frame has to be whole.
+    until: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -350,6 +363,17 @@ impl Read for Half {
     }
 }
 
+impl Half {
+    /// Reads wait until then, or for ever.
+    fn wait(&self, until: Option<Instant>) -> Result<(), End> {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(End::Lost(LATE.to_owned()));
+        }
+        self.socket.set_read_timeout(left).map_err(|error| End::Lost(error.to_string()))
+    }
+}
+
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
         let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
@@ -361,6 +385,19 @@ impl Frames {
             decoder: Decoder::new(),
             begun: false,
             takes_large: false,
+            until: None,
+        }
+    }
+
+    /// The first frame, all of which has to come within so long, however it is cut. After that nothing is in a hurry.
+    pub(super) fn first(&mut self, within: Duration) -> Result<Item, End> {
+        let until = Instant::now() + within;
+        self.until = Some(until);
+        let item = self.next();
+        self.until = None;
+        match item {
+            Err(End::Lost(_)) if Instant::now() >= until => Err(End::Lost(LATE.to_owned())),
+            item => self.from.wait(None).and(item),
         }
     }
 
@@ -385,6 +422,9 @@ impl Frames {
         loop {
             if self.start == self.end {
                 (self.start, self.end) = (0, 0);
+                if let Some(until) = self.until {
+                    self.from.wait(Some(until))?;
+                }
                 match self.from.read(&mut self.buffer) {
                     Ok(count) => self.end = count,
                     Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -462,6 +502,8 @@ fn is_tls(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use vmm_migration_protocol::{Message, SessionId};
+
     use super::*;
 
     #[test]
@@ -478,6 +520,25 @@ mod tests {
         fs::write(&path, "a file").unwrap();
         assert!(Listener::bind(&address).is_err());
         assert_eq!(fs::read(&path).unwrap(), b"a file");
+    }
+
+    #[test]
+    fn a_first_frame_that_comes_byte_by_byte_does_not_take_for_ever() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let socket = Arc::new(Socket::Unix(ours));
+        let (over, ended) = std::sync::mpsc::channel::<()>();
+        let drip = std::thread::spawn(move || {
+            // The beginning of a frame as long as they come.
+            let mut bytes = Message::Query(SessionId([7; 16])).encode().unwrap().encode().into_iter().cycle();
+            let pause = Duration::from_millis(5);
+            while ended.recv_timeout(pause) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                let _ = theirs.write(&[bytes.next().unwrap()]);
+            }
+        });
+        let item = Frames::of(&socket).first(Duration::from_millis(50));
+        assert!(matches!(&item, Err(End::Lost(text)) if text == LATE), "{item:?}");
+        drop(over);
+        drip.join().unwrap();
     }
 
     #[test]
