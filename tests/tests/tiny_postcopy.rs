@@ -47,6 +47,8 @@ enum Data {
     Lost,
     /// All wait, with what comes behind them.
     Waits,
+    /// It passes, and nothing that follows Commit.
+    EndsAtCommit,
 }
 
 struct Between {
@@ -132,6 +134,7 @@ impl Between {
         let (is_data, committed) = (DATA.contains(&command), self.committed);
         match &mut self.data {
             Data::Waits if is_data && !self.cut => return None,
+            Data::EndsAtCommit if committed && command != COMMIT && !self.cut => return None,
             Data::Lost if is_data && committed => return Some(false),
             Data::CutAfter(0) if is_data && committed => self.cut(),
             Data::CutAfter(left) if is_data && committed => *left -= 1,
@@ -285,6 +288,25 @@ fn both_ends_can_be_shut_down_while_the_guest_is_held_and_say_what_is_lost() {
     first.expect_exit(13);
     let told = first.stderr.text();
     assert!(told.contains("the guest at the destination is lost: "), "{told}");
+}
+
+#[test]
+fn a_source_that_ends_before_it_has_heard_of_the_hand_over_says_that_memory_is_lost() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let (mut first, _) = counting_guest(&scratch);
+    let second = Vmm::with_api(&scratch, [""; 0]);
+    let other = SerialFile::new(scratch.path("other"));
+    let (mut received, path) = receive(&second, &scratch, &other);
+    let between = scratch.path("between");
+    let relay = Relay::start(&between, &path, Data::EndsAtCommit);
+    let _sent = pending(&first, "vm.send-migration", &late(&between));
+    assert_eq!(received.answer().status, 204);
+    first.api().puts(&["vmm.shutdown"]);
+    first.expect_exit(13);
+    let told = first.stderr.text();
+    assert!(told.contains("the guest at the destination is lost: "), "{told}");
+    relay.cut();
 }
 
 #[test]

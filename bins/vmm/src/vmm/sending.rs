@@ -43,6 +43,10 @@ pub(super) struct Job {
     pub(super) doubt: Doubt,
     /// The VM is the destination's, and does without so many bytes of memory that are here.
     pub(super) owes: Option<u64>,
+    /// In post-copy: bytes of memory that had changed when that was last asked, which are what the destination does without at first.
+    late: Option<u64>,
+    /// The hand-over is under way, or behind.
+    given: bool,
     slowing: Option<Slowing>,
     inputs: Answers,
     aside: Arc<Aside>,
@@ -75,6 +79,13 @@ impl Pace {
             Self::Runs => Guest::Runs,
             Self::Paused | Self::Still(_) => Guest::Rests,
         }
+    }
+}
+
+impl Job {
+    /// How many bytes are here that a guest elsewhere may lack, if it may: what it has said last, or what it was given without.
+    pub(super) fn owes(&self) -> Option<u64> {
+        self.owes.or(self.late.filter(|_| self.given))
     }
 }
 
@@ -156,6 +167,8 @@ impl Vmm {
             guest: if paused { Pace::Paused } else { Pace::Runs },
             doubt: Doubt::None,
             owes: None,
+            late: spec.postcopy.then_some(0),
+            given: false,
             slowing: None,
             inputs,
             aside,
@@ -194,7 +207,9 @@ impl Vmm {
         match step {
             SourceStep::StartDirtyLog => self.jobs.saving.tracks.begin_live(machine.memory_mut())?,
             SourceStep::TakeDirty => {
-                return Ok(Output::Bytes(job.aside.put(self.jobs.saving.tracks.live(machine.memory())?)));
+                let bytes = job.aside.put(self.jobs.saving.tracks.live(machine.memory())?);
+                job.late = job.late.map(|_| bytes);
+                return Ok(Output::Bytes(bytes));
             }
             SourceStep::Pause => {
                 machine.pause()?;
@@ -210,6 +225,7 @@ impl Vmm {
                 if let Some(event) = self.deferred.iter().find(ends) {
                     return Err(format!("the guest has ended: {event}").into());
                 }
+                job.given = true;
             }
             SourceStep::Throttle { percent } => {
                 let slowing = match job.slowing.take() {
@@ -240,7 +256,7 @@ impl Vmm {
             }
             SourceUndo::TakeLocks => machine.take_disks()?,
             // Who is given away is paused, and nobody is let at it before the end.
-            SourceUndo::TakeBack => {}
+            SourceUndo::TakeBack => job.given = false,
             SourceUndo::Unthrottle => job.slowing = None,
         }
         Ok(())
