@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use vmm_state::Phase;
 use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with};
-use vmm_tests::harness::migrating::{free_port, pending, receive};
+use vmm_tests::harness::migrating::{free_port, pending, receive, receive_with, to, until};
 use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
@@ -129,6 +129,43 @@ fn the_end_of_the_vmm_does_not_wait_for_a_snapshot_whose_parent_does_not_answer(
         refused(&snapshot.answer(), 409, "cancelled");
         vmm.expect_exit(0);
         assert!(!child.join("manifest.json").exists(), "none");
+    }
+}
+
+#[test]
+fn a_receiver_ends_by_request_though_a_disk_of_what_arrived_does_not_answer() {
+    for end in ["vm.cancel", "vmm.shutdown"] {
+        let scratch = Scratch::new();
+        let disk = |name| json!({ "disks": [{ "path": scratch.disk(name, 1 << 20), "image_type": "Raw" }] });
+        let source = Vmm::with_api(&scratch, [""; 0]);
+        let _serial = counting_with(&source, &scratch, &disk("disk"));
+        source.api().puts(&["vm.pause"]);
+        let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+        let (other, serial) = (scratch.disk("other-disk", 1 << 20), SerialFile::new(scratch.path("there")));
+        let more = json!({ "disks": [{ "id": "_disk0", "path": other }] });
+        let (mut received, path) = receive_with(&vmm, &scratch, &serial, &more);
+        // Slowly: whether there is such a disk is looked at before.
+        let mut body = to(&path);
+        body["max_bandwidth"] = json!(2 << 20);
+        let mut sent = pending(&source, "vm.send-migration", &body);
+        until(&vmm, "memory that comes", |now| now["step"] == "Receiving");
+        let file = Withheld::closed(&other);
+        file.wait();
+        until(&vmm, "a machine that is made", |now| now["step"] == "Restoring");
+        vmm.api().puts(&[end]);
+        refused(&received.answer(), 409, if end == "vm.cancel" { "cancelled" } else { "the VMM ends" });
+        refused(&sent.answer(), if end == "vm.cancel" { 409 } else { 500 }, "the VM is not given away");
+        assert_eq!(source.api().phase(), Phase::Paused, "{end}");
+        if end == "vm.cancel" {
+            assert_eq!(vmm.api().phase(), Phase::Empty);
+            // The file answers at last: what was made of the VM is gone, and the next takes it.
+            drop(file);
+            let (mut next, path) = receive_with(&vmm, &scratch, &serial, &more);
+            source.api().done("vm.send-migration", &to(&path));
+            assert_eq!(next.answer().status, 204);
+            vmm.api().puts(&["vmm.shutdown"]);
+        }
+        vmm.expect_exit(0);
     }
 }
 

@@ -50,6 +50,8 @@ pub enum ReceiveStep {
     Listening,
     /// Make a machine of it, which nobody sees; answer with Done or Failed.
     Restore(Box<Arrival>),
+    /// That machine is not wanted any more: answer soon, if it is still being made.
+    GiveUp,
     /// Take the locks of its disks; answer likewise.
     TakeLocks,
     /// The VM is here: show it, and run it; answer likewise. So many bytes of its memory are to come, if that is how it goes.
@@ -561,8 +563,11 @@ impl Driver {
             }
             DestinationAction::Run(step) => self.step(step),
             DestinationAction::Undo(undo) => self.undo(undo),
-            // Those that are done here are short.
-            DestinationAction::Interrupt => self.beside.until = Some(Instant::now() + PATIENCE),
+            // Other steps are short.
+            DestinationAction::Interrupt => {
+                self.beside.until = Some(Instant::now() + PATIENCE);
+                (self.desk)(ReceiveStep::GiveUp);
+            }
             DestinationAction::Remember(session, outcome) => {
                 self.past.outcomes().remember(self.clock.now(), session, outcome);
             }

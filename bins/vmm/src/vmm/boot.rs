@@ -177,6 +177,24 @@ impl Vmm {
         Some(thread.leave())
     }
 
+    /// A machine that is made of what arrives is not wanted any more. Its driver is answered when nothing is left of it that can be
+    /// waited for.
+    pub(super) fn give_up_arrival(&mut self) {
+        let Some(Job { fresh, thread, .. }) =
+            self.boot.job.take_if(|job| matches!(job.asker, Asker::Migration))
+        else {
+            return;
+        };
+        if let Some(restore) = &self.boot.restore {
+            restore.cancel();
+        }
+        let _ = self.slot.fail_boot();
+        self.close_consoles(fresh);
+        let result = self.boot_ended(&Stages::default(), Err(VmmError::Cancelled));
+        let answer = self.receiver_answer(result);
+        self.boot.before.outlast(thread.leave(), answer);
+    }
+
     /// Cancels the boot or restore under way; `asker` is told when nothing is left of it that can be waited for. Gives the client
     /// back where there is none.
     pub(super) fn cancel_boot(&mut self, asker: Replier<()>) -> Option<Replier<()>> {

@@ -149,6 +149,7 @@ impl Vmm {
         match step {
             ReceiveStep::Listening => self.listens(),
             ReceiveStep::Restore(arrival) => self.make_arrived(*arrival),
+            ReceiveStep::GiveUp => self.give_up_arrival(),
             ReceiveStep::TakeLocks => {
                 let held = self.jobs.receive.job.as_mut().and_then(|job| job.held.as_mut());
                 let taken = held.map_or(Ok(()), |held| held.machine.take_disks());
@@ -185,13 +186,18 @@ impl Vmm {
     }
 
     fn answer_receiver(&self, result: Result<(), VmmError>) {
-        let Some(job) = &self.jobs.receive.job else { return };
+        self.receiver_answer(result)();
+    }
+
+    /// What answers its driver.
+    pub(super) fn receiver_answer(&self, result: Result<(), VmmError>) -> impl FnOnce() + Send + use<> {
+        let to = self.jobs.receive.job.as_ref().map(|job| job.to.clone());
         let input = match result {
             Ok(()) => DestinationInput::Done(Output::Nothing),
             Err(error) => DestinationInput::Failed(Fault::new(Reason::Failed, &chain(&error))),
         };
         // A driver that is over has told, or will.
-        let _ = job.to.send(Heard::Answer(input));
+        move || drop(to.map(|to| to.send(Heard::Answer(input))))
     }
 
     /// Makes a machine of what arrived, as a restore does.
