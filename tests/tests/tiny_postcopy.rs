@@ -149,6 +149,30 @@ impl Between {
     }
 }
 
+/// A guest that is at its destination, through a relay, and whose source has not ended.
+struct Gone {
+    first: Vmm,
+    serial: SerialFile,
+    second: Vmm,
+    other: SerialFile,
+    sent: Pending,
+    relay: Relay,
+}
+
+impl Gone {
+    fn through(scratch: &Scratch, data: Data) -> Self {
+        let (first, serial) = counting_guest(scratch);
+        let second = Vmm::with_api(scratch, [""; 0]);
+        let other = SerialFile::new(scratch.path("other"));
+        let (mut received, path) = receive(&second, scratch, &other);
+        let between = scratch.path("between");
+        let relay = Relay::start(&between, &path, data);
+        let sent = pending(&first, "vm.send-migration", &late(&between));
+        assert_eq!(received.answer().status, 204);
+        Self { first, serial, second, other, sent, relay }
+    }
+}
+
 #[test]
 fn a_guest_goes_on_before_its_memory_is_there() {
     let _turn = turn();
@@ -171,15 +195,8 @@ fn a_lost_link_holds_the_guest_at_both_ends_until_it_is_there_again() {
     let _turn = turn();
     for frames in [0, 1] {
         let scratch = Scratch::new();
-        let (mut first, serial) = counting_guest(&scratch);
-        let second = Vmm::with_api(&scratch, [""; 0]);
-        let other = SerialFile::new(scratch.path("other"));
-        let (mut received, path) = receive(&second, &scratch, &other);
-        let between = scratch.path("between");
-        let relay = Relay::start(&between, &path, Data::CutAfter(frames));
-        let mut sent = pending(&first, "vm.send-migration", &late(&between));
-        // The guest is there.
-        assert_eq!(received.answer().status, 204);
+        let gone = Gone::through(&scratch, Data::CutAfter(frames));
+        let Gone { mut first, serial, second, other, mut sent, relay } = gone;
         for vmm in [&first, &second] {
             let now = until(vmm, "a lost link", |now| now["status"] == "Severed");
             let causes = now["causes"].to_string();
@@ -259,14 +276,7 @@ fn a_destination_whose_memory_cannot_take_part_says_so_and_the_guest_stays() {
 
 /// Cuts the link of a guest that lacks memory.
 fn severed(scratch: &Scratch) -> (Vmm, Vmm, SerialFile, Pending) {
-    let (first, _) = counting_guest(scratch);
-    let second = Vmm::with_api(scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, scratch, &other);
-    let between = scratch.path("between");
-    let _relay = Relay::start(&between, &path, Data::CutAfter(0));
-    let sent = pending(&first, "vm.send-migration", &late(&between));
-    assert_eq!(received.answer().status, 204);
+    let Gone { first, second, other, sent, .. } = Gone::through(scratch, Data::CutAfter(0));
     for vmm in [&first, &second] {
         until(vmm, "a lost link", |now| now["status"] == "Severed");
     }
@@ -294,19 +304,13 @@ fn both_ends_can_be_shut_down_while_the_guest_is_held_and_say_what_is_lost() {
 fn a_source_that_ends_before_it_has_heard_of_the_hand_over_says_that_memory_is_lost() {
     let _turn = turn();
     let scratch = Scratch::new();
-    let (mut first, _) = counting_guest(&scratch);
-    let second = Vmm::with_api(&scratch, [""; 0]);
-    let other = SerialFile::new(scratch.path("other"));
-    let (mut received, path) = receive(&second, &scratch, &other);
-    let between = scratch.path("between");
-    let relay = Relay::start(&between, &path, Data::EndsAtCommit);
-    let _sent = pending(&first, "vm.send-migration", &late(&between));
-    assert_eq!(received.answer().status, 204);
+    let mut gone = Gone::through(&scratch, Data::EndsAtCommit);
+    let first = &mut gone.first;
     first.api().puts(&["vmm.shutdown"]);
     first.expect_exit(13);
     let told = first.stderr.text();
     assert!(told.contains("the guest at the destination is lost: "), "{told}");
-    relay.cut();
+    gone.relay.cut();
 }
 
 #[test]

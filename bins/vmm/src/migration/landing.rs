@@ -202,13 +202,13 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     ground: &Ground,
     to: &Sender<T>,
 ) {
-    // Who says nothing does not keep others out.
     let _ = socket.set_timeouts(None, Some(WRITE));
     let mut frames = Frames::of(socket);
     let tell = |said: Said| {
         let place = ground.backlog.place(said.carried());
         to.send((number, said, place).into()).is_ok()
     };
+    // Who says nothing does not keep others out.
     match frames.first(FIRST) {
         Ok(Item::Frame(frame)) if may_be_first(frame.command()) => {
             if !tell(Said::First(Arc::clone(socket), frame)) {

@@ -122,16 +122,12 @@ impl Socket {
     }
 
     pub(super) fn set_timeouts(&self, read: Option<Duration>, write: Option<Duration>) -> io::Result<()> {
-        let stream = match self {
-            Self::Unix(stream) => {
-                stream.set_read_timeout(read)?;
-                return stream.set_write_timeout(write);
-            }
-            Self::Tcp(stream) => stream,
-            Self::Tls(stream) => stream.socket(),
-        };
-        stream.set_read_timeout(read)?;
-        stream.set_write_timeout(write)
+        self.set_read_timeout(read)?;
+        match self {
+            Self::Unix(stream) => stream.set_write_timeout(write),
+            Self::Tcp(stream) => stream.set_write_timeout(write),
+            Self::Tls(stream) => stream.socket().set_write_timeout(write),
+        }
     }
 
     fn set_read_timeout(&self, read: Option<Duration>) -> io::Result<()> {

@@ -169,9 +169,7 @@ impl Vmm {
             // Its driver tells.
             self.boot.restore = None;
         } else {
-            let _ = self.slot.fail_boot();
-            self.close_consoles(fresh);
-            let result = self.boot_ended(&Stages::default(), Err(why));
+            let result = self.boot_failed(&Stages::default(), fresh, why);
             self.tell(asker, result);
         }
         Some(thread.leave())
@@ -188,9 +186,7 @@ impl Vmm {
         if let Some(restore) = &self.boot.restore {
             restore.cancel();
         }
-        let _ = self.slot.fail_boot();
-        self.close_consoles(fresh);
-        let result = self.boot_ended(&Stages::default(), Err(VmmError::Cancelled));
+        let result = self.boot_failed(&Stages::default(), fresh, VmmError::Cancelled);
         let answer = self.receiver_answer(result);
         self.boot.before.outlast(thread.leave(), answer);
     }
@@ -268,11 +264,7 @@ impl Vmm {
         });
         let machine = match built {
             Ok(machine) => machine,
-            Err(error) => {
-                let _ = self.slot.fail_boot();
-                self.close_consoles(fresh);
-                return self.boot_ended(&stages, Err(error));
-            }
+            Err(error) => return self.boot_failed(&stages, fresh, error),
         };
         match self.hold(Held { machine, stages, fresh }) {
             Some(held) => self.show(held),
@@ -312,6 +304,13 @@ impl Vmm {
             return Err(VmmError::Restore { source: Box::new(error) });
         }
         Ok(())
+    }
+
+    /// Brings back what was before a boot or restore that failed, and tells.
+    fn boot_failed(&mut self, stages: &Stages, fresh: bool, why: VmmError) -> Result<(), VmmError> {
+        let _ = self.slot.fail_boot();
+        self.close_consoles(fresh);
+        self.boot_ended(stages, Err(why))
     }
 
     /// Tells what became of a boot, and of the reboot that it was of.

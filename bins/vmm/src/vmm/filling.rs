@@ -180,7 +180,7 @@ impl Vmm {
     /// Whether a guest elsewhere may lack memory, for it has not said that it has all: how many bytes are here still. Others may
     /// be on their way.
     pub(super) fn owes(&self) -> Option<u64> {
-        self.jobs.send.as_ref().and_then(Job::owes)
+        self.jobs.send.as_ref().and_then(Job::may_owe)
     }
 }
 

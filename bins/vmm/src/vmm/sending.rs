@@ -84,7 +84,7 @@ impl Pace {
 
 impl Job {
     /// How many bytes are here that a guest elsewhere may lack, if it may: what it has said last, or what it was given without.
-    pub(super) fn owes(&self) -> Option<u64> {
+    pub(super) fn may_owe(&self) -> Option<u64> {
         self.owes.or(self.late.filter(|_| self.given))
     }
 }
