@@ -25,7 +25,7 @@ impl Scene {
         let scene = Self { folder: tempfile::tempdir().unwrap() };
         scene.write("a", 1, &["0"], "old.raw", None);
         let changed = [vec![PAGE..PAGE + 1], vec![]];
-        let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed };
+        let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed, packed: true };
         scene.write("b", 2, &["0", "1"], "new.raw", Some(&increment));
         scene
     }
@@ -79,7 +79,7 @@ impl Scene {
     fn damage(&self, name: &str) {
         let path = self.path(name);
         let mut bytes = fs::read(&path).unwrap();
-        bytes[PAGE as usize + 5] ^= 4;
+        bytes[5] ^= 4;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(&path, bytes).unwrap();
     }
@@ -129,7 +129,7 @@ fn inspect_shows_chain_memory_records_and_configuration() {
     let expected = format!(
         "\
 snapshot      {b}
-format        1
+format        2
 written by    vmm 0.1.0
 created       2023-11-14T22:13:20.123000Z
 architecture  x86_64

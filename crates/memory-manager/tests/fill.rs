@@ -38,7 +38,11 @@ fn saved(dir: &Path) -> (MemoryMap, Vec<u8>) {
     write(&map, 700 * PAGE, &[0; 4096]);
     write(&map, 1300 * PAGE, &[5; 8192]);
     let changed = vec![vec![700 * PAGE..701 * PAGE, 1300 * PAGE..1302 * PAGE]];
-    save(&map, &dir.join("b"), Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed }));
+    save(
+        &map,
+        &dir.join("b"),
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed, packed: true }),
+    );
     let all = content(&map);
     (map, all)
 }

@@ -126,7 +126,7 @@ fn a_guest_goes_on_from_a_mapped_snapshot_and_from_its_child() {
     save(
         &map,
         &dir.path().join("b"),
-        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed }),
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed, packed: true }),
     );
     for fill in [Fill::Lazy, Fill::Eager] {
         let (back, mut vcpu) = restored("b", fill);

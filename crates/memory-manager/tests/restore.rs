@@ -42,7 +42,7 @@ fn chain(dir: &Path, zones: &[ZoneConfig]) -> MemoryMap {
         save(
             &map,
             &dir.join(name),
-            Some(&Increment { parent: Path::new(parent), id: None, changed: &changed }),
+            Some(&Increment { parent: Path::new(parent), id: None, changed: &changed, packed: true }),
         );
     }
     map
@@ -149,7 +149,7 @@ fn ten_per_cent_at_random_need_one_mapping_per_region() {
             }
         }
         let parent = format!("../{}", layer - 1);
-        let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed };
+        let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed, packed: true };
         save(&map, &dir.path().join(layer.to_string()), Some(&increment));
     }
     let back = restore(&Fake::new(), &map, &zones, &dir.path().join("4"), Fill::Lazy).unwrap();
@@ -184,7 +184,7 @@ fn a_mapped_vm_knows_what_it_changed() {
     assert_eq!(changed, [[4 * PAGE..6 * PAGE, 1024 * PAGE..1536 * PAGE]]);
 
     // What it knows makes the next snapshot.
-    let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed };
+    let increment = Increment { parent: Path::new("../a"), id: None, changed: &changed, packed: true };
     save(&back, &dir.path().join("d"), Some(&increment));
     let again = restore(&Fake::new(), &map, &zones, &dir.path().join("d"), Fill::Lazy).unwrap();
     assert!(content(&again) == content(&back) && content(&back) != before);
@@ -196,8 +196,8 @@ fn a_damaged_snapshot_is_refused_with_nothing_mapped() {
     type Damage = (&'static str, fn(&File));
     let damage: [Damage; 3] = [
         ("a/memory-0.bin", |file| file.set_len(7 * PAGE).unwrap()),
-        ("c/memory-0.bin", |file| file.set_len(7 * PAGE).unwrap()),
-        ("c/memory-0.bin", |file| file.write_all_at(b"!", 7 * PAGE + 100).unwrap()),
+        ("c/memory-0.bin", |file| file.set_len(2 * PAGE).unwrap()),
+        ("c/memory-0.bin", |file| file.write_all_at(b"!", 100).unwrap()),
     ];
     for (number, (file, damage)) in damage.iter().enumerate() {
         for fill in BOTH {
@@ -238,7 +238,7 @@ fn zones_are_filled_each_in_its_way() {
     save(
         &map,
         &dir.path().join("b"),
-        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed }),
+        Some(&Increment { parent: Path::new("../a"), id: None, changed: &changed, packed: true }),
     );
     let both = |fill| restore(&Fake::new(), &map, &zones, &dir.path().join("b"), fill);
     let back = both(Fill::Lazy).unwrap();

@@ -173,7 +173,7 @@ fn incremental(folder: &Path, run: u64) -> Result<()> {
     let changed = [(0..dirty).map(|_| any()).map(|at| at..at + run * PAGE).collect::<Vec<_>>()];
     let parent = folder.join("parent");
     guest.snapshot(&parent, None)?;
-    let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed };
+    let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed, packed: true };
     let figure = alternate(
         || {
             let time = guest.snapshot(&child, Some(&increment))?;

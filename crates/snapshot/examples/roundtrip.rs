@@ -41,7 +41,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let page = 2 * PAGE..3 * PAGE;
     ram.iter_mut().skip(2 * PAGE as usize).take(PAGE as usize).for_each(|byte| *byte = 2);
     let memory = BytesMemory(vec![(place, ram)]);
-    let increment = Increment { parent: Path::new("../full"), id: None, changed: &[vec![page]] };
+    let increment =
+        Increment { parent: Path::new("../full"), id: None, changed: &[vec![page]], packed: true };
     let draft = Draft::begin(&HostStorage, &folder.join("later"))?;
     let id = draft.memory(&memory, Some(&increment), &work)?.commit(&contents)?;
     println!("incremental snapshot {id}");

@@ -217,7 +217,8 @@ impl Scene {
     }
 
     fn write(&self, storage: &Faults, form: Form) -> Result<(), WriteError> {
-        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &self.changed };
+        let increment =
+            Increment { parent: Path::new("../parent"), id: None, changed: &self.changed, packed: true };
         match form {
             Form::Full => write_on(storage, &self.target(), &self.memory, None, &one()),
             Form::Incremental => write_on(storage, &self.target(), &self.memory, Some(&increment), &one()),

@@ -179,7 +179,12 @@ fn many_random_changes_stay_within_the_extents() {
     write("a", None);
     write(
         "b",
-        Some(&Increment { parent: Path::new("../a"), id: None, changed: std::slice::from_ref(&ranges) }),
+        Some(&Increment {
+            parent: Path::new("../a"),
+            id: None,
+            changed: std::slice::from_ref(&ranges),
+            packed: true,
+        }),
     );
     let chain = Chain::open(&folder.path().join("b")).unwrap();
     let extents = &chain.newest().table().regions[0].extents;
@@ -255,10 +260,13 @@ fn golden_directories_are_written_and_read() {
     let folder = tempfile::tempdir().unwrap();
     let mut memory = memory(4, &[(1, 0x11), (6, 0x22)]);
     write(&folder.path().join("directory-v1"), &memory);
-    let changes = [(1, 0), (7, 0x33)];
-    write_child(&folder.path().join("directory-v1-child"), "../directory-v1", &mut memory, &changes);
+    let children = [("directory-v1-child", false), ("directory-v2-child", true)];
+    for (name, packed) in children {
+        let changes = [(1, 0), (7, 0x33)];
+        write_child_as(packed, &folder.path().join(name), "../directory-v1", &mut memory, &changes);
+    }
     let bless = std::env::var_os("VMM_BLESS").is_some_and(|value| value == "1");
-    for name in ["directory-v1", "directory-v1-child"] {
+    for name in ["directory-v1", children[0].0, children[1].0] {
         if bless && !golden.join(name).exists() {
             fs::create_dir(golden.join(name)).unwrap();
             for file in FILES {
@@ -274,10 +282,17 @@ fn golden_directories_are_written_and_read() {
             assert_eq!(fs::read(&shipped).unwrap(), fs::read(written).unwrap(), "{}", shipped.display());
         }
     }
-    let chain = Chain::open(&golden.join("directory-v1-child")).unwrap();
-    chain.verify(&work()).unwrap();
-    assert!(same(&load(&chain).unwrap(), &memory));
-    assert_eq!(chain.state().unwrap(), state());
+    for (name, packed) in children {
+        let chain = Chain::open(&golden.join(name)).unwrap();
+        chain.verify(&work()).unwrap();
+        assert!(same(&load(&chain).unwrap(), &memory));
+        assert_eq!(chain.state().unwrap(), state());
+        // What is zero counts, too.
+        let size = if packed { PAGE } else { 4 * PAGE };
+        for file in ["memory-0.bin", "memory-1.bin"] {
+            assert_eq!(fs::metadata(golden.join(name).join(file)).unwrap().len(), size, "{name}");
+        }
+    }
 }
 
 /// The refusal of a good snapshot that `change` made bad.
@@ -340,7 +355,7 @@ fn a_chain_has_an_end() {
     let chain = Chain::open(&path(MAX_DEPTH)).unwrap();
     assert!(same(&load(&chain).unwrap(), &memory));
     let (parent, changed) = (format!("../{MAX_DEPTH}"), [vec![], vec![]]);
-    let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed };
+    let increment = Increment { parent: Path::new(&parent), id: None, changed: &changed, packed: true };
     let next = path(MAX_DEPTH + 1);
     let error = write_on(&HostStorage, &next, &memory, Some(&increment), &work()).unwrap_err();
     assert!(matches!(error, WriteError::Invalid { .. }), "{error}");
@@ -376,6 +391,7 @@ fn fuzz_scripts_of_damage_never_panic() {
     assert!(open_damaged(&[]), "nothing is damaged");
     // The magic number of a table that the manifest vouches for; a byte of memory that is hashed.
     assert!(!open_damaged(&[1, 3, 0, 0x10, 1]) && !open_damaged(&[0, 8, 5, 0, 1]));
+    assert!(open_damaged(&[2]) && !open_damaged(&[2, 8, 5, 0, 1]), "and of the packed child");
     let mut random = Random(0x9fb2_1c65_1e98_df25);
     let mut whole = 0;
     for _ in 0..rounds(500) {

@@ -107,7 +107,7 @@ proptest! {
             let (region, range) = set(&mut memory, *page, *byte);
             changed[region].push(range);
         }
-        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed };
+        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed, packed: false };
         write_live(&path("live"), incremental.then_some(&increment), &mut memory, &passes);
         let live = Chain::open(&path("live")).unwrap();
         live.verify(&work()).unwrap();
@@ -118,12 +118,25 @@ proptest! {
             let (region, page) = ((page / PAGES) as usize, page % PAGES);
             all[region].push(page * PAGE..(page + 1) * PAGE);
         }
-        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &all };
+        let increment = Increment { parent: Path::new("../parent"), id: None, changed: &all, packed: false };
         write_on(&HostStorage, &path("still"), &memory, incremental.then_some(&increment), &work()).unwrap();
         let still = Chain::open(&path("still")).unwrap();
         prop_assert_eq!(live.newest().table(), still.newest().table());
         for file in ["memory-0.bin", "memory-1.bin", "chunks.bin", "state.cbor", "manifest.json"] {
             prop_assert!(fs::read(path("live").join(file)).unwrap() == fs::read(path("still").join(file)).unwrap());
+        }
+        // Packed, it holds the same in as many bytes.
+        let increment = Increment { packed: true, ..increment };
+        write_on(&HostStorage, &path("packed"), &memory, Some(&increment), &work()).unwrap();
+        let packed = Chain::open(&path("packed")).unwrap();
+        packed.verify(&work()).unwrap();
+        prop_assert!(same(&load(&packed).unwrap(), &memory));
+        if incremental {
+            prop_assert_eq!(packed.newest().table(), still.newest().table());
+        }
+        for (region, table) in packed.newest().table().regions.iter().enumerate() {
+            let file = fs::metadata(path("packed").join(format!("memory-{region}.bin"))).unwrap();
+            prop_assert_eq!(file.len(), table.extents.bytes());
         }
     }
 }
@@ -167,6 +180,13 @@ fn a_pass_that_fails_leaves_nothing() {
         error.to_string(),
         "cannot write such a snapshot: a list of changes per memory region is needed"
     );
+    write(&folder.path().join("parent"), &first);
+    let none = [vec![], vec![]];
+    let increment = Increment { parent: Path::new("../parent"), id: None, changed: &none, packed: true };
+    let packed =
+        Draft::begin(&HostStorage, &path).unwrap().memory(&first, Some(&increment), &work()).unwrap();
+    let error = packed.again(&first, &none, &work()).unwrap_err();
+    assert_eq!(error.to_string(), "cannot write such a snapshot: what is packed cannot be written again");
     let error = begin().again(&memory(5, &[]), &[vec![], vec![]], &work()).unwrap_err();
     let expected = "cannot write such a snapshot: the memory has other regions than before";
     assert_eq!(error.to_string(), expected);

@@ -27,10 +27,15 @@ fn told(error: &dyn Error, folder: &Path) -> String {
 
 /// What is said of the snapshot `b`, built on `a`, after `change` was done to their folder.
 fn after(change: impl FnOnce(&Path)) -> String {
+    after_as(false, change)
+}
+
+/// The same; `b` is packed or not.
+fn after_as(packed: bool, change: impl FnOnce(&Path)) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut memory = memory(600, &[(1, 0x11), (520, 0x22), (606, 0x33)]);
     write(&folder.path().join("a"), &memory);
-    write_child(&folder.path().join("b"), "../a", &mut memory, &[(520, 0x44)]);
+    write_child_as(packed, &folder.path().join("b"), "../a", &mut memory, &[(1, 0), (520, 0x44)]);
     change(folder.path());
     let path = folder.path().join("b");
     let error = match Chain::open(&path) {
@@ -86,7 +91,7 @@ fn truncated() {
     assert_eq!(cut("b/manifest.json", 0), "DIR/b/manifest.json is not the manifest of a snapshot");
     assert_eq!(cut("b/manifest.json", 300), "DIR/b/manifest.json is damaged: its hash is wrong");
     assert_eq!(cut("b/state.cbor", 7), "DIR/b/state.cbor has 7 bytes, expected 54");
-    assert_eq!(cut("b/chunks.bin", 0), "DIR/b/chunks.bin has 0 bytes, expected 84");
+    assert_eq!(cut("b/chunks.bin", 0), "DIR/b/chunks.bin has 0 bytes, expected 100");
     assert_eq!(cut("b/memory-0.bin", 4096), "DIR/b/memory-0.bin has 4096 bytes, expected 2457600");
     // After it was opened, as a mapping of it would meet.
     let folder = tempfile::tempdir().unwrap();
@@ -128,11 +133,42 @@ fn flipped_bits() {
 }
 
 #[test]
+fn packed_memory() {
+    let change = |name: &'static str, change: fn(&mut Vec<u8>)| {
+        after_as(true, |folder| edit(&folder.join("b").join(name), change))
+    };
+    let size = |bytes| format!("DIR/b/memory-0.bin has {bytes} bytes, expected 8192");
+    assert_eq!(change("memory-0.bin", |bytes| bytes.truncate(8191)), size(8191));
+    assert_eq!(change("memory-0.bin", |bytes| bytes.push(0)), size(8193));
+    assert_eq!(change("memory-1.bin", |bytes| bytes.push(0)), "DIR/b/memory-1.bin has 1 bytes, expected 0");
+    // A page that became zero, in a chunk that has no hash, and one that has.
+    let chunk = |number, byte| {
+        format!("DIR/b/memory-0.bin is damaged: the hash of chunk {number} (byte {byte}) is wrong")
+    };
+    assert_eq!(change("memory-0.bin", |bytes| bytes[4095] = 1), chunk(0, "0x0"));
+    assert_eq!(change("memory-0.bin", |bytes| bytes[4096] ^= 1), chunk(1, "0x200000"));
+    // What is sparse is not packed because the manifest says so.
+    let forged =
+        after(|folder| forge(&folder.join("b"), |text| text.replace("{\"format\":1", "{\"format\":2")));
+    assert_eq!(forged, size(2_457_600));
+    // After it was opened.
+    let folder = tempfile::tempdir().unwrap();
+    let mut memory = memory(600, &[]);
+    write(&folder.path().join("a"), &memory);
+    let path = folder.path().join("b");
+    write_child(&path, "../a", &mut memory, &[(520, 1)]);
+    let chain = Chain::open(&path).unwrap();
+    fs::File::options().write(true).open(path.join("memory-0.bin")).unwrap().set_len(7).unwrap();
+    let error = told(&load(&chain).err().unwrap(), folder.path());
+    assert_eq!(error, "DIR/b/memory-0.bin has 7 bytes, expected 4096");
+}
+
+#[test]
 fn older_newer_and_other_versions() {
     let format = |to| forged(r#"{"format":1,"#, to);
     assert_eq!(
-        format(r#"{"format":2,"#),
-        "DIR/b/manifest.json has format 2, this build knows formats up to 1"
+        format(r#"{"format":3,"#),
+        "DIR/b/manifest.json has format 3, this build knows formats up to 2"
     );
     assert_eq!(format(r#"{"format":0,"#), "DIR/b/manifest.json has format 0, the oldest supported is 1");
     assert_eq!(format(r#"{"format":"1","#), "DIR/b/manifest.json is not the manifest of a snapshot");
@@ -315,7 +351,7 @@ fn destinations() {
     lock.lock().unwrap();
     assert_eq!(refused(&empty), "DIR/e is being written by another snapshot");
     let increment = |parent: &str, changed| {
-        let increment = Increment { parent: Path::new(parent), id: None, changed };
+        let increment = Increment { parent: Path::new(parent), id: None, changed, packed: true };
         let path = folder.path().join("n");
         let error = write_on(&HostStorage, &path, &memory(4, &[]), Some(&increment), &work()).unwrap_err();
         assert!(!path.exists());
@@ -323,7 +359,7 @@ fn destinations() {
     };
     let none = &[Vec::new(), Vec::new()][..];
     let (path, other) = (folder.path().join("n"), Hash([0xab; 32]));
-    let replaced = Increment { parent: Path::new("../a"), id: Some(other), changed: none };
+    let replaced = Increment { parent: Path::new("../a"), id: Some(other), changed: none, packed: true };
     let error = write_on(&HostStorage, &path, &memory(4, &[]), Some(&replaced), &work()).unwrap_err();
     let found = Chain::open(&folder.path().join("a")).unwrap().newest().id();
     assert_eq!(

@@ -169,7 +169,12 @@ impl Writer {
 
     fn write(&self, still: Option<Still>) -> Result<Hash, SaveError> {
         let since = self.since.as_ref();
-        let since = since.map(|Since { parent, id, changed }| Increment { parent, id: Some(*id), changed });
+        let since = since.map(|Since { parent, id, changed }| Increment {
+            parent,
+            id: Some(*id),
+            changed,
+            packed: still.is_some(),
+        });
         let filled = self.watch.over(|told| {
             let work = Work { threads: self.threads, watch: told };
             Draft::begin(&HostStorage, &self.folder)?.memory(self.memory.source(), since.as_ref(), &work)

@@ -7,10 +7,14 @@ use serde_json::value::RawValue;
 
 use super::{Hash, PAGE, Place, ReadError};
 
-/// Format that this build writes, and the newest that it reads.
-pub const FORMAT: u32 = 1;
+/// Format of snapshots whose memory files are sparse: offsets in them are those in the region.
+pub const SPARSE: u32 = 1;
+/// Format of snapshots whose memory files are packed: what is held lies in them without gaps.
+pub const PACKED: u32 = 2;
 /// Oldest format that this build reads.
-pub const OLDEST: u32 = 1;
+pub const OLDEST: u32 = SPARSE;
+/// Newest format that this build reads.
+pub const NEWEST: u32 = PACKED;
 /// Most bytes of a manifest.
 pub const MAX_MANIFEST: u64 = 4 << 20;
 /// Most bytes of a state file.
@@ -145,8 +149,8 @@ impl Manifest {
     /// [`Absurd`](ReadError::Absurd).
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self, ReadError> {
         let format = format_of(bytes).ok_or_else(|| ReadError::NotASnapshot { path: path.to_owned() })?;
-        if format > FORMAT {
-            return Err(ReadError::Newer { path: path.to_owned(), found: format, known: FORMAT });
+        if format > NEWEST {
+            return Err(ReadError::Newer { path: path.to_owned(), found: format, known: NEWEST });
         }
         if format < OLDEST {
             return Err(ReadError::Older { path: path.to_owned(), found: format, oldest: OLDEST });

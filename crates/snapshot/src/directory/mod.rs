@@ -1,4 +1,4 @@
-//! The snapshot directory: manifest, state, chunk table and sparse memory files.
+//! The snapshot directory: manifest, state, chunk table and memory files.
 //!
 //! The format is described in `FORMAT.md` of this crate. [`Draft`] writes a directory, [`Snapshot`] opens
 //! one, [`Chain`] opens one with all its parents; [`inspect`], [`diff`] and [`merge`] are the offline tools.
@@ -11,6 +11,7 @@ mod error;
 mod extents;
 mod hash;
 mod inspect;
+mod layout;
 mod manifest;
 mod merge;
 mod pages;
@@ -28,7 +29,8 @@ pub use extents::{Extents, MAX_EXTENTS};
 pub use hash::Hash;
 pub use inspect::{Inspection, LayerSummary, MAX_SETS, MemorySummary, RecordSummary, inspect};
 pub use manifest::{
-    DataFile, FORMAT, MAX_MANIFEST, MAX_REGIONS, MAX_STATE, MAX_TABLE, Manifest, OLDEST, Parent, Region,
+    DataFile, MAX_MANIFEST, MAX_REGIONS, MAX_STATE, MAX_TABLE, Manifest, NEWEST, OLDEST, PACKED, Parent,
+    Region, SPARSE,
 };
 pub use merge::merge;
 pub use read::Snapshot;

@@ -6,15 +6,26 @@ use std::sync::{Mutex, PoisonError};
 
 use super::draft::Workplace;
 use super::hash::{ChunkHasher, is_zero};
+use super::layout::Layout;
 use super::work::{Buffers, Job, sized};
 use super::{CHUNK, Extents, Hash, MemorySource, PAGE, Region, WriteError, chunk_range, part, part_mut};
+
+/// What is read without asking whether it is data: asking can take longer, and what changed most likely is.
+const LITTLE: u64 = 16 * PAGE;
+
+/// The memory file of a region while it is written.
+#[derive(Debug)]
+pub(super) struct MemoryFile {
+    pub(super) file: File,
+    pub(super) layout: Layout,
+}
 
 /// What the threads that write memory share.
 pub(super) struct Writer<'a> {
     place: &'a Workplace<'a>,
     source: &'a dyn MemorySource,
     regions: &'a [Region],
-    files: &'a [File],
+    files: &'a [MemoryFile],
     /// Per region what is to be written.
     wanted: &'a [Extents],
     /// The files hold older content: zero pages are written, too, and nothing is hashed.
@@ -27,7 +38,7 @@ impl<'a> Writer<'a> {
     pub(super) fn new(
         place: &'a Workplace<'a>,
         source: &'a dyn MemorySource,
-        (regions, files): (&'a [Region], &'a [File]),
+        (regions, files): (&'a [Region], &'a [MemoryFile]),
         wanted: &'a [Extents],
         over: bool,
     ) -> Self {
@@ -42,7 +53,7 @@ impl Writer<'_> {
         let Some(wanted) = self.wanted.get(region) else { return Ok(None) };
         let mut at = from.saturating_mul(CHUNK);
         while let Some(extent) = wanted.within(at..u64::MAX).next() {
-            if self.over {
+            if self.over || is_little(&extent) {
                 return Ok(Some(extent.start / CHUNK));
             }
             let Some(data) = self.data(region, extent.start)? else { break };
@@ -79,80 +90,122 @@ impl Writer<'_> {
         Job { region, chunk }: Job,
         buffers: &mut Buffers,
     ) -> Result<Option<Hash>, WriteError> {
-        let (Some(Region { size, .. }), Some(wanted)) = (self.regions.get(region), self.wanted.get(region))
+        let (Some(Region { size, file: name, .. }), Some(memory), Some(wanted)) =
+            (self.regions.get(region), self.files.get(region), self.wanted.get(region))
         else {
             return Ok(None);
         };
         let window = chunk_range(chunk, *size);
-        sized(&mut buffers.chunk, &window);
-        let mut piece = Piece { writer: self, region, start: window.start, hasher: ChunkHasher::default() };
+        let held = memory.layout.position(window.start)..memory.layout.position(window.end);
+        sized(&mut buffers.chunk, &held);
+        let mut piece = Piece {
+            writer: self,
+            region,
+            name,
+            file: &memory.file,
+            chunk: window.start,
+            first: held.start,
+            bytes: &mut buffers.chunk,
+            run: Run::default(),
+            hasher: ChunkHasher::default(),
+        };
         for extent in wanted.within(window) {
+            // Bytes that the file lacks before the extent.
+            let missing = extent.start - memory.layout.position(extent.start);
             let mut at = extent.start;
             while at < extent.end {
-                let data = self.data(region, at)?.filter(|data| data.start < extent.end);
+                let data = if is_little(&extent) { Some(extent.clone()) } else { self.data(region, at)? };
+                let data = data.filter(|data| data.start < extent.end);
                 let data = data.map_or(extent.end..extent.end, |data| data.start..data.end.min(extent.end));
-                piece.zero(at..data.start)?;
-                piece.copy(&data, &mut buffers.chunk)?;
+                piece.add(at - missing..data.start - missing, true)?;
+                piece.copy(&data, missing)?;
                 at = data.end;
             }
         }
-        Ok(piece.hasher.finish())
+        piece.finish()
     }
+}
+
+fn is_little(extent: &Range<u64>) -> bool {
+    extent.end - extent.start <= LITTLE
 }
 
 /// A chunk while it is written.
 struct Piece<'a> {
     writer: &'a Writer<'a>,
     region: usize,
+    /// Name of the memory file.
+    name: &'a str,
+    file: &'a File,
     /// First byte of the chunk in the region.
-    start: u64,
+    chunk: u64,
+    /// And in the file.
+    first: u64,
+    /// What the file holds from there on.
+    bytes: &'a mut [u8],
+    /// What is to be written next.
+    run: Run,
     hasher: ChunkHasher,
 }
 
+/// Pages of a file, side by side, that are all zero or none of them.
+#[derive(Default)]
+struct Run {
+    range: Range<u64>,
+    zero: bool,
+}
+
 impl Piece<'_> {
-    /// Reads `data` of the region into `chunk` and writes it, neighbours together.
-    fn copy(&mut self, data: &Range<u64>, chunk: &mut [u8]) -> Result<(), WriteError> {
+    /// Reads `data` of the region, which in the file is `missing` bytes further to the front.
+    fn copy(&mut self, data: &Range<u64>, missing: u64) -> Result<(), WriteError> {
         if data.is_empty() {
             return Ok(());
         }
-        let (region, first) = (self.region, data.start);
-        let bytes = part_mut(chunk, first - self.start..data.end - self.start);
-        let read = self.writer.source.read(region, first, bytes);
-        read.map_err(|source| WriteError::Memory { region, offset: first, source })?;
-        let (mut run, mut zero) = (first..first, false);
+        let (region, offset, before) = (self.region, data.start, missing + self.first);
+        let bytes = part_mut(self.bytes, offset - before..data.end - before);
+        let read = self.writer.source.read(region, offset, bytes);
+        read.map_err(|source| WriteError::Memory { region, offset, source })?;
         for start in data.clone().step_by(PAGE as usize) {
-            let page = part(chunk, start - self.start..start - self.start + PAGE);
-            if is_zero(page) != zero {
-                self.flush(&run, zero, chunk)?;
-                (run, zero) = (start..start, !zero);
-            }
+            let page = part(self.bytes, start - before..start - before + PAGE);
+            let zero = is_zero(page);
             if !zero && !self.writer.over {
-                self.hasher.page(start - self.start, page);
+                self.hasher.page(start - self.chunk, page);
             }
-            run.end = start + PAGE;
+            self.add(start - missing..start - missing + PAGE, zero)?;
         }
-        self.flush(&run, zero, chunk)
+        Ok(())
     }
 
-    fn flush(&self, run: &Range<u64>, zero: bool, chunk: &[u8]) -> Result<(), WriteError> {
-        if zero {
-            return self.zero(run.clone());
-        }
-        let Some((file, name)) = self.file() else { return Ok(()) };
-        let bytes = part(chunk, run.start - self.start..run.end - self.start);
-        self.writer.place.write(file, name, bytes, run.start)
-    }
-
-    /// Makes a part of the file zero, which a new file is.
-    fn zero(&self, range: Range<u64>) -> Result<(), WriteError> {
-        let Some((file, name)) = self.file().filter(|_| self.writer.over && !range.is_empty()) else {
+    /// Adds a part of the file to what is to be written.
+    fn add(&mut self, range: Range<u64>, zero: bool) -> Result<(), WriteError> {
+        if range.is_empty() {
             return Ok(());
-        };
-        self.writer.place.zero(file, name, range)
+        }
+        if self.run.range.end != range.start || self.run.zero != zero {
+            self.flush()?;
+            self.run = Run { range: range.start..range.start, zero };
+        }
+        self.run.range.end = range.end;
+        Ok(())
     }
 
-    fn file(&self) -> Option<(&File, &str)> {
-        let region = self.writer.regions.get(self.region)?;
-        Some((self.writer.files.get(self.region)?, &region.file))
+    fn flush(&self) -> Result<(), WriteError> {
+        let Run { range, zero } = &self.run;
+        let Writer { place, over, .. } = self.writer;
+        match zero {
+            _ if range.is_empty() => Ok(()),
+            true if *over => place.zero(self.file, self.name, range.clone()),
+            // A new file is zero.
+            true => Ok(()),
+            false => {
+                let bytes = part(self.bytes, range.start - self.first..range.end - self.first);
+                place.write(self.file, self.name, bytes, range.start)
+            }
+        }
+    }
+
+    fn finish(self) -> Result<Option<Hash>, WriteError> {
+        self.flush()?;
+        Ok(self.hasher.finish())
     }
 }

@@ -2,15 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::hash::ChunkHasher;
+use super::layout::Layout;
 use super::manifest::{MANIFEST, MAX_MANIFEST};
 use super::work::{Stop, sized};
 use super::{
-    CHUNK, DataFile, Extents, Hash, Manifest, ReadError, Region, RegionTable, Table, Work, chunk_range,
-    storage,
+    CHUNK, DataFile, Extents, Hash, Manifest, ReadError, Region, RegionTable, Table, Work, chunk_range, part,
+    part_mut, storage,
 };
 use crate::{Record, RecordSet, minicbor};
 
@@ -26,7 +28,14 @@ pub struct Snapshot {
     manifest: Manifest,
     state: Record,
     table: Table,
-    memory: Vec<File>,
+    memory: Vec<MemoryFile>,
+}
+
+/// A memory file, opened.
+#[derive(Debug)]
+struct MemoryFile {
+    file: File,
+    layout: Layout,
 }
 
 impl Snapshot {
@@ -56,13 +65,14 @@ impl Snapshot {
         let table = Table::decode(&bytes, &manifest.memory)
             .map_err(|source| ReadError::Table { path: path.join(&manifest.chunks.file), source })?;
         let mut memory = Vec::new();
-        for region in &manifest.memory {
+        for (region, RegionTable { extents, .. }) in manifest.memory.iter().zip(&table.regions) {
             let (file, found) = open(&dir, path, &region.file)?;
-            if found != region.size {
+            let layout = Layout::new(manifest.format, extents, region.size);
+            if found != layout.file_size() {
                 let path = path.join(&region.file);
-                return Err(ReadError::Size { path, found, expected: region.size });
+                return Err(ReadError::Size { path, found, expected: layout.file_size() });
             }
-            memory.push(file);
+            memory.push(MemoryFile { file, layout });
         }
         let identity = (metadata.dev(), metadata.ino());
         let snapshot = Self { path: path.to_owned(), identity, manifest, state, table, memory };
@@ -116,15 +126,16 @@ impl Snapshot {
         &self.table
     }
 
-    /// The memory file of a region, as long as the region; offsets in both are the same. For a private mapping.
+    /// The memory file of a region. That of a snapshot without parent is as long as the region, and offsets in both are the
+    /// same: for a private mapping.
     #[must_use]
     pub fn memory(&self, region: usize) -> Option<&File> {
-        self.memory.get(region)
+        self.memory.get(region).map(|memory| &memory.file)
     }
 
     /// Bytes that the memory file of a region takes on disk.
     pub(super) fn disk_bytes(&self, region: usize) -> Result<u64, ReadError> {
-        let (Some(file), Some(Region { file: name, .. })) =
+        let (Some(MemoryFile { file, .. }), Some(Region { file: name, .. })) =
             (self.memory.get(region), self.manifest.memory.get(region))
         else {
             return Ok(0);
@@ -135,14 +146,14 @@ impl Snapshot {
         Ok(metadata.blocks().saturating_mul(512))
     }
 
-    /// Reads chunk `chunk` of a memory file into `buffer` and verifies it.
+    /// Reads chunk `chunk` of a region into `buffer` and verifies it. What is not held is zero.
     pub(super) fn read_chunk(
         &self,
         region: usize,
         chunk: u64,
         buffer: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
-        let (Some(file), Some(Region { size, file: name, .. }), Some(table)) =
+        let (Some(MemoryFile { file, layout }), Some(Region { size, file: name, .. }), Some(table)) =
             (self.memory.get(region), self.manifest.memory.get(region), self.table.regions.get(region))
         else {
             buffer.clear();
@@ -151,16 +162,26 @@ impl Snapshot {
         let path = || self.path.join(name);
         let range = chunk_range(chunk, *size);
         sized(buffer, &range);
-        file.read_exact_at(buffer, range.start).map_err(|error| match error.kind() {
+        let first = layout.position(range.start);
+        let held = part_mut(buffer, 0..layout.position(range.end) - first);
+        file.read_exact_at(held, first).map_err(|error| match error.kind() {
             // It was long enough when it was opened.
             io::ErrorKind::UnexpectedEof => ReadError::Size {
                 path: path(),
                 found: file.metadata().map_or(0, |metadata| metadata.len()),
-                expected: *size,
+                expected: layout.file_size(),
             },
             _ => ReadError::Io { path: path(), source: error },
         })?;
-        if ChunkHasher::of(buffer) == table.hash(chunk) {
+        let in_chunk = |place: Range<u64>| place.start - range.start..place.end - range.start;
+        let places: Vec<_> = match layout {
+            Layout::Sparse(_) => vec![in_chunk(range.clone())],
+            Layout::Packed(_) => table.extents.within(range.clone()).map(in_chunk).collect(),
+        };
+        spread(buffer, &places);
+        let mut hasher = ChunkHasher::default();
+        places.into_iter().for_each(|place| hasher.pages(place.start, part(buffer, place)));
+        if hasher.finish() == table.hash(chunk) {
             return Ok(());
         }
         Err(ReadError::Chunk { path: path(), chunk, offset: range.start })
@@ -175,18 +196,38 @@ impl Snapshot {
         let sizes: Vec<u64> = self.manifest.memory.iter().map(|region| region.size).collect();
         // A chunk without hash must be zero: what is not a hole is looked at, too.
         let find = |region: usize, from: u64| {
-            let (Some(table), Some(file)) = (self.table.regions.get(region), self.memory.get(region)) else {
+            let (Some(table), Some(MemoryFile { file, layout })) =
+                (self.table.regions.get(region), self.memory.get(region))
+            else {
                 return Ok(None);
             };
-            let data = storage::next_data(file, from.saturating_mul(CHUNK)).map_err(|source| {
+            let position = layout.position(from.saturating_mul(CHUNK));
+            let data = storage::next_data(file, position).map_err(|source| {
                 let name = self.manifest.memory.get(region).map_or("", |region| &region.file);
                 ReadError::Io { path: self.path.join(name), source }
             })?;
-            Ok([data.map(|at| at / CHUNK), table.next(from)].into_iter().flatten().min())
+            let data = data.map(|position| layout.offset(position) / CHUNK);
+            Ok([data, table.next(from)].into_iter().flatten().min())
         };
         work.run(&sizes, &find, &|job, buffers| self.read_chunk(job.region, job.chunk, &mut buffers.chunk))
             .map_err(stopped)
     }
+}
+
+/// Moves what lies packed at the beginning of `chunk` to its `places`, and makes the rest zero.
+fn spread(chunk: &mut [u8], places: &[Range<u64>]) {
+    let mut packed: u64 = places.iter().map(|place| place.end - place.start).sum();
+    let mut end = chunk.len() as u64;
+    // From the last on: no place is before where its content was.
+    for place in places.iter().rev() {
+        packed -= place.end - place.start;
+        let from = part_mut(chunk, packed..place.end);
+        let moved = usize::try_from(place.end - place.start).map_or(0, |bytes| bytes.min(from.len()));
+        from.copy_within(..moved, from.len() - moved);
+        part_mut(chunk, place.end..end).fill(0);
+        end = place.start;
+    }
+    part_mut(chunk, 0..end).fill(0);
 }
 
 pub(super) fn stopped(stop: Stop<ReadError>) -> ReadError {

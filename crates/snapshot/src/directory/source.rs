@@ -33,7 +33,7 @@ pub trait MemorySource: Sync {
     /// What the host says.
     fn next_data(&self, region: usize, offset: u64) -> io::Result<Option<Range<u64>>>;
 
-    /// Fills `bytes` from `offset` on.
+    /// Fills `bytes` from `offset` on. What is not data is zero, and stays what it is: it is not faulted in.
     ///
     /// # Errors
     /// What the host says.

@@ -1,7 +1,6 @@
 //! Writes a snapshot directory.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
@@ -12,11 +11,12 @@ use serde_json::value::RawValue;
 
 use super::draft::Workplace;
 use super::hash::ChunkHasher;
+use super::layout::Layout;
 use super::manifest::{
-    FORMAT, MAX_MANIFEST, MAX_STATE, MAX_TABLE, Parent, Region, STATE, TABLE, Unsigned, check_regions,
-    memory_name,
+    MAX_MANIFEST, MAX_STATE, MAX_TABLE, PACKED, Parent, Region, SPARSE, STATE, TABLE, Unsigned,
+    check_regions, memory_name,
 };
-use super::pages::Writer;
+use super::pages::{MemoryFile, Writer};
 use super::work::{Buffers, Job, Stop, sized};
 use super::{
     Chain, Extents, Hash, MAX_DEPTH, MemorySource, ReadError, Storage, Table, Work, WriteError, chunk_range,
@@ -42,6 +42,9 @@ pub struct Increment<'a> {
     pub id: Option<Hash>,
     /// Per region the bytes that may have changed since, in any order.
     pub changed: &'a [Vec<Range<u64>>],
+    /// The memory files are to hold nothing between the changed pages, so that single pages are not written and synced
+    /// one by one. Such a snapshot is written once: [`Filled::again`] refuses it.
+    pub packed: bool,
 }
 
 /// What goes into the manifest and the state file.
@@ -82,17 +85,20 @@ impl<'s> Draft<'s> {
         let regions = regions_of(source)?;
         let parent = increment.map(|increment| self.parent(increment, &regions)).transpose()?;
         let extents = extents_of(&regions, increment)?;
+        let format = if increment.is_some_and(|increment| increment.packed) { PACKED } else { SPARSE };
         let mut files = Vec::new();
-        for region in &regions {
+        for (region, extents) in regions.iter().zip(&extents) {
+            let layout = Layout::new(format, extents, region.size);
             let file = self.place.create(&region.file)?;
-            self.place.resize(&file, &region.file, region.size)?;
-            files.push(file);
+            self.place.resize(&file, &region.file, layout.file_size())?;
+            files.push(MemoryFile { file, layout });
         }
         let filled = Filled {
             place: self.place,
             regions,
             files,
             table: Table::empty(extents),
+            format,
             parent,
             stale: BTreeSet::new(),
             threads: work.threads,
@@ -182,8 +188,9 @@ fn stopped(stop: Stop<WriteError>) -> WriteError {
 pub struct Filled<'s> {
     place: Workplace<'s>,
     regions: Vec<Region>,
-    files: Vec<File>,
+    files: Vec<MemoryFile>,
     table: Table,
+    format: u32,
     parent: Option<Parent>,
     /// Region and number of chunks that were written after they were hashed.
     stale: BTreeSet<(usize, u64)>,
@@ -213,13 +220,18 @@ impl Filled<'_> {
     ///
     /// # Errors
     /// [`WriteError::Memory`], [`Io`](WriteError::Io), [`Cancelled`](WriteError::Cancelled), or
-    /// [`Invalid`](WriteError::Invalid) for changes outside the regions. What was written is gone then.
+    /// [`Invalid`](WriteError::Invalid) for changes outside the regions or a [packed](Increment::packed) snapshot. What was
+    /// written is gone then.
     pub fn again(
         mut self,
         source: &dyn MemorySource,
         changed: &[Vec<Range<u64>>],
         work: &Work<'_>,
     ) -> Result<Self, WriteError> {
+        if self.format == PACKED {
+            let what = "what is packed cannot be written again".to_owned();
+            return Err(WriteError::Invalid { what });
+        }
         let places = self.regions.iter().map(Region::place);
         if !source.places().into_iter().eq(places) {
             return Err(WriteError::Invalid { what: "the memory has other regions than before".to_owned() });
@@ -276,9 +288,9 @@ impl Filled<'_> {
         Writer::new(place, source, (regions, files), wanted, over)
     }
 
-    /// The hash of what was written of a chunk.
+    /// The hash of what was written of a chunk, which is not packed.
     fn written(&self, job: Job, buffers: &mut Buffers) -> Result<Option<Hash>, WriteError> {
-        let (Some(Region { size, file: name, .. }), Some(file), Some(table)) =
+        let (Some(Region { size, file: name, .. }), Some(MemoryFile { file, .. }), Some(table)) =
             (self.regions.get(job.region), self.files.get(job.region), self.table.regions.get(job.region))
         else {
             return Ok(None);
@@ -301,7 +313,7 @@ impl Filled<'_> {
     /// [`WriteError::Io`], or [`Invalid`](WriteError::Invalid) for a state or configuration that is too large.
     pub fn commit(self, contents: &Contents<'_>) -> Result<Hash, WriteError> {
         let threads = self.threads;
-        let Self { place, regions, files, table, parent, .. } = self.rehash(&Work::quiet(threads))?;
+        let Self { place, regions, files, table, format, parent, .. } = self.rehash(&Work::quiet(threads))?;
         let state = minicbor::to_vec(Record::of(contents.state)).unwrap_or_default();
         if state.len() as u64 > MAX_STATE {
             return Err(WriteError::Invalid { what: format!("{} bytes of state", state.len()) });
@@ -313,12 +325,12 @@ impl Filled<'_> {
         let (state_file, state) = place.file(STATE, &state)?;
         let (chunks_file, chunks) = place.file(TABLE, &table)?;
         let names = regions.iter().map(|region| region.file.as_str());
-        let memory = names.zip(&files);
+        let memory = names.zip(files.iter().map(|memory| &memory.file));
         let others = [(STATE, &state_file), (TABLE, &chunks_file)];
         place.finish(&memory.chain(others).collect::<Vec<_>>(), threads)?;
         let since = contents.created.duration_since(UNIX_EPOCH).unwrap_or_default();
         let manifest = Unsigned {
-            format: FORMAT,
+            format,
             vmm: contents.vmm,
             architecture: contents.architecture,
             created_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),

@@ -76,7 +76,7 @@ fn target(folder: &Path) -> PathBuf {
 
 fn write(form: &str, folder: &Path) -> Result<(), WriteError> {
     let ((before, after, changed), target) = (scene(), target(folder));
-    let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed };
+    let increment = Increment { parent: Path::new("../parent"), id: None, changed: &changed, packed: true };
     match form {
         "incremental" => write_on(&HostStorage, &target, &after, Some(&increment), &two()),
         "live" => {
