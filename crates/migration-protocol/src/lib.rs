@@ -29,6 +29,7 @@ pub use docs::machines_markdown;
 pub use fault::{End, Failure, Fault, Missing, MissingKind, Reason};
 pub use frame::{
     BULK_HEADER_LENGTH, Bulk, CHUNK, Frame, FrameError, HEADER_LENGTH, VERSION, contents_checksum,
+    page_checksum,
 };
 pub use machine::{Cell, Limits, Outcomes, Output, REMEMBERED};
 pub use memory::{

@@ -347,7 +347,7 @@ pub struct Sums {
     pub range: MemoryRange,
     /// The pass it belongs to.
     pub pass: u32,
-    /// [`contents_checksum`](crate::contents_checksum) of each page.
+    /// [`page_checksum`](crate::page_checksum) of each page.
     pub sums: Vec<u32>,
 }
 

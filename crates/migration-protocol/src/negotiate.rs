@@ -67,7 +67,7 @@ impl Features {
     /// [`Memory`](crate::Command::Memory) frames of passes are followed by [`Sums`](crate::Command::Sums) instead of carrying
     /// a checksum: contents need not stand still from their checksum to the link. Nothing is added to
     /// [`UNCHECKED_MEMORY`](Self::UNCHECKED_MEMORY).
-    pub const PAGE_SUMS: Self = Self(1 << 5);
+    pub const PAGE_SUMS: Self = Self(1 << 6);
 
     /// Whether checksums follow memory.
     #[must_use]

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use vmm_fuzzing::{Random, mutate, rounds};
 use vmm_migration_protocol::{
     BULK_HEADER_LENGTH, Bulk, CHUNK, Command, Frame, FrameError, HEADER_LENGTH, Message, PAGE, Reason,
-    contents_checksum,
+    contents_checksum, page_checksum,
 };
 
 use common::{Whole, decode, run, samples};
@@ -248,6 +248,10 @@ fn an_error_is_final() {
 fn golden_bytes() {
     // CRC-32C's check value, and a header whose checksum a second implementation computed.
     assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+    // XXH3-64 as xxhash-rust 0.8 has it: of nothing, of a page of zeros, and of one that counts to 250.
+    let counting: Vec<u8> = (0..4096).map(|at| (at % 251) as u8).collect();
+    let sums = [&[][..], &[0; 4096], &counting].map(page_checksum);
+    assert_eq!(sums, [0x38d3_94c2, 0x48c6_89ba, 0x04f1_bc71]);
     let start = Frame::new(Command::Start, Vec::new()).unwrap().encode();
     assert_eq!(start, [1, 0, 1, 0, 0x52, 0xc2, 0x7b, 0xe4, 0, 0, 0, 0, 0, 0, 0, 0]);
 

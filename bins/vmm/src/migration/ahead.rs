@@ -102,8 +102,8 @@ impl Front {
 }
 
 fn allocate(memory: &GuestRam, ranges: &Receiver<Range<u64>>, over: &AtomicBool) {
+    let mut turn = Turn::new();
     while let Ok(mut range) = ranges.recv() {
-        let mut turn = Turn::default();
         while !range.is_empty() && !over.load(Ordering::SeqCst) {
             let step = STEP.min(range.end - range.start);
             // What cannot be had here is an error where it arrives.
@@ -126,6 +126,9 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    /// What arrives at once.
+    const CHUNK: u64 = 256 << 10;
+
     fn layout() -> MemoryLayout {
         let region = |gpa, length| Region { gpa, length, zone: "z".into() };
         MemoryLayout::new(vec![region(0, 32 * MIB), region(64 * MIB, 32 * MIB)]).unwrap()
@@ -135,11 +138,11 @@ mod tests {
         MemoryRange::new(from, to - from).unwrap()
     }
 
-    /// What is allocated when chunks arrive at these multiples of 256 KiB, all of it.
+    /// What is allocated when chunks arrive at these multiples of their size, all of it.
     fn allocated(reach: u64, chunks: impl IntoIterator<Item = u64>) -> Vec<Range<u64>> {
         let mut front = Front { reach, ..Front::default() };
         let each = chunks.into_iter().filter_map(|chunk| {
-            let next = front.next(&layout(), range(chunk * PORTION, (chunk + 1) * PORTION))?;
+            let next = front.next(&layout(), range(chunk * CHUNK, (chunk + 1) * CHUNK))?;
             front.until = next.end;
             Some(next)
         });
@@ -170,7 +173,7 @@ mod tests {
     #[test]
     fn connections_that_overtake_each_other_are_one_stream() {
         let mixed = (0..32).flat_map(|four: u64| [2, 0, 3, 1].map(|at| four * 4 + at));
-        assert!(bytes(&allocated(6 * PORTION, mixed.clone())) > 16 * MIB);
+        assert!(bytes(&allocated(6 * CHUNK, mixed.clone())) > 16 * MIB);
         assert!(bytes(&allocated(0, mixed)) < MIB);
     }
 
@@ -180,7 +183,7 @@ mod tests {
         let threads: Arc<dyn ThreadHook> = Arc::new(Unconfined);
         let ahead = Ahead::start(&threads, Arc::clone(&memory), 1).unwrap();
         for chunk in 0..8 {
-            ahead.note(&layout(), range(chunk * PORTION, (chunk + 1) * PORTION));
+            ahead.note(&layout(), range(chunk * CHUNK, (chunk + 1) * CHUNK));
         }
         let host = memory.get_host_address(GuestAddress(0)).unwrap().addr();
         let resident = || {

@@ -14,6 +14,7 @@ use super::THREAD;
 use super::inputs::Answers;
 use super::link::{ANSWER, End, Frames, Socket, Way};
 use super::sender::{Lane, LaneWriter, PATIENCE, Pen, Shared};
+use super::turn::Turn;
 
 /// What the connections of a session have in common.
 #[derive(Clone)]
@@ -90,6 +91,7 @@ impl Session {
             memory: Arc::clone(&self.memory),
             shared: Arc::clone(&self.shared),
             packer: None,
+            turn: Turn::new(),
             broken: None,
         };
         let writer = LaneWriter { pen, work: taken, done: tell, answers: self.answers.clone() };

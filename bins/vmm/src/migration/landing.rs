@@ -506,7 +506,7 @@ mod tests {
     use std::thread::JoinHandle;
 
     use vm_memory::GuestMemoryBackend;
-    use vmm_migration_protocol::{Mark, Region, Sums};
+    use vmm_migration_protocol::{Mark, Region, Sums, page_checksum};
 
     use super::*;
 
@@ -667,11 +667,11 @@ mod tests {
         let (mut first, reads) = session.connect(7);
         // Larger than what is read at once, and with a small one behind it.
         let contents: Vec<u8> = (0..100 * 4096).map(|at| (at / 4096 + 1) as u8).collect();
-        let mut sums: Vec<u32> = contents.chunks(4096).map(|page| contents_checksum([page])).collect();
+        let mut sums: Vec<u32> = contents.chunks(4096).map(page_checksum).collect();
         sums[41] ^= 1;
         first.write_all(&summed(1 << 20, &contents, sums)).unwrap();
         let small = [9; 4096];
-        first.write_all(&summed(0, &small, vec![contents_checksum([&small[..]])])).unwrap();
+        first.write_all(&summed(0, &small, vec![page_checksum(&small)])).unwrap();
         first.write_all(&mark(0, false, 101 * 4096)).unwrap();
         drop(first);
         let Ok(Told(7, Said::Damaged(range))) = session.told.recv() else { panic!("it was not seen") };
@@ -686,7 +686,7 @@ mod tests {
     #[test]
     fn memory_that_goes_straight_to_its_place_is_within_the_guests_and_has_its_checksums() {
         let page = [5; 4096];
-        let right = vec![contents_checksum([&page[..]])];
+        let right = vec![page_checksum(&page)];
         let cases = [
             (summed(SIZE, &page, right.clone()), "not in the guest's memory"),
             (summed(0, &page, right.clone())[..40 + 4096].to_vec(), ""),

@@ -62,6 +62,7 @@ pub use outgoing::{SendError, SendStep};
 pub use postcopy::{FillStep, SupplyStep};
 pub(crate) use slowing::Slowing;
 pub use tls::TlsError;
+pub(crate) use turn::LOAD;
 
 /// The threads of a migration.
 pub(crate) const THREAD: ThreadKind = ThreadKind("migration");

@@ -29,6 +29,7 @@ use super::postcopy::opening::{self, Wanted};
 use super::postcopy::owed::Owed;
 use super::postcopy::supplying::{Goods, Supplying};
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
+use super::turn::Turn;
 use super::{Aside, Clock, LINGER, THREAD, TlsError};
 use crate::exit::chain;
 
@@ -166,7 +167,8 @@ impl Outgoing {
             threads: self.threads,
             sockets: Arc::default(),
         };
-        let pen = Pen { index: 0, socket: Arc::clone(&socket), memory, shared, packer: None, broken: None };
+        let (turn, packer, broken) = (Turn::new(), None, None);
+        let pen = Pen { index: 0, socket: Arc::clone(&socket), memory, shared, packer, turn, broken };
         let writer = Writer { pen, files: self.files, queue: queued, answers, read, lanes: Vec::new() };
         let (frames, heard) = (Frames::of(&socket), session.answers.clone());
         let reading = move || {

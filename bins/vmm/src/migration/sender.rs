@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_migration_protocol::{
     Absent, Bulk, Command, Fault, Features, Frame, FrameError, Mark, MemoryRange, Message, Output, PAGE,
-    Packer, Reason, SourceInput, Sums, Zero, contents_checksum,
+    Packer, Reason, SourceInput, Sums, Zero, contents_checksum, page_checksum,
 };
 use vmm_snapshot::directory::MemorySource;
 
@@ -82,6 +82,8 @@ pub(super) struct Pen {
     pub(super) shared: Arc<Shared>,
     /// While memory goes compressed.
     pub(super) packer: Option<Packer>,
+    /// Of the thread that writes.
+    pub(super) turn: Turn,
     /// Why nothing more can be written.
     pub(super) broken: Option<String>,
 }
@@ -245,7 +247,6 @@ impl Pen {
         self.packer = self.shared.features().contains(Features::LZ4).then(Packer::new);
         let (memory, summed) = (Arc::clone(&self.memory), self.shared.features().sums_pages());
         let (mut described, mut pieces, mut buffer) = (self.absent(course)?, Vec::new(), Vec::new());
-        let mut turn = Turn::default();
         loop {
             course.take(&memory, &mut pieces).map_err(|error| unreadable(&error))?;
             if pieces.is_empty() {
@@ -264,7 +265,7 @@ impl Pen {
                 }
             }
             described += self.batch(&batch, course, between)?;
-            turn.give_way();
+            self.turn.give_way();
         }
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
@@ -341,7 +342,7 @@ impl Pen {
                 self.counted(&[&bulk.header(), contents]);
                 self.packer = packer;
                 if features.sums_pages() && bulk.command() == Command::Memory {
-                    let sums = run.bytes.chunks(ZERO_PAGE.len()).map(|page| contents_checksum([page]));
+                    let sums = run.bytes.chunks(ZERO_PAGE.len()).map(page_checksum);
                     let (pass, sums) = (course.number, sums.collect());
                     self.message(Message::Sums(Sums { range, pass, sums }))?;
                 }
@@ -504,6 +505,7 @@ mod tests {
                 memory: Arc::new(map.source().unwrap()),
                 shared: Arc::default(),
                 packer: None,
+                turn: Turn::new(),
                 broken: None,
             };
             let (socket, shared) = (Arc::clone(&pen.socket), Arc::clone(&pen.shared));

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use vmm_memory_manager::source::GuestMemorySource;
 use vmm_memory_manager::straight::{GuestSlice, each_page};
-use vmm_migration_protocol::{Bulk, Fault, MemoryRange, Message, PAGE, Sums, Zero, contents_checksum};
+use vmm_migration_protocol::{Bulk, Fault, MemoryRange, Message, PAGE, Sums, Zero, page_checksum};
 
 use super::course::{Course, Piece};
 use super::sender::{failed, unreadable};
@@ -118,7 +118,7 @@ impl Runs {
         if *bytes == ZERO_PAGE {
             return self.add_zero(at..at + PAGE);
         }
-        let sum = summed.then(|| contents_checksum([bytes]));
+        let sum = summed.then(|| page_checksum(bytes));
         let run = self.grow(false, at..at + PAGE);
         run.into_iter().for_each(|run| run.sums.extend(sum));
     }
@@ -141,7 +141,7 @@ impl Runs {
 /// The checksum of each page.
 pub(super) fn page_sums(memory: &GuestSlice<'_>) -> Vec<u32> {
     let mut sums = Vec::new();
-    each_page(memory, |bytes| sums.push(contents_checksum([bytes])));
+    each_page(memory, |bytes| sums.push(page_checksum(bytes)));
     sums
 }
 
@@ -193,7 +193,7 @@ mod tests {
                 Item::Bulk(bulk) => {
                     say('m', bulk.range());
                     let (contents, after) = rest.split_at(bulk.length());
-                    found = contents.chunks(LENGTH).map(|page| contents_checksum([page])).collect();
+                    found = contents.chunks(LENGTH).map(page_checksum).collect();
                     rest = after;
                 }
                 Item::Frame(frame) => match Message::decode(frame).unwrap() {

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use vmm_api::spec::{Backing, Hugepages, MachineSpec, PathAccess, PayloadSpec, Sink};
 use vmm_memory_manager::userfault;
 
+use crate::migration::LOAD;
+
 /// Standard output, where consoles that are a terminal write to.
 pub(super) const STANDARD_OUTPUT: &str = "/proc/self/fd/1";
 
@@ -94,6 +96,7 @@ pub fn rules(spec: &MachineSpec, beginning: &Beginning) -> Vec<PathRule> {
     rules.add(userfault::DEVICE, Usage::Faults);
     rules.add("/proc/self", Usage::Itself);
     rules.add("/proc/stat", Usage::Read);
+    rules.add(LOAD, Usage::Read);
     for granted in &spec.landlock.rules {
         rules.add(&granted.path, Usage::Granted(granted.access));
     }
@@ -174,6 +177,7 @@ mod tests {
             (userfault::DEVICE, Usage::Faults),
             ("/proc/self", Usage::Itself),
             ("/proc/stat", Usage::Read),
+            ("/proc/loadavg", Usage::Read),
             ("/more", Usage::Granted(PathAccess { read: false, write: true })),
         ];
         assert_eq!(found, expected.map(|(path, usage)| (path.to_owned(), usage)));
@@ -209,6 +213,7 @@ mod tests {
             (userfault::DEVICE, Usage::Faults),
             ("/proc/self", Usage::Itself),
             ("/proc/stat", Usage::Read),
+            ("/proc/loadavg", Usage::Read),
         ];
         assert_eq!(found, expected.map(|(path, usage)| (path.to_owned(), usage)));
     }

@@ -16,11 +16,13 @@ use vmm_snapshot::directory::MemorySource;
 
 use super::owed::Owed;
 use crate::exit::chain;
-use crate::migration::course::PORTION;
 use crate::migration::inputs::Answers;
 use crate::migration::link::{End, Frames, Socket};
 use crate::migration::pace::Pace;
 use crate::migration::sender::{PATIENCE, STALLED, bulk, runs};
+
+/// Bytes of memory that are read and sent at once, at most: what the guest waits for comes after no more.
+const RUN: u64 = 256 << 10;
 
 /// What goes on connection 0.
 #[derive(Debug)]
@@ -152,7 +154,7 @@ impl Pusher<'_> {
                 continue;
             }
             // Not before it may go: until then whoever asks for it gets it at once.
-            let Some(run) = self.owed.take(0..u64::MAX, PORTION) else { break };
+            let Some(run) = self.owed.take(0..u64::MAX, RUN) else { break };
             self.pace.take(run.end - run.start);
             self.quill.memory(&run)?;
         }
@@ -199,7 +201,7 @@ pub(super) fn serve(mut quill: Quill, mut frames: Frames, owed: &Owed, answers: 
         };
         // What is not owed any more is on its way.
         let mut sent = Ok(());
-        while let (Ok(()), Some(run)) = (&sent, owed.take(range.gpa()..range.end(), PORTION)) {
+        while let (Ok(()), Some(run)) = (&sent, owed.take(range.gpa()..range.end(), RUN)) {
             sent = quill.memory(&run);
         }
         if let Err(fault) = sent {
