@@ -133,8 +133,8 @@ fn the_end_of_the_vmm_does_not_wait_for_a_snapshot_whose_parent_does_not_answer(
 }
 
 #[test]
-fn a_receiver_ends_by_request_though_a_disk_of_what_arrived_does_not_answer() {
-    for end in ["vm.cancel", "vmm.shutdown"] {
+fn a_receiver_ends_though_a_disk_of_what_arrived_does_not_answer() {
+    for end in ["vm.cancel", "vmm.shutdown", "the source's death"] {
         let scratch = Scratch::new();
         let disk = |name| json!({ "disks": [{ "path": scratch.disk(name, 1 << 20), "image_type": "Raw" }] });
         let source = Vmm::with_api(&scratch, [""; 0]);
@@ -152,6 +152,14 @@ fn a_receiver_ends_by_request_though_a_disk_of_what_arrived_does_not_answer() {
         let file = Withheld::closed(&other);
         file.wait();
         until(&vmm, "a machine that is made", |now| now["step"] == "Restoring");
+        if end.starts_with("the") {
+            source.signal("KILL");
+            refused(&received.answer(), 500, "the link is lost");
+            assert_eq!(vmm.api().phase(), Phase::Empty);
+            vmm.api().puts(&["vmm.shutdown"]);
+            vmm.expect_exit(0);
+            continue;
+        }
         vmm.api().puts(&[end]);
         refused(&received.answer(), 409, if end == "vm.cancel" { "cancelled" } else { "the VMM ends" });
         refused(&sent.answer(), if end == "vm.cancel" { 409 } else { 500 }, "the VM is not given away");
