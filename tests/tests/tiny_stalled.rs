@@ -2,8 +2,12 @@
 //! them. By the real binary, on any KVM.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmm_state::Phase;
@@ -208,4 +212,45 @@ fn a_receiver_ends_by_request_though_its_certificates_do_not_answer() {
         }
         vmm.expect_exit(0);
     }
+}
+
+/// Passes on what connections at `at` say to `to`, and what is answered; what is said after the first 64 KiB slowly, for so long.
+fn slow_link(at: &Path, to: &Path, time: Duration) {
+    let listener = UnixListener::bind(at).unwrap();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        while let Ok((source, _)) = listener.accept() {
+            let destination = UnixStream::connect(&to).unwrap();
+            let (mut answers, mut back) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut answers, &mut back));
+            std::thread::spawn(move || {
+                let (mut from, mut to) = (source, destination);
+                std::io::copy(&mut (&mut from).take(64 << 10), &mut to).unwrap();
+                let begun = Instant::now();
+                while begun.elapsed() < time {
+                    std::io::copy(&mut (&mut from).take(6 << 10), &mut to).unwrap();
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Write);
+            });
+        }
+    });
+}
+
+#[test]
+fn a_link_is_not_lost_whose_keepalives_wait_behind_much_memory() {
+    let scratch = Scratch::new();
+    let (mut source, destination) = (Vmm::with_api(&scratch, [""; 0]), Vmm::with_api(&scratch, [""; 0]));
+    let _serial = counting_in(&source, &scratch);
+    source.api().puts(&["vm.pause"]);
+    let serial = SerialFile::new(scratch.path("there"));
+    let (mut received, path) = receive(&destination, &scratch, &serial);
+    let between = scratch.path("between");
+    // Half as long again as a silence that is a lost link.
+    slow_link(&between, &path, Duration::from_secs(15));
+    source.api().done("vm.send-migration", &to(&between));
+    assert_eq!(received.answer().status, 204);
+    source.expect_exit(0);
+    destination.api().puts(&["vm.resume"]);
 }

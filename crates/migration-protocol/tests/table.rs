@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use vmm_migration_protocol::{
     Accept, Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationKind,
-    DestinationState, Fault as Why, Frame, Hello, Message, Output, PAGE, Reason, SessionId, SessionOutcome,
-    Source, SourceAction, SourceInput, SourceKind, SourceState, machines_markdown,
+    DestinationState, Fault as Why, Frame, Hello, Limits, Message, Outcomes, Output, PAGE, Reason, SessionId,
+    SessionOutcome, Source, SourceAction, SourceInput, SourceKind, SourceState, machines_markdown,
 };
 
 use common::samples;
@@ -233,4 +233,21 @@ fn the_page_is_the_table() {
     let committed =
         std::fs::read_to_string(&path).expect("docs/machines.md is missing: run with VMM_BLESS=1");
     assert_eq!(committed, page, "run with VMM_BLESS=1 and look at the difference");
+}
+
+#[test]
+fn memory_that_comes_is_no_silence() {
+    let seconds = Duration::from_secs;
+    let new = || {
+        let mut end = Destination::new(seconds(0), samples::offer(), Limits::default(), &Outcomes::new());
+        let hello = Message::Hello(Box::new(samples::hello())).encode().unwrap();
+        assert_eq!(end.handle(seconds(0), DestinationInput::Frame(hello)), DestinationKind::Hello);
+        end
+    };
+    let mut silent = new();
+    assert_eq!(silent.handle(seconds(10), DestinationInput::Tick), DestinationKind::Lost);
+    let mut fed = new();
+    fed.note_heard(seconds(9));
+    assert_eq!(fed.handle(seconds(18), DestinationInput::Tick), DestinationKind::Tick);
+    assert_eq!(fed.handle(seconds(19), DestinationInput::Tick), DestinationKind::Lost);
 }

@@ -332,6 +332,9 @@ impl Driver {
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
                 Err(RecvTimeoutError::Timeout) => {
+                    if self.ground.has_come() {
+                        self.note_heard();
+                    }
                     self.handle(DestinationInput::Tick);
                     self.fill(FillerInput::Tick);
                 }
@@ -533,6 +536,13 @@ impl Driver {
         for (_, parting) in self.parting.extract_if(.., |_, parting| parting.until <= now) {
             parting.socket.shutdown(Shutdown::Both);
         }
+    }
+
+    /// The link is not silent while memory comes.
+    fn note_heard(&mut self) {
+        let now = self.clock.now();
+        self.live.iter_mut().for_each(|live| live.machine.note_heard(now));
+        self.filling.note_heard(now);
     }
 
     /// Gives the machine an input, and does what it then wants.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -41,6 +41,8 @@ pub(super) struct Ground {
     first: AtomicU64,
     /// What waits for the driver.
     backlog: Arc<Backlog>,
+    /// Something has come where memory does.
+    came: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -126,6 +128,12 @@ impl Ground {
     /// A session has begun on this connection, whose number is not 0.
     pub(super) fn begin(&self, connection: u64) {
         self.first.store(connection, Ordering::SeqCst);
+    }
+
+    /// Whether something has come where memory does since this was asked last. It need not be a frame yet: in what the link holds, others
+    /// wait behind much memory.
+    pub(super) fn has_come(&self) -> bool {
+        self.came.swap(false, Ordering::Relaxed)
     }
 
     fn is_first(&self, connection: u64) -> bool {
@@ -228,7 +236,10 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     // Before there is memory, and with it.
     let end = match control(&mut frames, (ground, number), &tell) {
         Ok(Some(item)) => match (ground.late(number), ground.target(number)) {
-            (Some(late), _) => late.land(&mut frames, (number, item), &tell),
+            (Some(late), _) => {
+                frames.note_in(&ground.came);
+                late.land(&mut frames, (number, item), &tell)
+            }
             (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
             (None, None) => Err(End::Garbage("memory out of place".to_owned())),
         },
@@ -289,6 +300,7 @@ fn land(
     // It does not keep memory that is given up.
     drop(target);
     frames.take_large(ground.is_first(number));
+    frames.note_in(&ground.came);
     let mut intake = Intake::new(&layout).with_page_sums(features.sums_pages());
     let (mut rooms, mut item) = (Rooms::default(), first);
     let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));

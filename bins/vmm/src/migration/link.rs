@@ -348,18 +348,28 @@ struct Half {
     /// Descriptors are wanted; else the kernel drops what comes.
     takes: bool,
     files: Vec<OwnedFd>,
+    /// Set where something comes.
+    came: Arc<AtomicBool>,
 }
 
 impl Read for Half {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        match &*self.socket {
+        let count = match &*self.socket {
             Socket::Unix(stream) if self.takes => descriptors::receive(stream, bytes, &mut self.files),
             _ => (&mut &*self.socket).read(bytes),
-        }
+        }?;
+        self.note(count);
+        Ok(count)
     }
 }
 
 impl Half {
+    fn note(&self, count: usize) {
+        if count > 0 {
+            self.came.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Reads wait until then, or for ever.
     fn wait(&self, until: Option<Instant>) -> Result<(), End> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
@@ -372,7 +382,7 @@ impl Half {
 
 impl Frames {
     pub(super) fn of(socket: &Arc<Socket>) -> Self {
-        let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new() };
+        let from = Half { socket: Arc::clone(socket), takes: false, files: Vec::new(), came: Arc::default() };
         Self {
             from,
             buffer: vec![0; BUFFER],
@@ -395,6 +405,11 @@ impl Frames {
             Err(End::Lost(_)) if Instant::now() >= until => Err(End::Lost(LATE.to_owned())),
             item => self.from.wait(None).and(item),
         }
+    }
+
+    /// Sets `came` from now on where something comes, be it a part of a frame.
+    pub(super) fn note_in(&mut self, came: &Arc<AtomicBool>) {
+        self.from.came = Arc::clone(came);
     }
 
     /// Whether descriptors that come beside frames are wanted from now on.
@@ -484,6 +499,7 @@ impl Frames {
                 Err(error) if error.kind() == ErrorKind::Interrupted => 0,
                 Err(error) => return Err(lost(&error)),
             };
+            self.from.note(count);
             (self.start, self.end) = (0, count.saturating_sub(rest.len()));
             filled += count.min(rest.len());
         }

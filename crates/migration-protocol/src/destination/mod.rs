@@ -207,6 +207,12 @@ impl Destination {
         kind
     }
 
+    /// Something of memory has come, which is no input: until `now` the link is not silent, though frames may wait behind it.
+    pub fn note_heard(&mut self, now: Duration) {
+        self.timer.advance(now);
+        self.timer.heard();
+    }
+
     /// The next action, if there is one. Take all of them after every input.
     pub fn poll(&mut self) -> Option<DestinationAction> {
         self.actions.pop_front()

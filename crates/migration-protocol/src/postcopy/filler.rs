@@ -244,6 +244,12 @@ impl Filler {
         kind
     }
 
+    /// Something of memory has come: as [`Destination::note_heard`](crate::Destination::note_heard).
+    pub fn note_heard(&mut self, now: Duration) {
+        self.timer.advance(now);
+        self.timer.heard();
+    }
+
     /// The next action, if there is one. Take all of them after every input.
     pub fn poll(&mut self) -> Option<FillerAction> {
         self.actions.pop_front()

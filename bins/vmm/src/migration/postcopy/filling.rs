@@ -80,6 +80,10 @@ impl Filling {
         self.machine.as_ref().and_then(Filler::next_wake)
     }
 
+    pub(in crate::migration) fn note_heard(&mut self, now: Duration) {
+        self.machine.iter_mut().for_each(|machine| machine.note_heard(now));
+    }
+
     /// Whether the guest is this end's.
     pub(in crate::migration) fn is_live(&self) -> bool {
         self.machine.is_some()
