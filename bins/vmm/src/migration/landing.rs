@@ -235,14 +235,14 @@ pub(super) fn read<T: From<(u64, Said, Place)>>(
     }
     // Before there is memory, and with it.
     let end = match control(&mut frames, (ground, number), &tell) {
-        Ok(Some(item)) => match (ground.late(number), ground.target(number)) {
-            (Some(late), _) => {
-                frames.note_in(&ground.came);
-                late.land(&mut frames, (number, item), &tell)
+        Ok(Some(item)) => {
+            frames.note_in(&ground.came);
+            match (ground.late(number), ground.target(number)) {
+                (Some(late), _) => late.land(&mut frames, (number, item), &tell),
+                (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
+                (None, None) => Err(End::Garbage("memory out of place".to_owned())),
             }
-            (None, Some((target, _))) => land(&mut frames, item, (ground, number, target), &tell),
-            (None, None) => Err(End::Garbage("memory out of place".to_owned())),
-        },
+        }
         Ok(None) => return,
         Err(end) => Err(end),
     };
@@ -300,7 +300,6 @@ fn land(
     // It does not keep memory that is given up.
     drop(target);
     frames.take_large(ground.is_first(number));
-    frames.note_in(&ground.came);
     let mut intake = Intake::new(&layout).with_page_sums(features.sums_pages());
     let (mut rooms, mut item) = (Rooms::default(), first);
     let place = || ground.target(number).ok_or_else(|| End::Garbage("memory out of place".to_owned()));

@@ -174,11 +174,14 @@ impl Snapshot {
             _ => ReadError::Io { path: path(), source: error },
         })?;
         let in_chunk = |place: Range<u64>| place.start - range.start..place.end - range.start;
-        let places: Vec<_> = match layout {
+        let places = match layout {
             Layout::Sparse(_) => vec![in_chunk(range.clone())],
-            Layout::Packed(_) => table.extents.within(range.clone()).map(in_chunk).collect(),
+            Layout::Packed(_) => {
+                let places: Vec<_> = table.extents.within(range.clone()).map(in_chunk).collect();
+                spread(buffer, &places);
+                places
+            }
         };
-        spread(buffer, &places);
         let mut hasher = ChunkHasher::default();
         places.into_iter().for_each(|place| hasher.pages(place.start, part(buffer, place)));
         if hasher.finish() == table.hash(chunk) {
