@@ -139,7 +139,7 @@ impl Giver {
             }
         }
         to.extend(Message::Mark(Mark { pass, last, bytes }).encode()?.encode());
-        Ok(Output::Bytes(u64::try_from(to.len().saturating_sub(before))?))
+        Ok(Output::Sent { link: u64::try_from(to.len().saturating_sub(before))?, memory: bytes })
     }
 }
 

@@ -63,8 +63,15 @@ pub enum Cell<S: 'static> {
 pub enum Output {
     /// It is done.
     Nothing,
-    /// Bytes sent, or found dirty.
+    /// Bytes found dirty.
     Bytes(u64),
+    /// Memory was sent.
+    Sent {
+        /// Bytes on the link.
+        link: u64,
+        /// Bytes of memory that they stand for: what Mark says of all connections together.
+        memory: u64,
+    },
     /// The saved state.
     State(Vec<u8>),
 }
@@ -72,6 +79,10 @@ pub enum Output {
 impl Output {
     pub(crate) fn bytes(&self) -> u64 {
         if let Self::Bytes(bytes) = self { *bytes } else { 0 }
+    }
+
+    pub(crate) fn sent(&self) -> (u64, u64) {
+        if let Self::Sent { link, memory } = self { (*link, *memory) } else { (0, 0) }
     }
 
     pub(crate) fn into_state(self) -> Vec<u8> {

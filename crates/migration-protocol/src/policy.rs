@@ -45,8 +45,10 @@ impl Default for Goals {
 /// One pass over memory, as it went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pass {
-    /// Bytes that were sent.
+    /// Bytes on the link.
     pub sent: u64,
+    /// Bytes of memory that they stood for: more, where it was compressed or zero.
+    pub memory: u64,
     /// From its begin until all had landed.
     pub took: Duration,
     /// Bytes that the guest wrote to meanwhile.
@@ -88,8 +90,10 @@ const PATIENCE: u8 = 2;
 #[derive(Debug, Clone)]
 pub struct Policy {
     goals: Goals,
-    /// Bytes per second; 0 until something was sent.
+    /// Bytes per second on the link; 0 until something was sent.
     bandwidth: u64,
+    /// Bytes of memory per second; likewise.
+    speed: u64,
     last: Option<Pass>,
     passes: u32,
     throttle: u8,
@@ -101,7 +105,7 @@ impl Policy {
     /// Before the first pass.
     #[must_use]
     pub fn new(goals: Goals) -> Self {
-        Self { goals, bandwidth: 0, last: None, passes: 0, throttle: 0, stuck: 0 }
+        Self { goals, bandwidth: 0, speed: 0, last: None, passes: 0, throttle: 0, stuck: 0 }
     }
 
     /// What it aims for.
@@ -122,7 +126,7 @@ impl Policy {
         self.last.map_or(0, |pass| per_second(pass.dirty, pass.took))
     }
 
-    /// How long the guest would stand still if it were stopped now; `None` when the bandwidth is not known.
+    /// How long the guest would stand still if it were stopped now; `None` when it is not known how fast memory moves.
     #[must_use]
     pub fn blackout(&self) -> Option<Duration> {
         let dirty = self.last?.dirty;
@@ -167,27 +171,37 @@ impl Policy {
         Decision::Again { throttle: self.throttle }
     }
 
-    /// The mean of this pass and of what was so far: young passes count most. A pass that sent next to nothing says
-    /// more about latency than about bandwidth.
+    /// The mean of this pass and of what was so far: young passes count most. A pass that moved next to nothing says
+    /// more about latency than about speed.
     fn estimate(&mut self, pass: Pass) {
         const ENOUGH: u64 = 256 << 10;
-        let found = per_second(pass.sent, pass.took);
+        let found = |bytes| per_second(bytes, pass.took);
         if self.bandwidth == 0 {
-            self.bandwidth = found;
+            self.bandwidth = found(pass.sent);
         } else if pass.sent >= ENOUGH {
-            self.bandwidth = self.bandwidth.midpoint(found).max(1);
+            self.bandwidth = self.bandwidth.midpoint(found(pass.sent)).max(1);
+        }
+        if self.speed == 0 {
+            self.speed = found(pass.memory);
+        } else if pass.memory >= ENOUGH {
+            self.speed = mean_speed(self.speed, found(pass.memory));
         }
     }
 
-    /// How long `bytes` take on the link.
+    /// How long it takes to move `bytes` of memory.
     fn transfer(&self, bytes: u64) -> Option<Duration> {
         if bytes == 0 {
             return Some(Duration::ZERO);
         }
-        let nanos =
-            u128::from(bytes).saturating_mul(1_000_000_000).checked_div(u128::from(self.bandwidth))?;
+        let nanos = u128::from(bytes).saturating_mul(1_000_000_000).checked_div(u128::from(self.speed))?;
         Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
+}
+
+/// The speed at which as many bytes take the mean of the two times: one fast pass, of zeros say, does not hide a slow one.
+fn mean_speed(one: u64, other: u64) -> u64 {
+    let speed = u128::from(one) * u128::from(other) / u128::from(one.midpoint(other).max(1));
+    u64::try_from(speed).unwrap_or(u64::MAX).max(1)
 }
 
 fn per_second(bytes: u64, time: Duration) -> u64 {

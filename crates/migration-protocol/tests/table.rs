@@ -68,7 +68,13 @@ fn source_inputs() -> Vec<(Duration, SourceInput)> {
     let mut inputs: Vec<_> =
         frames().into_iter().chain(broken()).map(|frame| (soon, SourceInput::Frame(frame))).collect();
     let text = || "test".to_owned();
-    let outputs = [Output::Nothing, Output::Bytes(PAGE), Output::Bytes(u64::MAX), Output::State(vec![1])];
+    let outputs = [
+        Output::Nothing,
+        Output::Bytes(PAGE),
+        Output::Bytes(u64::MAX),
+        Output::Sent { link: PAGE, memory: u64::MAX },
+        Output::State(vec![1]),
+    ];
     inputs.extend(outputs.map(|output| (soon, SourceInput::Done(output))));
     inputs.extend([
         (soon, SourceInput::Garbage(text())),

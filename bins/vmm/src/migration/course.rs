@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use vmm_memory_manager::dirty::Changed;
@@ -34,6 +35,8 @@ pub(super) struct Course {
     left: Mutex<Left>,
     /// What the destination is to be without.
     absent: Mutex<Vec<MemoryRange>>,
+    /// Bytes of memory that all connections have said something of.
+    described: AtomicU64,
     /// Why no connection goes on.
     stopped: OnceLock<Fault>,
 }
@@ -70,7 +73,15 @@ impl Course {
             }
         };
         let left = Mutex::new(Left { what, current: None });
-        Self { number, last, all, left, absent: Mutex::default(), stopped: OnceLock::new() }
+        Self {
+            number,
+            last,
+            all,
+            left,
+            absent: Mutex::default(),
+            described: AtomicU64::new(0),
+            stopped: OnceLock::new(),
+        }
     }
 
     /// The last pass, which sends nothing, and leaves these out.
@@ -101,6 +112,16 @@ impl Course {
             pieces.push(piece);
         }
         Ok(())
+    }
+
+    /// A connection has said something of so many bytes of memory.
+    pub(super) fn describe(&self, bytes: u64) {
+        self.described.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of memory that connections whose shares are done have said something of.
+    pub(super) fn described(&self) -> u64 {
+        self.described.load(Ordering::Relaxed)
     }
 
     /// One connection cannot go on, and so none shall.

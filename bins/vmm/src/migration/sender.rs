@@ -127,7 +127,7 @@ impl Writer {
                 Out::Lanes(lanes) => self.lanes = lanes,
                 Out::Pass(course) => {
                     let answer = match self.pass(&course) {
-                        Ok(bytes) => SourceInput::Done(Output::Bytes(bytes)),
+                        Ok(sent) => SourceInput::Done(sent),
                         Err(fault) => SourceInput::Failed(fault),
                     };
                     if self.pen.broken.is_some() {
@@ -158,8 +158,8 @@ impl Writer {
         self.pen.write(&[bytes.get(sent..).unwrap_or_default()]);
     }
 
-    /// Sends a pass over all connections; gives the bytes on the link.
-    fn pass(&mut self, course: &Arc<Course>) -> Result<u64, Fault> {
+    /// Sends a pass over all connections; gives how much that was.
+    fn pass(&mut self, course: &Arc<Course>) -> Result<Output, Fault> {
         for lane in &self.lanes {
             // One that is gone is found by its answer.
             let _ = lane.work.send(Arc::clone(course));
@@ -169,7 +169,8 @@ impl Writer {
         for lane in lanes {
             wait(lane, course, pen, queue);
         }
-        course.check().map(|()| self.pen.shared.sent.load(Ordering::Relaxed))
+        course.check()?;
+        Ok(Output::Sent { link: self.pen.shared.sent.load(Ordering::Relaxed), memory: course.described() })
     }
 }
 
@@ -267,6 +268,7 @@ impl Pen {
             described += self.batch(&batch, course, between)?;
             self.turn.give_way();
         }
+        course.describe(described);
         self.message(Message::Mark(Mark { pass: course.number, last: course.last, bytes: described }))?;
         self.check(course)
     }

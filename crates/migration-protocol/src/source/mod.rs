@@ -79,7 +79,7 @@ pub enum SourceStep {
     },
     /// Switch the dirty log on, of vCPUs and of devices.
     StartDirtyLog,
-    /// Send memory, then Mark on each connection; [`Output::Bytes`] is how much went over the link.
+    /// Send memory, then Mark on each connection; [`Output::Sent`] is how much that was.
     SendMemory {
         /// Number of the pass.
         pass: u32,
@@ -195,6 +195,8 @@ struct Current {
     began: Duration,
     /// Bytes on the link in this pass.
     sent: u64,
+    /// Bytes of memory that it moved.
+    memory: u64,
     landed: bool,
     /// Bytes on the link in the passes before.
     before: u64,
@@ -383,7 +385,7 @@ impl Source {
             }
             (SourceState::Collecting, Event::Done(_)) => self.next_pass(true),
             (SourceState::Finishing, Event::Done(output)) => {
-                self.pass.sent = output.bytes();
+                (self.pass.sent, self.pass.memory) = output.sent();
                 self.run(SourceState::Saving, SourceStep::SaveState);
             }
             (SourceState::Saving, Event::Done(output)) => self.saved(output),
@@ -471,7 +473,7 @@ impl Source {
     fn send_memory(&mut self, what: What, last: bool) {
         let Current { number, sent, before, .. } = self.pass;
         let before = before.saturating_add(sent);
-        self.pass = Current { number, began: self.timer.now, sent: 0, landed: false, before };
+        self.pass = Current { number, began: self.timer.now, sent: 0, memory: 0, landed: false, before };
         let state = if last { SourceState::Finishing } else { SourceState::Copying };
         self.run(state, SourceStep::SendMemory { pass: number, what, last, connections: self.agreed.1 });
     }
@@ -483,7 +485,7 @@ impl Source {
     }
 
     fn copied(&mut self, output: &Output) {
-        self.pass.sent = output.bytes();
+        (self.pass.sent, self.pass.memory) = output.sent();
         if self.pass.landed {
             self.landed();
         } else {
@@ -500,7 +502,7 @@ impl Source {
             return self.run(SourceState::Pausing, SourceStep::Pause);
         }
         let took = self.timer.now.saturating_sub(self.pass.began);
-        let pass = Pass { sent: self.pass.sent, took, dirty: output.bytes() };
+        let pass = Pass { sent: self.pass.sent, memory: self.pass.memory, took, dirty: output.bytes() };
         let slowed = self.policy.throttle();
         match self.policy.decide(pass, self.timer.elapsed()) {
             Decision::Again { throttle } if throttle != slowed => {

@@ -226,6 +226,10 @@ fn source_input(tape: &mut Tape<'_>, source: &Source, accept: &Accept, now: &mut
         0..=3 => SourceInput::Done(match (source.state(), tape.next() % 4) {
             (SourceState::Saving, 1..) => Output::State(tape.some()),
             (_, 0) => Output::Nothing,
+            (SourceState::Copying | SourceState::Finishing, number) => {
+                let bytes = u64::from(tape.next()) << (8 * number);
+                Output::Sent { link: bytes, memory: bytes }
+            }
             (_, number) => Output::Bytes(u64::from(tape.next()) << (8 * number)),
         }),
         4 => SourceInput::Failed(tape.fault()),

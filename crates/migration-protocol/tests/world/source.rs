@@ -191,7 +191,8 @@ impl World {
                 (source.log, source.dirty) = (true, BTreeSet::new());
             }
             SourceStep::SendMemory { pass, what, last, connections } => {
-                return Output::Bytes(self.send_memory(pass, what, last, usize::from(connections)));
+                let bytes = self.send_memory(pass, what, last, usize::from(connections));
+                return Output::Sent { link: bytes, memory: bytes };
             }
             SourceStep::TakeDirty => {
                 let dirty = std::mem::take(&mut source.dirty);
