@@ -4,6 +4,7 @@
 
 use std::io::Read;
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -99,6 +100,26 @@ fn a_restore_ends_by_request_though_a_disk_does_not_answer() {
     ends_by_request(200, &json!({}), |_, disk| Withheld::closed(disk));
 }
 
+/// The first to touch it may be the VMM itself, which has to tell the guest of its generation.
+#[test]
+fn a_memory_file_that_is_gone_before_its_guest_runs_ends_the_vmm_with_a_word() {
+    let scratch = Scratch::new();
+    let (saved, disk) = saved(&scratch);
+    let mut body = from(&saved, &SerialFile::new(scratch.path("of-restored")));
+    body["disks"] = json!([{ "id": "_disk0", "path": disk }]);
+    let mut vmm = Vmm::with_api(&scratch, [""; 0]);
+    let file = Withheld::closed(&disk);
+    let _restore = Pending::send(vmm.socket(), "vm.restore", body.to_string().as_bytes());
+    file.wait();
+    let memory = saved.join("memory-0.bin");
+    std::fs::set_permissions(&memory, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&memory).unwrap().set_len(0).unwrap();
+    drop(file);
+    vmm.expect_exit(13);
+    let told = vmm.stderr.text();
+    assert!(told.contains("memory-0.bin has shrunk or cannot be read"), "{told}");
+}
+
 /// A client does not want it any more; that is no failure of the process.
 #[test]
 fn a_restore_of_the_command_line_ends_by_request_and_the_vmm_stays() {
@@ -166,7 +187,9 @@ fn a_receiver_ends_though_a_disk_of_what_arrived_does_not_answer() {
         }
         vmm.api().puts(&[end]);
         refused(&received.answer(), 409, if end == "vm.cancel" { "cancelled" } else { "the VMM ends" });
-        refused(&sent.answer(), if end == "vm.cancel" { 409 } else { 500 }, "the VM is not given away");
+        let told = sent.answer();
+        refused(&told, 409, "the VM is not given away");
+        refused(&told, 409, if end == "vm.cancel" { "cancelled" } else { "the destination's VMM has ended" });
         assert_eq!(source.api().phase(), Phase::Paused, "{end}");
         if end == "vm.cancel" {
             assert_eq!(vmm.api().phase(), Phase::Empty);
@@ -212,6 +235,32 @@ fn a_receiver_ends_by_request_though_its_certificates_do_not_answer() {
         }
         vmm.expect_exit(0);
     }
+}
+
+#[test]
+fn a_source_ends_by_request_though_its_certificates_do_not_answer() {
+    let scratch = Scratch::new();
+    let (mut vmm, serial) = counting_guest(&scratch);
+    let tls_dir = scratch.path("tls");
+    std::fs::create_dir(&tls_dir).unwrap();
+    // Nobody writes to them: who opens one waits.
+    for name in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
+        assert!(Command::new("mkfifo").arg(tls_dir.join(name)).status().unwrap().success());
+    }
+    let body = json!({ "destination_url": format!("tcp:127.0.0.1:{}", free_port()), "tls_dir": tls_dir });
+    for end in ["vm.cancel", "vmm.shutdown"] {
+        let mut sent = pending(&vmm, "vm.send-migration", &body);
+        let api = &mut vmm.api();
+        wait_until(LIMIT, || (api.phase() == Phase::Migrating).then_some(()), || "a migration".to_owned());
+        serial.wait_longer_than(serial.text().len() + 40);
+        api.puts(&[end]);
+        refused(&sent.answer(), 409, if end == "vm.cancel" { "cancelled" } else { "the VM was removed" });
+        if end == "vm.cancel" {
+            assert_eq!(api.phase(), Phase::Running);
+            api.puts(&["vm.pause", "vm.resume"]);
+        }
+    }
+    vmm.expect_exit(0);
 }
 
 /// Passes on what connections at `at` say to `to`, and what is answered; what is said after the first 64 KiB slowly, for so long.

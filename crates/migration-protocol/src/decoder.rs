@@ -77,11 +77,12 @@ impl Decoder {
         result
     }
 
-    /// Bytes of the payload that is being collected, as its header announces them; 0 between frames.
+    /// Bytes of the payload that is being collected, as its header announces them; 0 between frames. Contents of memory are not
+    /// collected, and do not count.
     #[must_use]
     pub fn announced(&self) -> usize {
         match &self.state {
-            State::Payload { header, .. } => header.length,
+            State::Payload { header, .. } => header.covered(),
             State::Header { .. } | State::Failed(_) => 0,
         }
     }

@@ -53,6 +53,8 @@ fn a_destination_that_ends_tells_its_source_and_both_say_what_is_lost() {
         for name in ["vm.shutdown", "vm.delete", "vm.reboot", "vm.cancel"] {
             assert_eq!(second.api().put(name).status, 409, "{name}");
         }
+        // Nothing that is here can be taken back.
+        refused(&first.api().put("vm.cancel"), 409, "the guest is the destination's");
         assert!(!sent.is_answered());
         ends(&second);
         second.expect_exit(0);

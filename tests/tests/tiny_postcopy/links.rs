@@ -155,7 +155,10 @@ fn a_lost_link_is_there_again_over_tcp_and_tls() {
             assert!(now["owed_bytes"].as_u64().unwrap() > 0, "{now}");
         }
         assert!(!sent.is_answered());
+        // Who has the destination looked for is told when it is there.
+        let mut looks = Pending::send(first.socket(), "vm.cancel", b"");
         wire.mend();
+        assert_eq!(looks.answer().status, 204);
         assert_eq!(sent.answer().status, 204);
         first.expect_exit(0);
         goes_on(&serial, &other);

@@ -1,26 +1,25 @@
 //! The thread that gets a VM: it listens, drives the protocol's [`Destination`], and answers what became of sessions.
 
+mod connections;
+mod steps;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use vmm_api::spec::{Checked, MigrationAddress, ReceiveSpec};
+use vmm_api::spec::{Checked, ReceiveSpec};
 use vmm_device_model::thread::{self, ThreadHook};
 use vmm_memory_manager::map::HostMemory;
 use vmm_migration_protocol::{
-    Command, DescriptorRange, Destination, DestinationAction, DestinationInput, DestinationOutcome,
-    DestinationState, DestinationStep, DestinationUndo, Failure, Fault, Features, FillerInput, Frame, Hello,
-    Join, Limits, MAX_CONNECTIONS, Message, Offer, Outcomes, Output, Progress, Reason, SessionId,
-    SessionOutcome, Versions,
+    Destination, DestinationAction, DestinationInput, DestinationOutcome, DestinationState, Failure, Fault,
+    Features, FillerInput, Outcomes, Progress, Reason, SessionOutcome,
 };
-use vmm_snapshot::{Record, RecordSet};
+use vmm_snapshot::RecordSet;
 
-use super::ahead::Ahead;
 use super::backlog::Place;
 use super::landing::{Ground, Said};
 use super::link::Socket;
@@ -30,10 +29,10 @@ use super::outgoing::PERIOD;
 use super::postcopy::FillStep;
 use super::postcopy::filling::{Filling, Numbered};
 use super::tls::TlsError;
-use super::{Clock, Host, LINGER, THREAD, descriptors, fit, making, opening};
-use crate::exit::chain;
-use crate::machine;
+use super::{Clock, Host, LINGER, THREAD, opening};
 use crate::vmm::PATIENCE;
+use connections::Parting;
+use steps::{Beside, Vm};
 
 /// A VM whose memory and state have arrived.
 #[derive(Debug)]
@@ -201,6 +200,7 @@ impl Incoming {
         };
         (driver.desk)(ReceiveStep::Listening);
         driver.run(&heard);
+        driver.part_from_source();
         driver.filling.give_up();
         gone.store(true, Ordering::SeqCst);
         listener.close();
@@ -227,10 +227,18 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// Whether memory is handed over by its descriptors.
+    fn is_local(&self) -> bool {
+        self.machine.accept().is_some_and(|accept| accept.features.contains(Features::LOCAL_MEMORY))
+    }
+
+    fn has_ended(&self) -> bool {
+        self.machine.state() == DestinationState::Ended
+    }
+
     /// Whether all is undone, and nobody has anything to say any more.
     fn is_over(&self) -> bool {
-        let ended = self.machine.state() == DestinationState::Ended;
-        ended && self.until.is_some_and(|until| until <= Instant::now())
+        self.has_ended() && self.until.is_some_and(|until| until <= Instant::now())
     }
 
     /// Connection 0 goes first, so that what is said there comes before the others are seen to be gone.
@@ -243,56 +251,7 @@ impl Live {
     }
 }
 
-/// A connection on which nothing more is said here, and little there.
-struct Parting {
-    socket: Arc<Socket>,
-    /// What it asked for.
-    session: Option<SessionId>,
-    /// Read on until then, at most: who keeps it open keeps nobody out.
-    until: Instant,
-}
-
-/// Steps that are done beside the driver, one at a time.
-#[derive(Default)]
-struct Beside {
-    /// The last one's number.
-    begun: u64,
-    /// It is under way.
-    goes_on: bool,
-    /// It is to end, and is waited for until then.
-    until: Option<Instant>,
-}
-
-impl Beside {
-    /// The number of one that begins.
-    fn begin(&mut self) -> u64 {
-        *self = Self { begun: self.begun + 1, goes_on: true, until: None };
-        self.begun
-    }
-
-    /// Whether that is the end of the one under way.
-    fn ends(&mut self, number: u64) -> bool {
-        self.begun == number && std::mem::take(&mut self.goes_on)
-    }
-
-    /// Whether the one under way is not to be waited for any longer. It is not under way then.
-    fn is_overdue(&mut self) -> bool {
-        let is_late = self.until.is_some_and(|until| until <= Instant::now());
-        is_late && std::mem::take(&mut self.goes_on)
-    }
-}
-
-/// What is there of the VM.
-#[derive(Default)]
-struct Vm {
-    checked: Option<Checked>,
-    memory: Option<HostMemory>,
-    /// What came to map it from.
-    files: Vec<OwnedFd>,
-    /// The control thread has it.
-    handed_over: bool,
-}
-
+/// The receiver's thread: between connections, the protocol and the control thread.
 pub(super) struct Driver {
     pub(super) clock: Clock,
     spec: ReceiveSpec,
@@ -320,27 +279,26 @@ impl Driver {
             self.leave_step();
             let wake = self.live.as_ref().and_then(|live| live.machine.next_wake());
             let wake = wake.into_iter().chain(self.filling.next_wake()).min();
-            match heard.recv_timeout(self.clock.until(wake)) {
+            let heard = heard.recv_timeout(self.clock.until(wake));
+            let is_quiet = matches!(heard, Err(RecvTimeoutError::Timeout));
+            match heard {
                 Ok(Heard::Said(Spoken(number, said, _place))) => self.said(number, said),
                 Ok(Heard::Answer(input)) => self.answered(input),
                 Ok(Heard::Ending) => self.filling.end_soon(),
                 Ok(Heard::Made(number, made)) if self.beside.ends(number) => self.made(*made),
                 // Nobody wants it any more.
                 Ok(Heard::Made(..)) => {}
-                Ok(Heard::Cancel) if self.live.is_some() => {
+                Ok(Heard::Cancel) if self.live.as_ref().is_some_and(|live| !live.has_ended()) => {
                     self.handle(DestinationInput::Cancel("by this end's operator".to_owned()));
                 }
                 Ok(Heard::Cancel) => self.over(Err(ReceiveError::Cancelled)),
-                Err(RecvTimeoutError::Timeout) => {
-                    if self.ground.has_come() {
-                        self.note_heard();
-                    }
-                    self.handle(DestinationInput::Tick);
-                    self.fill(FillerInput::Tick);
-                }
-                // It was before there was a driver.
-                Ok(Heard::Opened(_)) => {}
+                // It was before there was a driver; or nothing was heard.
+                Ok(Heard::Opened(_)) | Err(RecvTimeoutError::Timeout) => {}
                 Ok(Heard::Gone) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+            // A peer that always has something to say does not hold the clock.
+            if is_quiet || self.clock.is_past(wake) {
+                self.tick();
             }
             if last.elapsed() >= PERIOD {
                 last = Instant::now();
@@ -348,6 +306,14 @@ impl Driver {
                 self.tell_left();
             }
         }
+    }
+
+    fn tick(&mut self) {
+        if self.ground.has_come() {
+            self.note_heard();
+        }
+        self.handle(DestinationInput::Tick);
+        self.fill(FillerInput::Tick);
     }
 
     fn tell(&self) {
@@ -369,188 +335,12 @@ impl Driver {
         self.told && self.live.is_none() && self.filling.is_over() && !outcomes.sessions().any(known)
     }
 
-    fn said(&mut self, number: u64, said: Said) {
-        let Some(said) = self.filling_says(number, said) else { return };
-        let is_wanted = |live: &Live| live.wanted.as_ref().is_some_and(|(wanted, _)| *wanted == number);
-        if self.live.as_ref().is_some_and(is_wanted) {
-            return self.said_where_memory_is_wanted(said);
-        }
-        let ours = self.live.as_ref().is_some_and(|live| live.connection == number);
-        let joined = self.live.as_ref().and_then(|live| live.joined.get(&number)).map(|(index, _)| *index);
-        match (said, joined) {
-            (said, Some(index)) => self.said_beside(index, said),
-            (said, None) => self.said_first(number, ours, said),
-        }
-    }
-
-    /// On connection `index` of the session, which is not the first.
-    fn said_beside(&mut self, index: u16, said: Said) {
-        if self.filling.is_live() {
-            // Nothing goes there any more.
-            return;
-        }
-        let about = |text: &str| format!("connection {index}: {text}");
-        self.handle(match said {
-            Said::Lost(text) => DestinationInput::Lost(about(&text)),
-            Said::Garbage(text) => DestinationInput::Garbage(about(&text)),
-            Said::Frame(frame) | Said::First(_, frame) | Said::Files(frame, _) => {
-                DestinationInput::Garbage(about(&format!("{} frame, where memory goes", frame.command())))
-            }
-            Said::Landed { pass, last } => DestinationInput::Landed { pass, last },
-            Said::Damaged(range) => DestinationInput::Damaged(range),
-            Said::Failed(fault) => DestinationInput::Failed(fault),
-            Said::Whole => return,
-        });
-    }
-
-    fn said_first(&mut self, number: u64, ours: bool, said: Said) {
-        match said {
-            Said::First(socket, frame) => self.first(number, socket, frame),
-            Said::Lost(text) if ours => {
-                if let Some(live) = &mut self.live {
-                    live.lost = true;
-                    live.until = live.until.map(|_| Instant::now());
-                }
-                self.handle(DestinationInput::Lost(text));
-            }
-            Said::Frame(frame) if ours => self.handle(DestinationInput::Frame(frame)),
-            Said::Files(frame, files) if ours => {
-                self.vm.files = files;
-                self.handle(DestinationInput::Frame(frame));
-            }
-            Said::Garbage(text) if ours => self.handle(DestinationInput::Garbage(text)),
-            Said::Landed { pass, last } if ours => self.handle(DestinationInput::Landed { pass, last }),
-            Said::Damaged(range) if ours => self.handle(DestinationInput::Damaged(range)),
-            Said::Failed(fault) if ours => self.handle(DestinationInput::Failed(fault)),
-            Said::Frame(frame) => {
-                let asked = self.parting.get(&number).and_then(|parting| parting.session);
-                if let (Some(session), Ok(Message::Ack(Command::Outcome))) = (asked, Message::decode(frame)) {
-                    self.past.outcomes().settle(session);
-                }
-            }
-            _ => {
-                if let Some(parting) = self.parting.remove(&number) {
-                    parting.socket.shutdown(Shutdown::Both);
-                }
-            }
-        }
-    }
-
-    fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
-        match frame.command() {
-            Command::Query => return self.asked(number, socket, frame),
-            Command::Join => return self.join(number, socket, frame),
-            Command::Rejoin => {
-                log::warn!("migration: a connection that belongs to no session is closed");
-                return socket.shutdown(Shutdown::Both);
-            }
-            _ => {}
-        }
-        // One that only asked is done with.
-        let told = self.told;
-        let ended = |live: &mut Live| !told && live.machine.state() == DestinationState::Ended;
-        if let Some(live) = self.live.take_if(ended) {
-            self.part(live.connection, live.socket, None);
-        }
-        if self.live.is_some() || self.told {
-            let fault = Fault::new(Reason::Busy, "another session is under way, or has been");
-            if let Ok(nack) = Message::Nack(Command::Hello, fault).encode() {
-                let _ = socket.send(&nack);
-            }
-            return self.part(number, socket, None);
-        }
-        let offer = Offer {
-            versions: Versions::OURS,
-            features: offered(&self.spec),
-            connections: MAX_CONNECTIONS,
-            program: concat!("vmm ", env!("CARGO_PKG_VERSION")).to_owned(),
-        };
-        let machine = Destination::new(self.clock.now(), offer, Limits::default(), &self.past.outcomes());
-        let (joined, wanted) = (BTreeMap::new(), None);
-        self.ground.begin(number);
-        let live = Live { machine, connection: number, socket, wanted, joined, lost: false, until: None };
-        self.live = Some(live);
-        self.handle(DestinationInput::Frame(frame));
-    }
-
-    /// A further connection, if it is one of the session's: whoever knows its id was told by its source.
-    fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
-        let index = match Message::decode(frame) {
-            Ok(Message::Join(join)) if self.expects_wanted(&join) => {
-                if let (Ok(ack), Some(live)) = (Message::Ack(Command::Join).encode(), &mut self.live) {
-                    // If that fails, it is lost, and read so.
-                    let _ = socket.send(&ack);
-                    live.wanted = Some((number, socket));
-                }
-                return;
-            }
-            Ok(Message::Join(join)) => self.expected(&join).filter(|index| self.ground.admit(number, *index)),
-            _ => None,
-        };
-        let (Some(index), Some(live)) = (index, &mut self.live) else {
-            log::warn!("migration: a connection that belongs to no session is closed");
-            return socket.shutdown(Shutdown::Both);
-        };
-        if let Ok(ack) = Message::Ack(Command::Join).encode() {
-            // If that fails, it is lost, and read so.
-            let _ = socket.send(&ack);
-        }
-        live.joined.insert(number, (index, socket));
-    }
-
-    /// The index of a connection that may come.
-    fn expected(&self, join: &Join) -> Option<u16> {
-        let machine = &self.live.as_ref()?.machine;
-        let connections = machine.accept()?.connections;
-        let ours = machine.hello()?.session == join.session && machine.state().takes_memory();
-        (ours && join.role == Join::MEMORY && (1..connections).contains(&join.index)).then_some(join.index)
-    }
-
-    /// A source asks what became of its session.
-    fn asked(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
-        let Ok(Message::Query(session)) = Message::decode(frame) else {
-            return socket.shutdown(Shutdown::Both);
-        };
-        let undecided = self.live.as_ref().is_some_and(|live| {
-            let is_its = live.machine.hello().is_some_and(|hello| hello.session == session);
-            is_its && live.machine.state().is_before_commit()
-        });
-        if undecided {
-            self.handle(DestinationInput::Query);
-        }
-        let outcome = self.past.outcomes().answer(self.clock.now(), session);
-        if let Ok(frame) = (Message::Outcome(session, outcome)).encode() {
-            let _ = socket.send(&frame);
-        }
-        self.part(number, socket, Some(session));
-    }
-
-    /// A connection has had its answer, and is closed when the other end has read it, or soon.
-    fn part(&mut self, number: u64, socket: Arc<Socket>, session: Option<SessionId>) {
-        socket.shutdown(Shutdown::Write);
-        self.parting.insert(number, Parting { socket, session, until: Instant::now() + LINGER });
-    }
-
-    fn close_parted(&mut self) {
-        let now = Instant::now();
-        for (_, parting) in self.parting.extract_if(.., |_, parting| parting.until <= now) {
-            parting.socket.shutdown(Shutdown::Both);
-        }
-    }
-
-    /// The link is not silent while memory comes.
-    fn note_heard(&mut self) {
-        let now = self.clock.now();
-        self.live.iter_mut().for_each(|live| live.machine.note_heard(now));
-        self.filling.note_heard(now);
-    }
-
     /// Gives the machine an input, and does what it then wants.
     pub(super) fn handle(&mut self, input: DestinationInput) {
         let now = self.clock.now();
         let Some(live) = &mut self.live else { return };
         live.machine.handle(now, input);
-        if is_local(live) && live.machine.state() == DestinationState::Offered {
+        if live.is_local() && live.machine.state() == DestinationState::Offered {
             self.ground.expect_files(live.connection);
         }
         while let Some(action) = self.live.as_mut().and_then(|live| live.machine.poll()) {
@@ -567,8 +357,10 @@ impl Driver {
             DestinationAction::Send(frame) => {
                 let Some(live) = &self.live else { return };
                 if let Err(error) = live.socket.send(&frame) {
-                    // What the source said before it closed is read first.
+                    // What the source said before it closed is read first; a part of this may be on the link, and nobody waits for
+                    // who does not read again.
                     log::debug!("migration: {:?} is not sent: {error}", frame.command());
+                    live.socket.shutdown(Shutdown::Write);
                 }
             }
             DestinationAction::Run(step) => self.step(step),
@@ -603,187 +395,6 @@ impl Driver {
             (self.desk)(ReceiveStep::Over(result));
         }
     }
-
-    fn step(&mut self, step: DestinationStep) {
-        let result = match step {
-            DestinationStep::Check(config) => return self.check(config),
-            DestinationStep::Build => return self.build(),
-            DestinationStep::Restore(state) => match self.arrival(&state) {
-                Ok(arrival) => {
-                    self.vm.handed_over = true;
-                    return (self.desk)(ReceiveStep::Restore(Box::new(arrival)));
-                }
-                Err(fault) => Err(fault),
-            },
-            DestinationStep::TakeLocks => return (self.desk)(ReceiveStep::TakeLocks),
-            DestinationStep::Run => match self.filling.leave() {
-                Ok(()) => return (self.desk)(ReceiveStep::Run(self.to_come())),
-                Err(fault) => Err(fault),
-            },
-            DestinationStep::MapMemory(ranges) => return self.map(&ranges),
-        };
-        self.answer(result);
-    }
-
-    fn undo(&mut self, undo: DestinationUndo) {
-        match undo {
-            DestinationUndo::Discard => {
-                self.ground.close();
-                self.ground.refuse_files();
-                self.ground.follow(None);
-                self.filling = Filling::default();
-                let handed_over = std::mem::take(&mut self.vm).handed_over;
-                if handed_over {
-                    return (self.desk)(ReceiveStep::Discard);
-                }
-                self.answer(Ok(()));
-            }
-            DestinationUndo::ReleaseLocks => (self.desk)(ReceiveStep::ReleaseLocks),
-        }
-    }
-
-    /// The answer to a step that is done here. Its actions come after those that are there.
-    fn answer(&mut self, result: Result<(), Fault>) {
-        let now = self.clock.now();
-        if let Some(live) = &mut self.live {
-            live.machine.handle(now, input(result));
-        }
-    }
-
-    /// Looks whether a VM of this configuration can run here.
-    fn check(&mut self, config: Vec<u8>) {
-        let (spec, host) = (self.spec.clone(), self.host.clone());
-        let Some(hello) = self.hello().cloned() else {
-            return self.answer(Err(Fault::new(Reason::Violation, "no Hello")));
-        };
-        self.make(move || Made::Checked(fit::check(&spec, &host, &hello, &config).map(Box::new)));
-    }
-
-    fn build(&mut self) {
-        let (Some(checked), Some(live)) = (&self.vm.checked, &self.live) else {
-            return self.answer(Err(Fault::new(Reason::Failed, "there is no configuration")));
-        };
-        let Some(hello) = live.machine.hello().cloned() else {
-            return self.answer(Err(Fault::new(Reason::Violation, "no Hello")));
-        };
-        let (spec, local) = (checked.spec.clone(), is_local(live));
-        self.make(move || Made::Memory(making::memory(&spec, &hello, local)));
-    }
-
-    /// Does `work` beside this thread, which hears of its end.
-    fn make(&mut self, work: impl FnOnce() -> Made + Send + 'static) {
-        let (to, number) = (self.to.clone(), self.beside.begin());
-        let work = move || drop(to.send(Heard::Made(number, Box::new(work()))));
-        if let Err(error) = thread::spawn(&self.threads, THREAD, "migration-make", work) {
-            self.beside.ends(number);
-            self.answer(Err(Fault::new(Reason::Failed, &format!("a thread: {error}"))));
-        }
-    }
-
-    /// A step that was to end, and has not for so long, is left to itself: what it gives is dropped.
-    fn leave_step(&mut self) {
-        if self.beside.is_overdue() {
-            log::warn!("migration: a step that was given up does not end yet: it is left to itself");
-            self.handle(input(Err(Fault::new(Reason::Failed, "it does not end"))));
-        }
-    }
-
-    fn hello(&self) -> Option<&Hello> {
-        self.live.as_ref().and_then(|live| live.machine.hello())
-    }
-
-    /// A step that may take long has been done.
-    fn made(&mut self, made: Made) {
-        let result = match made {
-            Made::Checked(result) => result.map(|checked| self.vm.checked = Some(*checked)),
-            Made::Memory(result) => {
-                // What was handed over is there.
-                let is_local = self.live.as_ref().is_some_and(is_local);
-                result.map(|memory| match memory {
-                    Some(memory) if is_local => self.vm.memory = Some(memory),
-                    Some(memory) => self.land(memory),
-                    None => {}
-                })
-            }
-        };
-        self.handle(input(result));
-    }
-
-    /// The source's memory goes there.
-    fn land(&mut self, memory: HostMemory) {
-        let Some(live) = &self.live else { return };
-        let Some(hello) = live.machine.hello() else { return };
-        let accept = live.machine.accept();
-        let (connections, features) =
-            accept.map_or((1, Features::NONE), |accept| (accept.connections, accept.features));
-        // What has been allocated could not be told from what came, where some comes after the hand-over.
-        let ahead = if features.contains(Features::POST_COPY) {
-            None
-        } else {
-            Ahead::start(&self.threads, Arc::clone(memory.memory()), connections)
-                .inspect_err(|error| log::debug!("migration: nothing is allocated ahead: {error}"))
-                .ok()
-        };
-        let (memory_too, layout) = (Arc::clone(memory.memory()), hello.memory.clone());
-        self.ground.open(memory_too, layout, (live.connection, connections), features, ahead);
-        self.vm.memory = Some(memory);
-    }
-
-    /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
-    fn map(&mut self, ranges: &[DescriptorRange]) {
-        self.ground.refuse_files();
-        let files = std::mem::take(&mut self.vm.files);
-        let (Some(checked), Some(hello)) = (&self.vm.checked, self.hello()) else {
-            return self.answer(Err(Fault::new(Reason::Failed, "there is no configuration")));
-        };
-        let (spec, bits, pieces) = (checked.spec.clone(), hello.cpu.phys_bits, descriptors::pieces(ranges));
-        self.make(move || {
-            let failed = |error: &dyn std::error::Error| Fault::new(Reason::Incompatible, &chain(error));
-            let zones = machine::zones(&spec).map_err(|error| failed(&error));
-            let memory = zones.and_then(|zones| {
-                HostMemory::adopt(&zones, bits, files, &pieces).map_err(|error| failed(&error))
-            });
-            Made::Memory(memory.map(Some))
-        });
-    }
-
-    fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {
-        // Nothing may write to it any more.
-        let absent = self.ground.absent();
-        self.ground.close();
-        let (Some(checked), Some(memory)) = (self.vm.checked.take(), self.vm.memory.take()) else {
-            return Err(Fault::new(Reason::Failed, "there is no memory"));
-        };
-        let record: Record = minicbor::decode(state)
-            .map_err(|error| Fault::new(Reason::Violation, &format!("the state: {error}")))?;
-        let records = record.parse().map_err(|error| Fault::new(Reason::Incompatible, &chain(&error)))?;
-        self.watch(&memory, &absent)?;
-        Ok(Arrival { checked, records, memory })
-    }
-}
-
-/// What a source may use of what this end can do at its address.
-fn offered(spec: &ReceiveSpec) -> Features {
-    let any = Features::COMPRESSION.and(Features::PAGE_SUMS).and(Features::POST_COPY);
-    match spec.address {
-        MigrationAddress::Unix(_) => any.and(Features::LOCAL_MEMORY),
-        // TLS sees to it that memory is what was sent.
-        MigrationAddress::Tcp(_) if spec.tls_dir.is_some() => any.and(Features::UNCHECKED_MEMORY),
-        MigrationAddress::Tcp(_) => any,
-    }
-}
-
-/// A step's result, for the machine.
-fn input(result: Result<(), Fault>) -> DestinationInput {
-    match result {
-        Ok(()) => DestinationInput::Done(Output::Nothing),
-        Err(fault) => DestinationInput::Failed(fault),
-    }
-}
-
-/// Whether memory is handed over by its descriptors.
-fn is_local(live: &Live) -> bool {
-    live.machine.accept().is_some_and(|accept| accept.features.contains(Features::LOCAL_MEMORY))
 }
 
 #[cfg(test)]

@@ -104,7 +104,7 @@ impl Session {
 /// Waits until the destination has taken the connection. What it says next may have been read with that: it is in what is given.
 pub(super) fn joined(socket: &Arc<Socket>) -> Result<Frames, String> {
     let mut frames = Frames::of(socket);
-    let answer = match frames.next() {
+    let answer = match frames.first(ANSWER) {
         Ok(Item::Frame(frame)) => Message::decode(frame).map_err(|error| error.to_string())?,
         Ok(Item::Bulk(_)) => return Err("memory comes the wrong way".to_owned()),
         Err(End::Garbage(text) | End::Lost(text)) => return Err(text),

@@ -106,6 +106,11 @@ impl Clock {
         self.0.elapsed()
     }
 
+    /// Whether a machine that wanted to be woken at `wake` is late, whatever else it had to do.
+    fn is_past(&self, wake: Option<Duration>) -> bool {
+        wake.is_some_and(|wake| wake <= self.now())
+    }
+
     /// How long to wait for a machine that wants to be woken at `wake`.
     fn until(&self, wake: Option<Duration>) -> Duration {
         wake.map_or(LOOK, |wake| wake.saturating_sub(self.now()).min(LOOK))

@@ -30,7 +30,7 @@ use super::postcopy::owed::Owed;
 use super::postcopy::supplying::{Goods, Supplying};
 use super::sender::{Out, PATIENCE, Pen, Shared, Writer};
 use super::turn::Turn;
-use super::{Aside, Clock, LINGER, THREAD, TlsError};
+use super::{Aside, Clock, LINGER, LOOK, THREAD, TlsError};
 use crate::exit::chain;
 
 /// How long a failure to open a connection waits for what the other end says of it.
@@ -138,12 +138,9 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     /// Drives the migration to its end.
     pub(crate) fn run(self) {
-        let way = match Way::new(self.address, self.tls_dir.as_deref()) {
-            Ok(way) => way,
-            Err(error) => return (self.desk)(SendStep::Over(Err(SendError::Tls(error)))),
-        };
-        let socket = match connect(&way, &self.inputs.1, &self.gone) {
-            Ok(socket) => socket,
+        let place = (self.address, self.tls_dir);
+        let (way, socket) = match connect(place, &self.threads, &self.inputs.1, &self.gone) {
+            Ok(connected) => connected,
             Err(error) => return (self.desk)(SendStep::Over(Err(error))),
         };
         let clock = Clock::start();
@@ -193,26 +190,42 @@ impl Outgoing {
     }
 }
 
-/// The connection, unless the operator cancels or the VM goes.
-fn connect(way: &Way, inputs: &Inputs, gone: &AtomicBool) -> Result<Arc<Socket>, SendError> {
-    let mut cancelled = None;
-    let mut wanted = || {
-        if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
-            cancelled = Some(text);
-        }
-        cancelled.is_none() && !gone.load(Ordering::SeqCst)
+/// The connection, unless the operator cancels or the VM goes. Certificates may be on a file system that does not answer, or a name
+/// on such a server: nobody waits for the thread that asks them.
+fn connect(
+    (address, tls_dir): (MigrationAddress, Option<PathBuf>),
+    threads: &Arc<dyn ThreadHook>,
+    inputs: &Inputs,
+    gone: &AtomicBool,
+) -> Result<(Way, Arc<Socket>), SendError> {
+    let (to, connected) = channel();
+    let wanted = Arc::new(AtomicBool::new(true));
+    let still_wanted = Arc::clone(&wanted);
+    let work = move || {
+        let connect = || {
+            let way = Way::new(address, tls_dir.as_deref()).map_err(SendError::Tls)?;
+            let socket = way.connect(&mut || still_wanted.load(Ordering::SeqCst));
+            let socket = socket.and_then(|socket| socket.set_timeouts(None, Some(PATIENCE)).map(|()| socket));
+            Ok((way, Arc::new(socket.map_err(SendError::Connect)?)))
+        };
+        drop(to.send(connect()));
     };
-    let connected = way.connect(&mut wanted).and_then(|socket| {
-        socket.set_timeouts(None, Some(PATIENCE))?;
-        Ok(Arc::new(socket))
-    });
-    match cancelled {
-        Some(text) => {
-            let failure = Failure::new(vmm_migration_protocol::End::Here, Reason::Cancelled, &text);
-            Err(SendError::Failed { failure, stuck: Vec::new() })
+    thread::spawn(threads, THREAD, "migration-open", work).map_err(SendError::Thread)?;
+    loop {
+        match connected.recv_timeout(LOOK) {
+            Ok(connected) => return connected,
+            Err(RecvTimeoutError::Timeout) if gone.load(Ordering::SeqCst) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
         }
-        None => connected.map_err(SendError::Connect),
+        if let Ok(SourceInput::Cancel(text)) = inputs.try_recv() {
+            wanted.store(false, Ordering::SeqCst);
+            let failure = Failure::new(vmm_migration_protocol::End::Here, Reason::Cancelled, &text);
+            return Err(SendError::Failed { failure, stuck: Vec::new() });
+        }
     }
+    wanted.store(false, Ordering::SeqCst);
+    Err(SendError::Connect(std::io::ErrorKind::Interrupted.into()))
 }
 
 /// Gives what arrives to the driver.
@@ -281,12 +294,18 @@ impl Driver {
                 }
             }
             if over.is_none() {
-                let input = match inputs.recv_timeout(self.clock.until(self.machine.next_wake())) {
-                    Ok(input) => input,
-                    Err(RecvTimeoutError::Timeout) => SourceInput::Tick,
+                let wake = self.machine.next_wake();
+                let input = inputs.recv_timeout(self.clock.until(wake));
+                let is_quiet = matches!(input, Err(RecvTimeoutError::Timeout));
+                match input {
+                    Ok(input) => self.take(input),
+                    Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => break,
-                };
-                self.take(input);
+                }
+                // A peer that always has something to say does not hold the clock.
+                if is_quiet || self.clock.is_past(wake) {
+                    self.take(SourceInput::Tick);
+                }
                 // That memory begins is told at once, for what comes before may take long.
                 let sends = matches!(self.machine.state(), SourceState::Copying | SourceState::Finishing);
                 let begins = sends && !sends_memory;
@@ -485,11 +504,16 @@ fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::F
     socket.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(failed)?;
     let query = Message::Query(session).encode().map_err(|error| error.to_string())?;
     socket.send(&query).map_err(failed)?;
-    let frame = match Frames::of(&socket).next() {
-        Ok(Item::Frame(frame)) if frame.command() == Command::Outcome => frame,
-        Ok(_) => return Err("another answer than Outcome".to_owned()),
+    let frame = match Frames::of(&socket).first(ANSWER) {
+        Ok(Item::Frame(frame)) => frame,
+        Ok(Item::Bulk(_)) => return Err("memory comes the wrong way".to_owned()),
         Err(End::Garbage(text) | End::Lost(text)) => return Err(text),
     };
+    match Message::decode(frame.clone()) {
+        Ok(Message::Outcome(of, _)) if of == session => {}
+        Ok(other) => return Err(format!("{} frame for an answer, or of another session", other.command())),
+        Err(error) => return Err(error.to_string()),
+    }
     if let Ok(ack) = Message::Ack(Command::Outcome).encode() {
         // It then need not remember.
         let _ = socket.send(&ack);
@@ -500,3 +524,58 @@ fn outcome_of(way: &Way, session: SessionId) -> Result<vmm_migration_protocol::F
 
 /// What the control thread answers a step that gives nothing.
 pub(crate) const DONE: SourceInput = SourceInput::Done(Output::Nothing);
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use vmm_migration_protocol::SessionOutcome;
+
+    use super::*;
+
+    const SESSION: SessionId = SessionId([1; 16]);
+
+    /// What a source makes of a destination that does this when it is asked.
+    fn asks(
+        answer: impl FnOnce(UnixStream) + Send + 'static,
+    ) -> Result<vmm_migration_protocol::Frame, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m");
+        let listener = UnixListener::bind(&path).unwrap();
+        let destination = std::thread::spawn(move || answer(listener.accept().unwrap().0));
+        let way = Way::new(MigrationAddress::Unix(path), None).unwrap();
+        let outcome = outcome_of(&way, SESSION);
+        destination.join().unwrap();
+        outcome
+    }
+
+    fn says(message: Message) -> Result<vmm_migration_protocol::Frame, String> {
+        let bytes = message.encode().unwrap().encode();
+        asks(move |mut source| source.write_all(&bytes).unwrap())
+    }
+
+    /// Another is no answer, and it is asked again.
+    #[test]
+    fn an_outcome_is_that_of_the_session_which_was_asked_about() {
+        assert!(says(Message::Outcome(SESSION, SessionOutcome::Committed)).is_ok());
+        let other = says(Message::Outcome(SessionId([2; 16]), SessionOutcome::Committed)).unwrap_err();
+        assert!(other.contains("of another session"), "{other}");
+        assert!(says(Message::Ack(Command::Config)).is_err());
+    }
+
+    #[test]
+    fn an_answer_that_drips_is_not_waited_for() {
+        let late = asks(|mut source| {
+            let bytes = Message::Outcome(SESSION, SessionOutcome::Committed).encode().unwrap().encode();
+            // Until nobody reads it.
+            for byte in bytes.iter().cycle().take(36).chain(std::iter::repeat(&0)) {
+                if source.write_all(&[*byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(ANSWER / 16);
+            }
+        });
+        assert!(late.unwrap_err().contains("not whole in time"));
+    }
+}

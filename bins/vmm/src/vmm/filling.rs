@@ -108,6 +108,7 @@ impl Vmm {
         match step {
             SupplyStep::Owes(bytes, sent) => {
                 if job.owes.replace(bytes).is_none() {
+                    job.clients.elsewhere(&is_elsewhere());
                     // What is here of the guest stands still for good.
                     let _ = self.slot.end_migrate(Guest::Rests);
                     let _ = self.slot.begin_migrate();
@@ -121,6 +122,7 @@ impl Vmm {
             }
             SupplyStep::Restored => {
                 job.doubt = Doubt::None;
+                job.clients.restored();
                 self.rejoined(number);
             }
             SupplyStep::Stranded(failure) => {

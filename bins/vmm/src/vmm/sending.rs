@@ -347,6 +347,10 @@ impl Vmm {
     /// Cancels it, as far as that is possible; in doubt, asks again. Gives the client back where there is none.
     pub(super) fn cancel_send(&mut self, asker: Replier<()>) -> Option<Replier<()>> {
         let Some(job) = &mut self.jobs.send else { return Some(asker) };
+        if job.owes.is_some() && job.doubt == Doubt::None {
+            asker.reply(Err(super::filling::is_elsewhere()));
+            return None;
+        }
         job.clients.cancels.push(asker);
         let input = if job.doubt != Doubt::None {
             SourceInput::Ask

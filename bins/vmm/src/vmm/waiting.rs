@@ -63,6 +63,18 @@ impl Clients {
         }
     }
 
+    /// The VM is elsewhere, and some of its memory is here: that cannot be cancelled.
+    pub(super) fn elsewhere(&mut self, error: &ApiError) {
+        self.cancels.drain(..).for_each(|cancel| cancel.reply(Err(error.clone())));
+    }
+
+    /// The destination was found again, and takes memory that is here: who had it looked for is right, who gave it up is not.
+    pub(super) fn restored(&mut self) {
+        self.cancels.drain(..).for_each(|cancel| cancel.reply(Ok(())));
+        let found = || ApiError::new(Code::MigrationFailed, "the destination is there, and takes the memory");
+        self.deciders.drain(..).for_each(|(_, decider)| decider.reply(Err(found())));
+    }
+
     /// The VM is elsewhere, and lost. Who said that nothing is needed here is right.
     pub(super) fn lost(self, error: &ApiError) {
         self.deciders.into_iter().for_each(|(_, decider)| decider.reply(Ok(())));

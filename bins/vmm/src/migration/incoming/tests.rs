@@ -6,7 +6,10 @@ use std::sync::Mutex;
 use vmm_api::config::ReceiveMigrationData;
 use vmm_device_model::thread::{ThreadKind, Unconfined};
 use vmm_memory_manager::zone::{ZoneConfig, ZoneOptions};
-use vmm_migration_protocol::{CpuNeeds, Decoder, Item, MemoryLayout, Purpose, Region};
+use vmm_migration_protocol::{
+    Command, CpuNeeds, Decoder, Hello, Item, Limits, MemoryLayout, Message, Offer, Output, Purpose, Region,
+    SessionId, Versions,
+};
 
 use super::super::LOOK;
 use super::super::opening::{MOST_CONNECTIONS, next};
@@ -52,9 +55,14 @@ fn hello(features: Features) -> Hello {
 
 /// A destination that has been asked to check a configuration, after these features were agreed on.
 fn checking(limits: Limits, features: Features) -> Destination {
+    checking_for(Purpose::Migrate, limits, features)
+}
+
+fn checking_for(purpose: Purpose, limits: Limits, features: Features) -> Destination {
     let offer = Offer { versions: Versions::OURS, features, connections: 1, program: String::new() };
     let mut machine = Destination::new(Duration::ZERO, offer, limits, &Outcomes::new());
-    for message in [Message::Hello(Box::new(hello(features))), Message::Config(vec![1])] {
+    let hello = Hello { purpose, ..hello(features) };
+    for message in [Message::Hello(Box::new(hello)), Message::Config(vec![1])] {
         machine.handle(Duration::ZERO, DestinationInput::Frame(message.encode().unwrap()));
     }
     while machine.poll().is_some() {}
@@ -247,4 +255,69 @@ fn a_step_that_does_not_end_is_left_to_itself_when_it_is_cancelled() {
     drop(goes_on);
     to.send(Heard::Gone).unwrap();
     thread.join().unwrap();
+}
+
+/// What a driver tells the control thread that hears all of `inputs` at once, and how the session stands then.
+fn hears(live: Live, inputs: Vec<Heard>) -> (Vec<ReceiveStep>, Driver) {
+    let (to, heard) = std::sync::mpsc::channel();
+    let (post, steps) = std::sync::mpsc::channel();
+    let mut driver = driver(&to, live);
+    driver.desk = Box::new(move |step| drop(post.send(step)));
+    inputs.into_iter().chain([Heard::Gone]).for_each(|input| to.send(input).unwrap());
+    driver.run(&heard);
+    (steps.try_iter().collect(), driver)
+}
+
+#[test]
+fn a_peer_that_always_has_something_to_say_does_not_hold_the_clock() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let limits = Limits { session: Duration::ZERO, ..Limits::default() };
+    let stale = || Heard::Made(99, Box::new(Made::Checked(Err(Fault::new(Reason::Failed, "of before")))));
+    let inputs = std::iter::repeat_with(stale).take(3).collect();
+    let (_, driver) = hears(live(checking(limits, Features::NONE), ours), inputs);
+    assert_eq!(driver.live.unwrap().machine.state(), DestinationState::Stopping, "its time was over");
+}
+
+#[test]
+fn a_cancel_after_a_check_ends_the_wait_for_a_vm() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let mut machine = checking_for(Purpose::Check, Limits::default(), Features::NONE);
+    machine.handle(Duration::ZERO, DestinationInput::Done(Output::Nothing));
+    assert_eq!(machine.state(), DestinationState::Ended);
+    let (steps, _) = hears(live(machine, ours), vec![Heard::Cancel]);
+    let cancelled = |step: &ReceiveStep| matches!(step, ReceiveStep::Over(Err(ReceiveError::Cancelled)));
+    assert!(steps.iter().any(cancelled), "{steps:?}");
+}
+
+#[test]
+fn nothing_more_is_written_to_who_does_not_read() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    ours.set_write_timeout(Some(Duration::from_millis(1))).unwrap();
+    while ours.write(&[0; 4096]).is_ok() {}
+    let (to, _heard) = std::sync::mpsc::channel();
+    let mut driver = driver(&to, live(checking(Limits::default(), Features::NONE), ours));
+    let frame = Message::Ack(Command::Config).encode().unwrap();
+    driver.act(DestinationAction::Send(frame));
+    theirs.set_read_timeout(Some(LIMIT)).unwrap();
+    theirs.read_to_end(&mut Vec::new()).expect("its end");
+}
+
+#[test]
+fn a_source_hears_that_the_receivers_vmm_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m");
+    let (to, _steps, thread) = receiver(&path);
+    let mut source = says(&path, &Message::Hello(Box::new(hello(Features::NONE)))).unwrap();
+    let mut begin = [0];
+    source.read_exact(&mut begin).unwrap();
+    to.send(Heard::Gone).unwrap();
+    thread.join().unwrap();
+    let mut rest = Vec::new();
+    source.read_to_end(&mut rest).unwrap();
+    let (bytes, mut decoder) = ([&begin[..], &rest].concat(), Decoder::new());
+    let mut left = bytes.as_slice();
+    let frames = std::iter::from_fn(|| decoder.push(&mut left).unwrap());
+    let Some(Item::Frame(last)) = frames.last() else { panic!("{bytes:?}") };
+    let Ok(Message::Cancel(fault)) = Message::decode(last) else { panic!("{bytes:?}") };
+    assert!(fault.text().contains("VMM has ended"), "{fault}");
 }

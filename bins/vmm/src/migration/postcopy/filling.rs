@@ -100,13 +100,19 @@ impl Filling {
         left.map_err(|error| Fault::new(Reason::Failed, &chain(&error)))
     }
 
-    /// What is to be said last, where the VMM ends before all has come.
-    pub(in crate::migration) fn give_up(&self) {
+    fn lacks_memory(&self) -> bool {
+        self.left().is_some_and(|left| left > 0)
+    }
+
+    /// What is to be said last, where the VMM ends before all has come. Who waits for memory then waits until the process is gone: a
+    /// write to a disk would go on with zeros.
+    pub(in crate::migration) fn give_up(&mut self) {
         if self.machine.as_ref().is_none_or(|machine| machine.state() == FillerState::Ended) {
             return;
         }
         if let Some(left @ 1..) = self.left() {
             log::error!("the guest is lost: {left} bytes of its memory are at the source, and this VMM ends");
+            std::mem::forget(self.absent.take());
         }
         let fault = Fault::new(Reason::Cancelled, "the destination's VMM has ended");
         if let (Some((_, socket)), Ok(frame)) = (&self.main, Message::Cancel(fault).encode()) {
@@ -124,7 +130,8 @@ impl Filling {
     pub(in crate::migration) fn end_soon(&mut self) {
         self.ending = true;
         let state = self.machine.as_ref().map(Filler::state);
-        if state.is_some_and(|state| !matches!(state, FillerState::Filling | FillerState::Settling)) {
+        let waits = state.is_some_and(|state| !matches!(state, FillerState::Filling | FillerState::Settling));
+        if waits && self.lacks_memory() {
             self.end_at_once();
         }
     }
@@ -154,17 +161,6 @@ impl Filling {
             log::debug!("migration: {:?} is not sent: {error}", frame.command());
             socket.shutdown(Shutdown::Both);
         }
-    }
-
-    fn close(&mut self) {
-        let ended = self.machine.as_ref().is_some_and(|machine| machine.state() == FillerState::Ended);
-        // The source reads what was said last.
-        let how = if ended { Shutdown::Write } else { Shutdown::Both };
-        for (number, socket) in [self.main.take(), self.wanted.take()].into_iter().flatten() {
-            socket.shutdown(how);
-            self.absent.iter().for_each(|absent| absent.arriving.refuse(number));
-        }
-        self.absent.iter().for_each(|absent| absent.wanting.ask_nobody());
     }
 
     /// Says all that is absent.
@@ -324,9 +320,9 @@ impl Driver {
         while let Some(action) = self.filling.machine.as_mut().and_then(Filler::poll) {
             match action {
                 FillerAction::Send(frame) => self.filling.send(&frame),
-                FillerAction::Close => self.filling.close(),
+                FillerAction::Close => self.close_filling(),
                 FillerAction::Run(FillerStep::Hold) => {
-                    if self.filling.ending {
+                    if self.filling.ending && self.filling.lacks_memory() {
                         self.filling.end_at_once();
                     }
                     self.tell_fill(FillStep::Hold);
@@ -343,6 +339,24 @@ impl Driver {
                     }
                 }
                 FillerAction::Report(outcome) => self.fill_outcome(outcome),
+            }
+        }
+    }
+
+    fn close_filling(&mut self) {
+        let Filling { machine, absent, main, wanted, .. } = &mut self.filling;
+        let ended = machine.as_ref().is_some_and(|machine| machine.state() == FillerState::Ended);
+        let link: Vec<Numbered> = [main.take(), wanted.take()].into_iter().flatten().collect();
+        if let Some(absent) = absent {
+            link.iter().for_each(|(number, _)| absent.arriving.refuse(*number));
+            absent.wanting.ask_nobody();
+        }
+        for (number, socket) in link {
+            if ended {
+                // The source reads what was said last.
+                self.part(number, socket, None);
+            } else {
+                socket.shutdown(Shutdown::Both);
             }
         }
     }
@@ -401,5 +415,59 @@ impl Driver {
         if let (true, Some(left)) = (self.filling.is_live(), self.filling.left()) {
             self.tell_fill(FillStep::Lacks(left));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_device_model::dma::GuestRam;
+    use vmm_memory_manager::pages::Pages;
+    use vmm_migration_protocol::{Limits, MemoryLayout, PAGE, Region};
+
+    use super::*;
+
+    const SIZE: u64 = 16 * PAGE;
+
+    /// A guest that lacks its first `pages` pages.
+    fn lacking(pages: u64) -> (Filling, Arc<GuestRam>) {
+        let memory = GuestRam::from_ranges(&[(GuestAddress(0), usize::try_from(SIZE).unwrap())]).unwrap();
+        let memory = Arc::new(memory);
+        let mut lacks = Pages::none([(0, SIZE)]);
+        lacks.insert(0..pages * PAGE);
+        let absent = Arc::new(AbsentMemory::watch(Arc::clone(&memory), lacks).unwrap());
+        absent.leave().unwrap();
+        let layout = MemoryLayout::new(vec![Region { gpa: 0, length: SIZE, zone: "z".into() }]).unwrap();
+        let arriving = Arc::new(Arriving::new(Arc::clone(&absent), layout, Features::NONE, 2));
+        let wanting = Arc::new(Wanting::new(Arc::clone(&absent)));
+        let machine = Filler::new(Duration::ZERO, SessionId([1; 16]), Limits::default(), true);
+        let absent = Some(Absent { memory: absent, arriving, wanting, serving: None });
+        (Filling { absent, machine: Some(machine), ..Filling::default() }, memory)
+    }
+
+    /// What a disk's thread waits for would be written to the image.
+    #[test]
+    fn who_waits_for_memory_when_the_vmm_ends_does_not_go_on_with_zeros() {
+        let (mut filling, memory) = lacking(1);
+        let (read, has_read) = channel();
+        // It ends with the process.
+        std::thread::spawn(move || read.send(memory.read_obj::<u8>(GuestAddress(0)).unwrap()));
+        filling.give_up();
+        drop(filling);
+        let waits = has_read.recv_timeout(Duration::from_millis(500));
+        assert!(waits.is_err(), "{waits:?}");
+    }
+
+    /// Or the process would end here.
+    #[test]
+    fn a_guest_that_has_all_of_its_memory_is_not_lost_with_the_link() {
+        let (mut filling, _memory) = lacking(0);
+        let machine = filling.machine.as_mut().unwrap();
+        machine.handle(Duration::ZERO, FillerInput::Lost("cut".to_owned()));
+        assert_eq!(machine.state(), FillerState::Holding);
+        filling.end_soon();
+        assert!(filling.ending);
     }
 }

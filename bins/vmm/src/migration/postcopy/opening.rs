@@ -3,6 +3,7 @@
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_memory_manager::pages::Pages;
 use vmm_migration_protocol::{Command, Fault, Frame, Item, Join, Message, Reason};
@@ -11,6 +12,9 @@ use super::owed::Owed;
 use crate::exit::chain;
 use crate::migration::joining::{Session, joined};
 use crate::migration::link::{ANSWER, End, Frames, Socket};
+
+/// How long a destination may take to say all that it lacks: for tens of gibibytes in single pages that is tens of MiB.
+const ANSWERS: Duration = Duration::from_secs(300);
 
 /// What a destination says to a source that comes again.
 pub(super) enum Again {
@@ -74,9 +78,10 @@ pub(super) fn again(session: &Session, owed: &Owed) -> Result<Again, Fault> {
     main.set_timeouts(Some(ANSWER), Some(ANSWER)).map_err(io)?;
     let rejoin = Message::Rejoin(session.id).encode().map_err(|error| failed(error.to_string()))?;
     main.send(&rejoin).map_err(io)?;
-    let (mut frames, mut pages) = (Frames::of(&main), owed.pages());
+    let (mut frames, mut pages, until) = (Frames::of(&main), owed.pages(), Instant::now() + ANSWERS);
     loop {
-        let frame = match frames.next() {
+        let rest = until.saturating_duration_since(Instant::now());
+        let frame = match frames.first(rest.min(ANSWER)) {
             Ok(Item::Frame(frame)) => frame,
             Ok(Item::Bulk(_)) => return Err(failed("memory comes the wrong way".to_owned())),
             Err(End::Garbage(text) | End::Lost(text)) => return Err(failed(text)),
