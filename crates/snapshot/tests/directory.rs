@@ -371,6 +371,40 @@ fn a_chain_has_an_end() {
 }
 
 #[test]
+fn a_memory_file_that_grows_is_read_as_far_as_it_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut memory = memory(4096, &[(1, 1)]);
+    write(&path("parent"), &memory);
+    for (name, packed) in [("sparse", false), ("packed", true)] {
+        write_child_as(packed, &path(name), "../parent", &mut memory, &[(2, 2)]);
+        let chain = Chain::open(&path(name)).unwrap();
+        let file = path(name).join("memory-0.bin");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        let end = fs::metadata(&file).unwrap().len();
+        let grows = fs::OpenOptions::new().write(true).open(&file).unwrap();
+        grows.write_all_at(&[9; 1 << 16], end).unwrap();
+        let (told, hears) = std::sync::mpsc::channel();
+        let verifying = std::thread::spawn(move || told.send(chain.verify(&work()).is_ok()));
+        assert!(hears.recv_timeout(std::time::Duration::from_secs(60)).expect("its end"), "{name}");
+        drop(verifying);
+    }
+}
+
+#[test]
+fn states_are_read_where_they_are_wanted() {
+    let (_folder, path) = folder();
+    write(&path, &memory(4, &[]));
+    let snapshot = Snapshot::open(&path).unwrap();
+    snapshot.state().unwrap();
+    let file = path.join("state.cbor");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    let size = fs::metadata(&file).unwrap().len() as usize;
+    fs::write(&file, vec![0; size]).unwrap();
+    assert!(matches!(snapshot.state(), Err(ReadError::Hash { .. })));
+}
+
+#[test]
 fn fuzz_decoders_never_panic() {
     let (_folder, path) = folder();
     write(&path, &memory(4, &[(1, 0x11), (6, 0x22)]));

@@ -197,3 +197,39 @@ fn a_pass_that_fails_leaves_nothing() {
     assert!(matches!(filled.rehash(&stop), Err(WriteError::Cancelled)));
     assert!(!path.exists());
 }
+
+#[test]
+fn who_waits_for_a_snapshot_that_fails_hears_of_it_before_anything_is_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("live");
+    let first = memory(4, &[(1, 1)]);
+    let there = std::sync::Mutex::new(Vec::new());
+    let failed = || there.lock().unwrap().push(path.join("memory-0.bin.partial").exists());
+    let begin = || Draft::begin(&HostStorage, &path).unwrap().on_failure(&failed);
+    let stop = vmm_snapshot::directory::Work { watch: &|_| std::ops::ControlFlow::Break(()), ..work() };
+    assert!(matches!(begin().memory(&first, None, &stop), Err(WriteError::Cancelled)));
+    let filled = begin().memory(&first, None, &work()).unwrap();
+    filled.again(&first, &[vec![0..5 * PAGE], vec![]], &work()).unwrap_err();
+    assert_eq!(*there.lock().unwrap(), [true, true]);
+    commit(begin().memory(&first, None, &work()).unwrap()).unwrap();
+    assert_eq!(there.lock().unwrap().len(), 2, "that one is there");
+}
+
+#[test]
+fn a_snapshot_whose_manifest_is_not_wanted_any_more_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("live");
+    let first = memory(4, &[(1, 1)]);
+    let filled = Draft::begin(&HostStorage, &path).unwrap().memory(&first, None, &work()).unwrap();
+    let config = serde_json::value::RawValue::from_string("{}".to_owned()).unwrap();
+    let finished = filled.finish(&vmm_snapshot::directory::Contents {
+        vmm: "",
+        architecture: "",
+        created: std::time::UNIX_EPOCH,
+        config: &config,
+        state: &vmm_snapshot::RecordSet::new(),
+    });
+    assert!(path.join("memory-0.bin").exists() && !path.join("manifest.json").exists());
+    drop(finished.unwrap());
+    assert!(!path.exists());
+}

@@ -29,7 +29,7 @@ pub(crate) use arguments::{NAME, command, parse};
 use events::Range;
 use rows::{Body, Payload, Shown};
 pub use rows::{ROWS, Row};
-pub(crate) use show::{moment, plain, table};
+pub(crate) use show::{moment, plain, short, table};
 pub use words::Goal;
 
 /// Names the socket where `--api-socket` does not.

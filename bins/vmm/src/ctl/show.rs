@@ -113,8 +113,21 @@ pub(super) fn counters(counters: &CountersReply) -> String {
     table(&[header].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
+/// Characters of a cell, at most: what a file or a server says makes no other line longer, and is no width that cannot be printed.
+const WIDEST: usize = 256;
+
+/// The beginning of `text`, if it has more characters than that.
+pub(crate) fn short(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most).and_then(|(at, _)| text.get(..at)) {
+        Some(begin) => format!("{begin}..."),
+        None => text.to_owned(),
+    }
+}
+
 /// Columns two spaces apart; what is only numbers below its header stands at the right.
 pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| row.each_ref().map(|cell| short(cell, WIDEST))).collect();
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max();
     let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
@@ -123,7 +136,7 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
         column > 0 && N > 2 && rows.len() > 1 && below.into_iter().all(|cell| cell.parse::<u64>().is_ok())
     });
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row.iter().zip(widths.iter().zip(&numbers)).map(|(cell, (width, number))| {
             if *number { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
         });
@@ -142,6 +155,13 @@ mod tests {
     fn node(id: &str, bdf: Option<&str>) -> (String, DeviceNode) {
         let node = DeviceNode { id: id.to_owned(), pci_bdf: bdf.map(str::to_owned), ..DeviceNode::default() };
         (id.to_owned(), node)
+    }
+
+    /// A file or a server may say anything.
+    #[test]
+    fn a_long_cell_is_cut() {
+        let text = table(&[["a".repeat(1 << 17), "b".to_owned()], ["c".to_owned(), "d".to_owned()]]);
+        assert_eq!(text.lines().map(|line| line.chars().count()).max(), Some(WIDEST + "...  b".len()));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use vmm_snapshot::directory::{
     RecordSummary, Region,
 };
 
-use crate::ctl::{moment, plain, table};
+use crate::ctl::{moment, plain, short, table};
 
 /// Ranges of memory that are listed per region, and the length of a value of the configuration.
 const MOST_RANGES: usize = 16;
@@ -133,18 +133,11 @@ pub(super) fn difference(found: &Difference, regions: &[Region]) -> String {
 fn config(ConfigChange { path, before, after }: &ConfigChange) -> String {
     let value = |value: &Option<Value>| match value {
         None => "absent".to_owned(),
-        Some(value) => short(&plain(&value.to_string())),
+        Some(value) => short(&plain(&value.to_string()), MOST_VALUE),
     };
     match (path.as_str(), before, after) {
         ("", ..) => "config: all of it".to_owned(),
         (path, before, after) => format!("config {}: {} -> {}", plain(path), value(before), value(after)),
-    }
-}
-
-fn short(text: &str) -> String {
-    match text.char_indices().nth(MOST_VALUE).and_then(|(at, _)| text.get(..at)) {
-        Some(begin) => format!("{begin}..."),
-        None => text.to_owned(),
     }
 }
 

@@ -309,6 +309,7 @@ impl Vmm {
     /// Brings back what was before a boot or restore that failed, and tells.
     fn boot_failed(&mut self, stages: &Stages, fresh: bool, why: VmmError) -> Result<(), VmmError> {
         let _ = self.slot.fail_boot();
+        lost_memory::watch(Vec::new());
         self.close_consoles(fresh);
         self.boot_ended(stages, Err(why))
     }

@@ -199,7 +199,10 @@ impl Origin {
                 Behind { chain: Arc::clone(&chain), start: &start, lost: Arc::new(lost_memory::not_filled) };
             watch.over(|told| {
                 let work = Work { threads: writer::threads(), watch: told };
-                MemoryMap::restore_behind(saved.vm, &saved.zones, &bytes, &work, &behind)
+                let map = MemoryMap::restore_behind(saved.vm, &saved.zones, &bytes, &work, &behind)?;
+                // Devices may touch it at once.
+                lost_memory::watch(map.mapped_files());
+                Ok(map)
             })
         });
         Saved { records, memory, clock, another: true }

@@ -175,18 +175,25 @@ impl Writer {
             changed,
             packed: still.is_some(),
         });
+        // Whatever waits for it does not wait until what was written is removed.
+        let (memory, post) = (&self.memory, &self.post);
+        let failed = || {
+            memory.thaw();
+            post.post(MachineEvent::Save(Box::new(SaveStep::Written)));
+        };
         let filled = self.watch.over(|told| {
             let work = Work { threads: self.threads, watch: told };
-            Draft::begin(&HostStorage, &self.folder)?.memory(self.memory.source(), since.as_ref(), &work)
+            let draft = Draft::begin(&HostStorage, &self.folder)?.on_failure(&failed);
+            draft.memory(self.memory.source(), since.as_ref(), &work)
         })?;
         let (filled, still) = match still {
             Some(still) => (filled, still),
             None => self.catch_up(filled)?,
         };
         self.memory.thaw();
-        if self.watch.is_cancelled() {
-            return Err(SaveError::Cancelled);
-        }
+        let watch = &self.watch;
+        let cancel = |_| watch.unless_cancelled();
+        let filled = filled.rehash(&Work { threads: self.threads, watch: &cancel })?;
         let contents = Contents {
             vmm: env!("CARGO_PKG_VERSION"),
             architecture: ARCHITECTURE,
@@ -194,16 +201,17 @@ impl Writer {
             config: &self.config,
             state: &still.records,
         };
-        Ok(filled.commit(&contents)?)
+        let finished = filled.finish(&contents)?;
+        if self.watch.is_cancelled() {
+            return Err(SaveError::Cancelled);
+        }
+        Ok(finished.commit()?)
     }
 
     /// Writes what a running guest changes until little is left or it does not get less, then the rest while it stands still.
     fn catch_up<'s>(&self, mut filled: Filled<'s>) -> Result<(Filled<'s>, Still), SaveError> {
         let watch = &self.watch;
-        let cancel = |_| match watch.is_cancelled() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        };
+        let cancel = |_| watch.unless_cancelled();
         let work = Work { threads: self.threads, watch: &cancel };
         let mut before = u64::MAX;
         for _ in 1..MOST_PASSES {
@@ -231,6 +239,10 @@ fn bytes(changed: &Changed) -> u64 {
 impl Watch {
     fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
+    }
+
+    fn unless_cancelled(&self) -> ControlFlow<()> {
+        if self.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     /// Does work that is watched: what it is given tells how far it is.

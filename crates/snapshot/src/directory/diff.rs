@@ -142,14 +142,19 @@ fn record_changes(before: RecordSet, after: RecordSet) -> Vec<RecordChange> {
     changes
 }
 
+/// Bytes that all names of what differs may take beside what is in the files: long names that many things have in common are not
+/// repeated for each of them then.
+const MOST_NAMES: usize = 16 << 20;
+
 /// The records that are no sets, or sets with nothing to be opened.
 fn leaves(set: RecordSet) -> BTreeMap<String, Record> {
-    let mut all = BTreeMap::new();
+    let (mut all, mut room) = (BTreeMap::new(), MOST_NAMES);
     let mut sets = vec![(String::new(), set, MAX_SETS)];
     while let Some((prefix, set, depth)) = sets.pop() {
         for (owner, record) in set.iter() {
             let owner = format!("{prefix}{owner}");
-            match inner(record, depth).filter(|set| !set.is_empty()) {
+            match inner(record, depth).filter(|set| !set.is_empty() && has_room(&mut room, &owner, set.len()))
+            {
                 Some(set) => sets.push((format!("{owner}/"), set, depth - 1)),
                 None => {
                     all.insert(owner, record.clone());
@@ -160,13 +165,22 @@ fn leaves(set: RecordSet) -> BTreeMap<String, Record> {
     all
 }
 
+/// Whether `name` may be repeated so often; takes the room for it then.
+fn has_room(room: &mut usize, name: &str, times: usize) -> bool {
+    let left = name.len().checked_mul(times).and_then(|bytes| room.checked_sub(bytes));
+    *room = left.unwrap_or(*room);
+    left.is_some()
+}
+
 fn config_changes(before: &RawValue, after: &RawValue) -> Vec<ConfigChange> {
     if before.get() == after.get() {
         return Vec::new();
     }
-    let mut changes = Vec::new();
+    let (mut changes, mut room) = (Vec::new(), MOST_NAMES);
     match (serde_json::from_str(before.get()), serde_json::from_str(after.get())) {
-        (Ok(before), Ok(after)) => compare(String::new(), Some(&before), Some(&after), &mut changes),
+        (Ok(before), Ok(after)) => {
+            compare(String::new(), Some(&before), Some(&after), (&mut changes, &mut room));
+        }
         // Nested deeper than serde_json goes: no two such texts are looked into.
         _ => changes.push(ConfigChange { path: String::new(), before: None, after: None }),
     }
@@ -174,19 +188,29 @@ fn config_changes(before: &RawValue, after: &RawValue) -> Vec<ConfigChange> {
 }
 
 /// As deep as the values, which serde_json bounds.
-fn compare(path: String, before: Option<&Value>, after: Option<&Value>, changes: &mut Vec<ConfigChange>) {
+fn compare(
+    path: String,
+    before: Option<&Value>,
+    after: Option<&Value>,
+    (changes, room): (&mut Vec<ConfigChange>, &mut usize),
+) {
     match (before, after) {
         _ if before == after => {}
-        (Some(Value::Object(old)), Some(Value::Object(new))) => {
+        (Some(Value::Object(old)), Some(Value::Object(new)))
+            if has_room(room, &path, old.len().saturating_add(new.len())) =>
+        {
             let added = new.keys().filter(|key| !old.contains_key(*key));
             for key in old.keys().chain(added) {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                compare(path, old.get(key), new.get(key), changes);
+                compare(path, old.get(key), new.get(key), (changes, room));
             }
         }
-        (Some(Value::Array(old)), Some(Value::Array(new))) => {
+        (Some(Value::Array(old)), Some(Value::Array(new)))
+            if has_room(room, &path, old.len().max(new.len())) =>
+        {
             for index in 0..old.len().max(new.len()) {
-                compare(format!("{path}[{index}]"), old.get(index), new.get(index), changes);
+                let path = format!("{path}[{index}]");
+                compare(path, old.get(index), new.get(index), (changes, room));
             }
         }
         _ => changes.push(ConfigChange { path, before: before.cloned(), after: after.cloned() }),
@@ -197,6 +221,27 @@ fn compare(path: String, before: Option<&Value>, after: Option<&Value>, changes:
 mod tests {
     use super::*;
     use crate::NoState;
+
+    /// Small files, in which many things have a long name in common.
+    #[test]
+    fn names_take_no_more_room_than_they_may() {
+        let raw = |items: &str| {
+            RawValue::from_string(format!(r#"{{"{}":[{items}],"b":[{items}]}}"#, "a".repeat(1 << 16)))
+                .unwrap()
+        };
+        let found = config_changes(&raw(""), &raw(&vec!["0"; 1000].join(",")));
+        assert_eq!(found.len(), 1001, "one for what has the long name");
+        let owners = |owner: &str| {
+            let mut inner = RecordSet::new();
+            for number in 0..1000 {
+                inner.put(&number.to_string(), &NoState {}).unwrap();
+            }
+            let mut set = RecordSet::new();
+            set.put(owner, &inner).unwrap();
+            leaves(set).len()
+        };
+        assert_eq!((owners(&"a".repeat(1 << 16)), owners("b")), (1, 1000));
+    }
 
     #[test]
     fn configurations_differ_by_path() {

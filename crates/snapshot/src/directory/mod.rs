@@ -38,7 +38,7 @@ pub use source::{BytesMemory, FileMemory, MemorySource, Place};
 pub use storage::{HostStorage, Storage};
 pub use table::{RegionTable, Table, TableError};
 pub use work::{Progress, Work};
-pub use write::{Contents, Draft, Filled, Increment};
+pub use write::{Contents, Draft, Filled, Finished, Increment};
 
 /// Bytes of a page: the unit of extents and of what counts as zero.
 pub const PAGE: u64 = 4096;

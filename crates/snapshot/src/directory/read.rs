@@ -1,7 +1,7 @@
 //! One snapshot directory, opened.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -26,7 +26,8 @@ pub struct Snapshot {
     /// Device and inode of the directory, by which a cycle shows.
     identity: (u64, u64),
     manifest: Manifest,
-    state: Record,
+    /// The state file, which is read again where it is wanted: nobody wants those of parents, and they may be large.
+    state: File,
     table: Table,
     memory: Vec<MemoryFile>,
 }
@@ -58,10 +59,10 @@ impl Snapshot {
             return Err(ReadError::Absurd { path: place, what });
         }
         let manifest = Manifest::decode(&read_all(&file, &place, size)?, &place)?;
-        let bytes = read_file(&dir, path, &manifest.state)?;
-        let state = minicbor::decode(&bytes)
-            .map_err(|source| ReadError::State { path: path.join(&manifest.state.file), source })?;
-        let bytes = read_file(&dir, path, &manifest.chunks)?;
+        let (state, found) = open(&dir, path, &manifest.state.file)?;
+        read_state(&state, found, path, &manifest.state)?;
+        let (chunks, found) = open(&dir, path, &manifest.chunks.file)?;
+        let bytes = read_file(&chunks, found, path, &manifest.chunks)?;
         let table = Table::decode(&bytes, &manifest.memory)
             .map_err(|source| ReadError::Table { path: path.join(&manifest.chunks.file), source })?;
         let mut memory = Vec::new();
@@ -111,13 +112,14 @@ impl Snapshot {
         self.manifest.id
     }
 
-    /// The records of the VM.
+    /// The records of the VM, read from the file that was opened.
     ///
     /// # Errors
-    /// [`ReadError::Records`].
+    /// [`ReadError::Records`]; [`Hash`](ReadError::Hash) or [`Io`](ReadError::Io) if the file is not what it was.
     pub fn state(&self) -> Result<RecordSet, ReadError> {
-        let path = || self.path.join(&self.manifest.state.file);
-        self.state.parse().map_err(|source| ReadError::Records { path: path(), source })
+        let Manifest { state, .. } = &self.manifest;
+        let record = read_state(&self.state, state.size, &self.path, state)?;
+        record.parse().map_err(|source| ReadError::Records { path: self.path.join(&state.file), source })
     }
 
     /// Extents and chunk hashes.
@@ -209,6 +211,8 @@ impl Snapshot {
                 let name = self.manifest.memory.get(region).map_or("", |region| &region.file);
                 ReadError::Io { path: self.path.join(name), source }
             })?;
+            // What was added to the file since it was opened is nobody's.
+            let data = data.filter(|position| *position < layout.file_size());
             let data = data.map(|position| layout.offset(position) / CHUNK);
             Ok([data, table.next(from)].into_iter().flatten().min())
         };
@@ -268,20 +272,25 @@ fn open(dir: &File, path: &Path, name: &str) -> Result<(File, u64), ReadError> {
 
 /// Reads a file of `size` bytes, and not a byte more.
 fn read_all(file: &File, path: &Path, size: u64) -> Result<Vec<u8>, ReadError> {
-    let mut bytes = Vec::new();
-    let read = file.take(size).read_to_end(&mut bytes);
+    let mut bytes = vec![0; usize::try_from(size).unwrap_or(usize::MAX)];
+    let read = file.read_exact_at(&mut bytes, 0);
     read.map_err(|source| ReadError::Io { path: path.to_owned(), source })?;
     Ok(bytes)
 }
 
-/// Reads a file and compares it with what the manifest says of it.
-fn read_file(dir: &File, path: &Path, expected: &DataFile) -> Result<Vec<u8>, ReadError> {
-    let (file, found) = open(dir, path, &expected.file)?;
+/// Reads the state, and compares it likewise.
+fn read_state(file: &File, found: u64, path: &Path, expected: &DataFile) -> Result<Record, ReadError> {
+    let bytes = read_file(file, found, path, expected)?;
+    minicbor::decode(&bytes).map_err(|source| ReadError::State { path: path.join(&expected.file), source })
+}
+
+/// Reads a file of the snapshot at `path`, which has `found` bytes, and compares it with what the manifest says of it.
+fn read_file(file: &File, found: u64, path: &Path, expected: &DataFile) -> Result<Vec<u8>, ReadError> {
     let path = path.join(&expected.file);
     if found != expected.size {
         return Err(ReadError::Size { path, found, expected: expected.size });
     }
-    let bytes = read_all(&file, &path, found)?;
+    let bytes = read_all(file, &path, found)?;
     if Hash::of(&bytes) != expected.sha256 {
         return Err(ReadError::Hash { path });
     }

@@ -72,6 +72,13 @@ impl<'s> Draft<'s> {
         Ok(Self { place: Workplace::claim(storage, path)? })
     }
 
+    /// Calls `failed` when nothing will come of it, before what was written is removed: that may take long, and a guest that
+    /// waits for the snapshot need not wait for that.
+    #[must_use]
+    pub fn on_failure(self, failed: &'s (dyn Fn() + Sync)) -> Self {
+        Self { place: self.place.on_failure(failed) }
+    }
+
     /// Writes memory: all of `source`, or what changed since a parent.
     ///
     /// # Errors
@@ -186,9 +193,11 @@ fn stopped(stop: Stop<WriteError>) -> WriteError {
 /// run on before [`commit`](Self::commit).
 #[derive(Debug)]
 pub struct Filled<'s> {
+    /// Closed before the directory is cleared: what is unlinked and open is written all the same, and stays where the file system
+    /// is of a network.
+    files: Vec<MemoryFile>,
     place: Workplace<'s>,
     regions: Vec<Region>,
-    files: Vec<MemoryFile>,
     table: Table,
     format: u32,
     parent: Option<Parent>,
@@ -197,7 +206,7 @@ pub struct Filled<'s> {
     threads: NonZeroUsize,
 }
 
-impl Filled<'_> {
+impl<'s> Filled<'s> {
     fn first(self, source: &dyn MemorySource, work: &Work<'_>) -> Result<Self, WriteError> {
         let wanted: Vec<Extents> = self.table.regions.iter().map(|table| table.extents.clone()).collect();
         let found = Mutex::new(Vec::new());
@@ -307,11 +316,19 @@ impl Filled<'_> {
         Ok(hasher.finish())
     }
 
-    /// Brings everything to stable storage, the manifest last, and gives the snapshot's id.
+    /// [Finishes](Self::finish) and [commits](Finished::commit).
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn commit(self, contents: &Contents<'_>) -> Result<Hash, WriteError> {
+        self.finish(contents)?.commit()
+    }
+
+    /// Brings everything but the manifest to stable storage.
     ///
     /// # Errors
     /// [`WriteError::Io`], or [`Invalid`](WriteError::Invalid) for a state or configuration that is too large.
-    pub fn commit(self, contents: &Contents<'_>) -> Result<Hash, WriteError> {
+    pub fn finish(self, contents: &Contents<'_>) -> Result<Finished<'s>, WriteError> {
         let threads = self.threads;
         let Self { place, regions, files, table, format, parent, .. } = self.rehash(&Work::quiet(threads))?;
         let state = minicbor::to_vec(Record::of(contents.state)).unwrap_or_default();
@@ -345,7 +362,25 @@ impl Filled<'_> {
         if bytes.len() as u64 > MAX_MANIFEST {
             return Err(invalid(format!("the manifest would have {} bytes", bytes.len())));
         }
-        place.commit(&bytes)?;
-        Ok(id)
+        Ok(Finished { place, manifest: bytes, id })
+    }
+}
+
+/// A snapshot of which only the manifest is not written. Dropped, it is removed.
+#[derive(Debug)]
+pub struct Finished<'s> {
+    place: Workplace<'s>,
+    manifest: Vec<u8>,
+    id: Hash,
+}
+
+impl Finished<'_> {
+    /// Brings the manifest to stable storage: that makes it a snapshot. Gives its id.
+    ///
+    /// # Errors
+    /// [`WriteError::Io`].
+    pub fn commit(self) -> Result<Hash, WriteError> {
+        self.place.commit(&self.manifest)?;
+        Ok(self.id)
     }
 }
