@@ -3,6 +3,7 @@
 pub(crate) mod cargo;
 mod checks;
 mod counts;
+pub(crate) mod previous;
 pub(crate) mod run;
 pub(crate) mod test;
 
@@ -62,6 +63,9 @@ pub(crate) fn root() -> &'static Path {
     here.parent().unwrap_or(here)
 }
 
+/// The exit status of a check that could not be run here. Its last line says why.
+const NOT_RUN: u8 = 77;
+
 fn fail(message: &str) -> ExitCode {
     eprintln!("error: {message}");
     ExitCode::FAILURE
@@ -87,10 +91,7 @@ fn report(check: &Check) -> Report<'_> {
     let mut counts = Counts::default();
     let outcome = match &check.not_run {
         Some(reason) => Outcome::NotRun(reason.clone()),
-        None => match perform(check, &mut counts) {
-            Ok(()) => Outcome::Passed,
-            Err(reason) => Outcome::Failed(reason),
-        },
+        None => perform(check, &mut counts).unwrap_or_else(Outcome::Failed),
     };
     let time = begin.elapsed();
     match &outcome {
@@ -101,7 +102,7 @@ fn report(check: &Check) -> Report<'_> {
     Report { check, outcome, counts, time }
 }
 
-fn perform(check: &Check, counts: &mut Counts) -> Result<(), String> {
+fn perform(check: &Check, counts: &mut Counts) -> Result<Outcome, String> {
     let limit = Duration::from_secs(check.minutes.saturating_mul(60));
     for need in &check.needs {
         if !run::is_on_path(&need.program) {
@@ -121,7 +122,14 @@ fn perform(check: &Check, counts: &mut Counts) -> Result<(), String> {
     }
     println!("$ {}", check.command.join(" "));
     let command = Watched { words: &check.command, env: &check.env, limit };
-    let end = command.run(&mut |line| counts.add_line(line));
+    let mut last = String::new();
+    let end = command.run(&mut |line| {
+        counts.add_line(line);
+        line.clone_into(&mut last);
+    });
+    if matches!(end, Ok(End::Status(status)) if status == i32::from(NOT_RUN)) {
+        return Ok(Outcome::NotRun(last));
+    }
     if !matches!(end, Ok(End::Status(0))) {
         // A test binary that crashes has no line that counts it.
         counts.failed = counts.failed.max(u64::from(check.counts));
@@ -133,7 +141,7 @@ fn perform(check: &Check, counts: &mut Counts) -> Result<(), String> {
     if counts.passed < check.min_tests {
         return Err(format!("{} tests ran, at least {} were expected", counts.passed, check.min_tests));
     }
-    Ok(())
+    Ok(Outcome::Passed)
 }
 
 fn summarize(reports: &[Report<'_>]) -> ExitCode {
@@ -194,7 +202,7 @@ mod tests {
     fn a_check_fails_by_status_by_counted_failure_and_by_too_few_tests() {
         let perform = |check: &Check| {
             let mut counts = Counts::default();
-            (perform(check, &mut counts).is_ok(), counts)
+            (matches!(perform(check, &mut counts), Ok(Outcome::Passed)), counts)
         };
         let result = "echo 'test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured'";
         let (passed, counts) = perform(&check(&["sh", "-c", result]));
@@ -214,8 +222,15 @@ mod tests {
     }
 
     #[test]
+    fn a_check_that_cannot_be_run_says_why() {
+        let cannot = check(&["sh", "-c", "echo 'looking'; echo 'nothing to look at'; exit 77"]);
+        let outcome = perform(&cannot, &mut Counts::default());
+        assert!(matches!(outcome, Ok(Outcome::NotRun(why)) if why == "nothing to look at"));
+    }
+
+    #[test]
     fn a_check_that_takes_too_long_is_ended() {
         let endless = Check { minutes: 0, ..check(&["sh", "-c", "sleep 1000 & sleep 1000"]) };
-        assert!(perform(&endless, &mut Counts::default()).unwrap_err().contains("too long"));
+        assert!(matches!(perform(&endless, &mut Counts::default()), Err(why) if why.contains("too long")));
     }
 }

@@ -23,6 +23,7 @@ usage: cargo xtask COMMAND [ARGUMENT...]
 Single checks, which ci runs too:
   alone       check each crate by itself
   package     package the library crates and build them from their packages
+  previous    migrate virtual machines between this build and the one before it
   release     build the release binary and print its size";
 
 fn main() -> ExitCode {
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Some("test") => ci::test::run(rest),
         Some("alone") => ci::cargo::alone(),
         Some("package") => ci::cargo::package(),
+        Some("previous") => ci::previous::run(),
         Some("release") => ci::cargo::release(),
         Some("soak") => soak::run(rest),
         Some("bench") => bench::run(rest),

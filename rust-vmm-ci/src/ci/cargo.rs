@@ -1,5 +1,6 @@
 //! Checks that need more than one call of cargo, and what cargo knows about the workspace.
 
+use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -141,12 +142,18 @@ pub(crate) fn release() -> ExitCode {
 
 /// Runs cargo in the root of the repository.
 pub(crate) fn cargo(words: &[&str]) -> Result<(), String> {
-    let status = Command::new("cargo").args(words).current_dir(super::root()).status();
-    match status {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!("cargo {}: {status}", words.join(" "))),
-        Err(error) => Err(format!("cargo {}: {error}", words.join(" "))),
-    }
+    perform(Command::new("cargo").args(words))
+}
+
+/// Runs a command in the root of the repository.
+pub(crate) fn perform(command: &mut Command) -> Result<(), String> {
+    let error = match command.current_dir(super::root()).status() {
+        Ok(status) if status.success() => return Ok(()),
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let words: Vec<_> = std::iter::once(command.get_program()).chain(command.get_args()).collect();
+    Err(format!("{}: {error}", words.join(OsStr::new(" ")).display()))
 }
 
 fn end(result: Result<(), String>) -> ExitCode {

@@ -17,6 +17,7 @@ pub mod user;
 mod vmm;
 pub mod withheld;
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,14 +47,22 @@ pub fn refused(answer: &Answer, status: u16, words: &str) {
     assert!(answer.body.contains(words), "{answer:?} does not say {words:?}");
 }
 
-/// The `vmm` binary: `$VMM_BIN`, else the one that cargo built into the same target folder as this program.
+thread_local! {
+    /// How many binaries this test has asked for.
+    static ASKED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The `vmm` binary: `$VMM_BIN`, else the one that cargo built into the same target folder as this program. Of several
+/// that `$VMM_BIN` names, separated by colons, each test takes one after the other.
 ///
 /// # Panics
-/// When there is none, with the command that makes it.
+/// When it is not there; where it should have been built, with the command that makes it.
 #[must_use]
 pub fn binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("VMM_BIN") {
-        let path = PathBuf::from(path);
+    if let Some(paths) = std::env::var_os("VMM_BIN") {
+        let paths: Vec<PathBuf> = std::env::split_paths(&paths).collect();
+        let turn = ASKED.replace(ASKED.get() + 1);
+        let path = paths.iter().cycle().nth(turn).cloned().unwrap_or_default();
         assert!(path.is_file(), "VMM_BIN names {}, which is not there", path.display());
         return path;
     }

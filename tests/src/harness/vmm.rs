@@ -99,9 +99,10 @@ impl Vmm {
     /// # Panics
     /// When it cannot be started or confined, or ends before it answers.
     pub fn confined(scratch: &Scratch, arguments: &[&str]) -> Self {
-        let mut command = Command::new(binary());
+        let binary = binary();
+        let mut command = Command::new(&binary);
         command.args(arguments);
-        confine(&mut command, &binary(), scratch.folder()).expect("Landlock");
+        confine(&mut command, &binary, scratch.folder()).expect("Landlock");
         Self::serving(scratch, command)
     }
 
