@@ -1,6 +1,7 @@
 //! The end of a machine. Its memory goes back to the host and KVM waits for all that may still look at it, which takes from
 //! parts of a millisecond to seconds: on a thread of its own, so that clients are served meanwhile.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use super::apart::Left;
@@ -33,11 +34,7 @@ impl Teardown {
             before.wait();
             work();
         };
-        match Builder::new().name("teardown".to_owned()).spawn(work) {
-            Ok(thread) => self.0 = Some(thread),
-            // The machine went with the work; who waits is told that there is no answer.
-            Err(error) => log::warn!("cannot start a thread to switch the machine off: {error}"),
-        }
+        self.0 = spawn_or_do(Builder::new().name("teardown".to_owned()), work);
     }
 
     /// Waits for its end.
@@ -50,5 +47,39 @@ impl Teardown {
     /// Hands it over, to whoever needs what it holds.
     pub(super) fn take(&mut self) -> Self {
         std::mem::take(self)
+    }
+}
+
+/// Does `work` on a thread. Where there is none, here: somebody waits for it.
+fn spawn_or_do(builder: Builder, work: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
+    let work = Arc::new(Mutex::new(Some(work)));
+    let shared = Arc::clone(&work);
+    let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match builder.spawn(move || take(&shared).into_iter().for_each(|work| work())) {
+        Ok(thread) => Some(thread),
+        Err(error) => {
+            log::warn!("no thread to switch the machine off, so clients wait for that: {error}");
+            take(&work).into_iter().for_each(|work| work());
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn who_waits_for_the_end_hears_of_it_though_there_is_no_thread() {
+        // No host has so much for a stack.
+        for (builder, spawned) in [(Builder::new(), true), (Builder::new().stack_size(1 << 50), false)] {
+            let (to, hears) = channel();
+            let thread = spawn_or_do(builder, move || to.send(()).unwrap());
+            assert_eq!(thread.is_some(), spawned);
+            thread.into_iter().for_each(|thread| thread.join().unwrap());
+            hears.try_recv().unwrap();
+        }
     }
 }
