@@ -292,7 +292,8 @@ fn cannot(error: &dyn std::error::Error) -> Fault {
     Fault::new(Reason::Failed, &format!("guest memory: {error}"))
 }
 
-#[cfg(all(test, feature = "compression"))]
+#[cfg(test)]
+#[cfg(feature = "compression")]
 mod packed_tests;
 #[cfg(test)]
 mod tests;
