@@ -8,6 +8,7 @@ mod endings;
 #[path = "tiny_postcopy/links.rs"]
 mod links;
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -58,13 +59,15 @@ struct Between {
     data: Data,
     /// Nobody gets through.
     cut: bool,
+    /// The destination does not see that its source closes.
+    stays_open: bool,
     open: Vec<UnixStream>,
 }
 
 impl Relay {
     /// From `at` to `to`.
     fn start(at: &Path, to: &Path, data: Data) -> Self {
-        let between = Between { committed: false, data, cut: false, open: Vec::new() };
+        let between = Between { committed: false, data, cut: false, stays_open: false, open: Vec::new() };
         let relay = Self(Arc::new(Mutex::new(between)));
         let listener = UnixListener::bind(at).unwrap();
         let (accepting, to) = (relay.clone(), to.to_owned());
@@ -109,7 +112,9 @@ impl Relay {
             }
         }
         // What is still said the other way is passed on.
-        let _ = to.shutdown(Shutdown::Write);
+        if !self.lock().stays_open {
+            let _ = to.shutdown(Shutdown::Write);
+        }
     }
 
     /// From now on this becomes of memory.
@@ -283,6 +288,28 @@ fn a_destination_whose_memory_cannot_take_part_says_so_and_the_guest_stays() {
     body["local"] = json!(true);
     refused(&first.api().put_json("vm.send-migration", &body), 422, "memory_mode");
     serial.wait_longer_than(serial.text().len() + 40);
+}
+
+/// A source that hangs keeps neither a thread nor the guest's memory.
+#[test]
+fn connections_of_a_link_that_was_taken_up_again_are_closed_though_the_source_keeps_them() {
+    let _turn = turn();
+    let scratch = Scratch::new();
+    let Gone { mut first, second, mut sent, relay, .. } = Gone::through(&scratch, Data::CutAfter(1));
+    for vmm in [&first, &second] {
+        until(vmm, "a lost link", |now| now["status"] == "Severed");
+    }
+    relay.lock().stays_open = true;
+    relay.mend();
+    assert_eq!(sent.answer().status, 204);
+    first.expect_exit(0);
+    until(&second, "the end", |now| now["status"] == "Completed");
+    let reads = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", second.pid())).unwrap().flatten();
+        let names = tasks.flat_map(|task| fs::read_to_string(task.path().join("comm")));
+        names.filter(|name| name.trim() == "migration-in").count()
+    };
+    wait_until(LIMIT, || (reads() == 0).then_some(()), || format!("{} connections to be closed", reads()));
 }
 
 /// Cuts the link of a guest that lacks memory.

@@ -96,19 +96,41 @@ impl Region {
 
     /// Adds or takes out; gives how many pages that changed.
     fn change(&mut self, range: &Range<u64>, add: bool) -> u64 {
-        let Range { start, end } = self.cut(range);
-        let (mut gpa, mut changed) = (start, 0);
-        while gpa < end {
-            if let Some((at, bit)) = self.bit(gpa)
-                && let Some(word) = self.words.get_mut(at)
-                && (*word & bit == 0) == add
-            {
-                *word ^= bit;
-                changed += 1;
+        let pages = self.numbers(&self.cut(range));
+        let (mut page, mut changed) = (pages.start, 0);
+        while page < pages.end {
+            let (bit, left) = (page % 64, pages.end - page);
+            let count = left.min(64 - bit);
+            let mask = (u64::MAX >> (64 - count)) << bit;
+            if let Some(word) = usize::try_from(page / 64).ok().and_then(|at| self.words.get_mut(at)) {
+                let others = mask & if add { !*word } else { *word };
+                *word ^= others;
+                changed += u64::from(others.count_ones());
             }
-            gpa = gpa.saturating_add(PAGE_SIZE);
+            page += count;
         }
         changed
+    }
+
+    /// The numbers of the pages of a range that lies in it.
+    fn numbers(&self, range: &Range<u64>) -> Range<u64> {
+        let from = |gpa: u64| gpa.saturating_sub(self.gpa);
+        from(range.start) / PAGE_SIZE..from(range.end).div_ceil(PAGE_SIZE)
+    }
+
+    /// How many of `pages` are there without a gap, from the first of them on.
+    fn run(&self, pages: Range<u64>) -> u64 {
+        let mut page = pages.start;
+        while page < pages.end {
+            let bit = page % 64;
+            let word = usize::try_from(page / 64).map_or(0, |at| self.word(at));
+            let ones = u64::from((word >> bit).trailing_ones());
+            page += ones;
+            if ones < 64 - bit {
+                break;
+            }
+        }
+        page.min(pages.end) - pages.start
     }
 
     fn first(&self, within: &Range<u64>, most: u64) -> Option<Range<u64>> {
@@ -125,9 +147,8 @@ impl Region {
             }
             let start = gpa + u64::from(rest.trailing_zeros() - bit.trailing_zeros()) * PAGE_SIZE;
             let end = end.min(start.saturating_add(most.max(PAGE_SIZE)));
-            let is_in = |gpa: &u64| self.bit(*gpa).is_some_and(|(at, bit)| self.word(at) & bit != 0);
-            let run = (start..end).step_by(usize::try_from(PAGE_SIZE).unwrap_or(1)).take_while(is_in).count();
-            return (run > 0).then(|| start..start + run as u64 * PAGE_SIZE);
+            let run = self.run(self.numbers(&(start..end)));
+            return (run > 0).then(|| start..start + run * PAGE_SIZE);
         }
         None
     }
