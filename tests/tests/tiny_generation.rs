@@ -3,8 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "tests fail by panicking")]
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use serde_json::json;
+use vmm_snapshot::directory::Chain;
 use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, vm_config, wait_until};
 use vmm_tests::tiny::Guest;
 
@@ -68,4 +70,38 @@ fn it_is_the_same_guest_until_a_copy_is_made() {
         assert_eq!(said(&serial), (id.clone(), 1), "a copy that boots is no other copy");
         seen.push(id);
     }
+}
+
+/// It is written while the guest is restored, before anybody tracks what changes.
+#[test]
+fn an_incremental_snapshot_of_a_restored_guest_has_its_generation() {
+    let scratch = Scratch::new();
+    let (saved, child) = (scratch.path("saved"), scratch.path("child"));
+    let url = |path: &Path| format!("file://{}", path.display());
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let serial = SerialFile::new(scratch.path("serial"));
+    let mut api = vmm.api();
+    api.create(&vm_config(&scratch.guest(Guest::Generation), serial.path()));
+    api.puts(&["vm.boot"]);
+    said(&serial);
+    api.puts(&["vm.pause"]);
+    api.done("vm.snapshot", &json!({ "destination_url": url(&saved) }));
+    api.puts(&["vm.delete"]);
+    let other = SerialFile::new(scratch.path("other"));
+    // Memory that is copied, so that its page tables do not tell.
+    api.done(
+        "vm.restore",
+        &json!({
+            "source_url": url(&saved), "prefault": true, "track": true,
+            "serial": { "mode": "File", "file": other.path() },
+        }),
+    );
+    api.done("vm.snapshot", &json!({ "destination_url": url(&child), "incremental": true }));
+    let [before, after] = [&saved, &child].map(|path| {
+        let chain = Chain::open(path).unwrap();
+        let mut chunk = Vec::new();
+        chain.chunk(0, 0, &mut chunk).unwrap();
+        chunk[0xf_e000..0xf_e000 + 4096].to_vec()
+    });
+    assert!(before != after, "it is that of the parent");
 }

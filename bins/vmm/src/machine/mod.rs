@@ -199,6 +199,11 @@ impl Machine {
         self.generation
     }
 
+    /// The guest's memory that a restore has written to: where its generation ID is.
+    pub fn renewed() -> std::ops::Range<u64> {
+        kernel::GENERATION_ID.start..kernel::GENERATION_ID.end()
+    }
+
     /// Bits of the guest's physical addresses.
     pub fn phys_bits(&self) -> u8 {
         self.identity.phys_bits

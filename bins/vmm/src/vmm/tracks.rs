@@ -1,14 +1,16 @@
 //! What changes in guest memory: while a live snapshot is written, and since the snapshot that the next one may build on.
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use vmm_api::spec::SnapshotSpec;
 use vmm_memory_manager::dirty::{Changed, DirtyCollector, DirtyError};
 use vmm_memory_manager::map::MemoryMap;
-use vmm_snapshot::directory::Hash;
+use vmm_snapshot::directory::{Hash, Place};
 
 use super::writer::Since;
+use crate::machine::Machine;
 
 /// Name of the tracker of a live snapshot.
 const LIVE: &str = "live";
@@ -58,6 +60,11 @@ impl Tracks {
             By::PageTables
         } else if track {
             self.collector.start(memory, SINCE)?;
+            // That is not in the snapshot.
+            let Range { start, end } = Machine::renewed();
+            let offset = |place: &Place, gpa: u64| gpa.saturating_sub(place.gpa).min(place.size);
+            let renewed = |place: &Place| std::iter::once(offset(place, start)..offset(place, end)).collect();
+            self.collector.give_back(memory, SINCE, &memory.places().iter().map(renewed).collect())?;
             By::Tracker
         } else {
             return Ok(());
