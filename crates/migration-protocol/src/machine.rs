@@ -69,7 +69,7 @@ pub enum Output {
     Sent {
         /// Bytes on the link.
         link: u64,
-        /// Bytes of memory that they stand for: what Mark says of all connections together.
+        /// Bytes of memory that they stand for: what Mark says of all connections together, so without zeros in the first pass.
         memory: u64,
     },
     /// The saved state.

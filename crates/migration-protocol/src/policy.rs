@@ -47,7 +47,8 @@ impl Default for Goals {
 pub struct Pass {
     /// Bytes on the link.
     pub sent: u64,
-    /// Bytes of memory that they stood for: more, where it was compressed or zero.
+    /// Bytes of memory that they stood for: more, where it was compressed or zero. What need not be said, as zeros in the first
+    /// pass, does not count.
     pub memory: u64,
     /// From its begin until all had landed.
     pub took: Duration,
@@ -86,14 +87,19 @@ const THROTTLE: (u8, u8, u8) = (20, 10, 99);
 /// So many passes that do not get shorter, before vCPUs are slowed down (more).
 const PATIENCE: u8 = 2;
 
+/// All of memory is on the link.
+const WHOLE: u64 = 1 << 16;
+
 /// Looks at passes and decides.
 #[derive(Debug, Clone)]
 pub struct Policy {
     goals: Goals,
     /// Bytes per second on the link; 0 until something was sent.
     bandwidth: u64,
-    /// Bytes of memory per second; likewise.
-    speed: u64,
+    /// How much of memory is on the link, in parts of [`WHOLE`], of late; `None` until some was moved.
+    share: Option<u64>,
+    /// Bytes of memory per second in the fastest pass.
+    best: u64,
     last: Option<Pass>,
     passes: u32,
     throttle: u8,
@@ -105,7 +111,7 @@ impl Policy {
     /// Before the first pass.
     #[must_use]
     pub fn new(goals: Goals) -> Self {
-        Self { goals, bandwidth: 0, speed: 0, last: None, passes: 0, throttle: 0, stuck: 0 }
+        Self { goals, bandwidth: 0, share: None, best: 0, last: None, passes: 0, throttle: 0, stuck: 0 }
     }
 
     /// What it aims for.
@@ -181,27 +187,29 @@ impl Policy {
         } else if pass.sent >= ENOUGH {
             self.bandwidth = self.bandwidth.midpoint(found(pass.sent)).max(1);
         }
-        if self.speed == 0 {
-            self.speed = found(pass.memory);
-        } else if pass.memory >= ENOUGH {
-            self.speed = mean_speed(self.speed, found(pass.memory));
+        self.best = self.best.max(found(pass.memory));
+        let share =
+            u128::from(pass.sent).saturating_mul(u128::from(WHOLE)).checked_div(u128::from(pass.memory));
+        let share = share.map(|share| u64::try_from(share).unwrap_or(u64::MAX));
+        match (self.share, share) {
+            (Some(before), Some(share)) if pass.memory >= ENOUGH => self.share = Some(before.midpoint(share)),
+            (None, Some(share)) => self.share = Some(share),
+            _ => {}
         }
     }
 
-    /// How long it takes to move `bytes` of memory.
+    /// How long it takes to move `bytes` of memory: what of it is on the link, as fast as that is, and all of it no faster than it
+    /// ever was, for what is zero has to be looked at.
     fn transfer(&self, bytes: u64) -> Option<Duration> {
         if bytes == 0 {
             return Some(Duration::ZERO);
         }
-        let nanos = u128::from(bytes).saturating_mul(1_000_000_000).checked_div(u128::from(self.speed))?;
+        let share = u128::from(self.share?);
+        let on_link = u128::from(bytes).saturating_mul(share) / u128::from(WHOLE);
+        let time = |bytes: u128, speed| bytes.saturating_mul(1_000_000_000).checked_div(u128::from(speed));
+        let nanos = time(on_link, self.bandwidth)?.max(time(bytes.into(), self.best)?);
         Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
-}
-
-/// The speed at which as many bytes take the mean of the two times: one fast pass, of zeros say, does not hide a slow one.
-fn mean_speed(one: u64, other: u64) -> u64 {
-    let speed = u128::from(one) * u128::from(other) / u128::from(one.midpoint(other).max(1));
-    u64::try_from(speed).unwrap_or(u64::MAX).max(1)
 }
 
 fn per_second(bytes: u64, time: Duration) -> u64 {

@@ -58,6 +58,8 @@ fn build(folder: &Path) -> Result<PathBuf, String> {
     let source = folder.join(PREVIOUS);
     if !source.is_dir() {
         let (archive, part) = (folder.join("source.tar"), folder.join("part"));
+        // What is left of a run that was broken off.
+        let _ = std::fs::remove_dir_all(&part);
         std::fs::create_dir_all(&part).map_err(|error| format!("{}: {error}", part.display()))?;
         perform(Command::new("git").args(["archive", "--output"]).arg(&archive).arg(PREVIOUS))?;
         perform(

@@ -41,8 +41,8 @@ const UNDERWAY: usize = 1 << 20;
 /// How long connecting, or an answer that is waited for at once, may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(5);
 
-/// Why a connection is closed that has not said in time what it wants.
-const LATE: &str = "its first frame was not whole in time";
+/// Why a connection is closed that has not said in time what it wants, or what it was asked.
+const LATE: &str = "a frame was not whole in time";
 
 /// A connection.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //!
 //! | module | thread | what |
 //! |---|---|---|
-//! | `outgoing` | `migration` | drives the source |
+//! | `outgoing` | `migration`, `migration-open`, `migration-ask` | drives the source; finds the destination; asks what became of the session |
 //! | `sender` | `migration-out`, one per connection | writes frames and memory, so that the driver never waits for the link |
 //! | `straight`, `vectors` | | memory to and from a link without a copy |
 //! | `course` | | what a pass sends, which these threads share |

@@ -204,6 +204,9 @@ fn connect(
     let work = move || {
         let connect = || {
             let way = Way::new(address, tls_dir.as_deref()).map_err(SendError::Tls)?;
+            if !still_wanted.load(Ordering::SeqCst) {
+                return Err(SendError::Connect(std::io::ErrorKind::Interrupted.into()));
+            }
             let socket = way.connect(&mut || still_wanted.load(Ordering::SeqCst));
             let socket = socket.and_then(|socket| socket.set_timeouts(None, Some(PATIENCE)).map(|()| socket));
             Ok((way, Arc::new(socket.map_err(SendError::Connect)?)))

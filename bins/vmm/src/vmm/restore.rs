@@ -200,8 +200,10 @@ impl Origin {
             watch.over(|told| {
                 let work = Work { threads: writer::threads(), watch: told };
                 let map = MemoryMap::restore_behind(saved.vm, &saved.zones, &bytes, &work, &behind)?;
-                // Devices may touch it at once.
-                lost_memory::watch(map.mapped_files());
+                // Devices may touch it at once. Where it is not wanted any more, another guest's may be watched by now.
+                if !watch.is_cancelled() {
+                    lost_memory::watch(map.mapped_files());
+                }
                 Ok(map)
             })
         });

@@ -63,9 +63,12 @@ impl Clients {
         }
     }
 
-    /// The VM is elsewhere, and some of its memory is here: that cannot be cancelled.
+    /// The VM is elsewhere, and some of its memory is here: that cannot be cancelled. Who said that it is elsewhere is right.
     pub(super) fn elsewhere(&mut self, error: &ApiError) {
         self.cancels.drain(..).for_each(|cancel| cancel.reply(Err(error.clone())));
+        for (verdict, decider) in self.deciders.drain(..) {
+            decider.reply(if verdict == Verdict::Elsewhere { Ok(()) } else { Err(error.clone()) });
+        }
     }
 
     /// The destination was found again, and takes memory that is here: who had it looked for is right, who gave it up is not.

@@ -237,7 +237,7 @@ fn bytes(changed: &Changed) -> u64 {
 }
 
 impl Watch {
-    fn is_cancelled(&self) -> bool {
+    pub(super) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
 

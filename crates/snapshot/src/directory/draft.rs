@@ -1,6 +1,5 @@
 //! The directory while it is written: who owns it, what is removed when it fails, what commits it.
 
-use std::fmt;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::num::NonZeroUsize;
@@ -31,17 +30,7 @@ pub(super) struct Workplace<'s> {
     dir: File,
     /// The directory was not there before.
     made: bool,
-    failed: Failed<'s>,
     step: Step,
-}
-
-/// Called before what was made is removed.
-pub(super) struct Failed<'s>(pub(super) &'s (dyn Fn() + Sync));
-
-impl fmt::Debug for Failed<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Failed")
-    }
 }
 
 #[derive(Debug)]
@@ -73,8 +62,7 @@ impl<'s> Workplace<'s> {
                 return Err(error);
             }
         };
-        let (path, failed_later) = (path.to_owned(), Failed(&|| {}));
-        let mut place = Self { storage, path, dir, made, failed: failed_later, step: Step::Opened };
+        let mut place = Self { storage, path: path.to_owned(), dir, made, step: Step::Opened };
         // A file system without locks has one writer by agreement.
         if let Err(TryLockError::WouldBlock) = place.dir.try_lock() {
             return Err(WriteError::Busy { path: place.path.clone() });
@@ -87,12 +75,6 @@ impl<'s> Workplace<'s> {
         place.step = Step::Claimed(marker);
         place.sync_dir()?;
         Ok(place)
-    }
-
-    /// Calls `failed` before it removes anything.
-    pub(super) fn on_failure(mut self, failed: &'s (dyn Fn() + Sync)) -> Self {
-        self.failed = Failed(failed);
-        self
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -237,7 +219,6 @@ impl<'s> Workplace<'s> {
         if matches!(self.step, Step::Committed) {
             return Ok(());
         }
-        (self.failed.0)();
         if matches!(self.step, Step::Claimed(_)) {
             let names = self.names()?;
             if names.iter().any(|name| name == MANIFEST) {

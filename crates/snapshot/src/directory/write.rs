@@ -1,6 +1,7 @@
 //! Writes a snapshot directory.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
@@ -30,7 +31,26 @@ use crate::{Record, RecordSet, minicbor};
 /// what a killed process left, the next draft for the same directory removes.
 #[derive(Debug)]
 pub struct Draft<'s> {
+    failed: OnFailure<'s>,
     place: Workplace<'s>,
+}
+
+/// What is called when a snapshot is given up. In all that holds one it comes first: to close files may take long, and so may to
+/// remove them.
+struct OnFailure<'s>(Option<&'s (dyn Fn() + Sync)>);
+
+impl Drop for OnFailure<'_> {
+    fn drop(&mut self) {
+        if let Some(failed) = self.0 {
+            failed();
+        }
+    }
+}
+
+impl fmt::Debug for OnFailure<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OnFailure").field(&self.0.is_some()).finish()
+    }
 }
 
 /// What an incremental snapshot builds on.
@@ -69,14 +89,14 @@ impl<'s> Draft<'s> {
     /// [`WriteError::Exists`], [`NotEmpty`](WriteError::NotEmpty), [`Busy`](WriteError::Busy) or
     /// [`Io`](WriteError::Io).
     pub fn begin(storage: &'s dyn Storage, path: &Path) -> Result<Self, WriteError> {
-        Ok(Self { place: Workplace::claim(storage, path)? })
+        Ok(Self { failed: OnFailure(None), place: Workplace::claim(storage, path)? })
     }
 
-    /// Calls `failed` when nothing will come of it, before what was written is removed: that may take long, and a guest that
-    /// waits for the snapshot need not wait for that.
+    /// Calls `failed` when nothing will come of it, before what was written is closed and removed: that may take long, and a guest
+    /// that waits for the snapshot need not wait for that.
     #[must_use]
     pub fn on_failure(self, failed: &'s (dyn Fn() + Sync)) -> Self {
-        Self { place: self.place.on_failure(failed) }
+        Self { failed: OnFailure(Some(failed)), ..self }
     }
 
     /// Writes memory: all of `source`, or what changed since a parent.
@@ -101,6 +121,7 @@ impl<'s> Draft<'s> {
             files.push(MemoryFile { file, layout });
         }
         let filled = Filled {
+            failed: self.failed,
             place: self.place,
             regions,
             files,
@@ -193,6 +214,7 @@ fn stopped(stop: Stop<WriteError>) -> WriteError {
 /// run on before [`commit`](Self::commit).
 #[derive(Debug)]
 pub struct Filled<'s> {
+    failed: OnFailure<'s>,
     /// Closed before the directory is cleared: what is unlinked and open is written all the same, and stays where the file system
     /// is of a network.
     files: Vec<MemoryFile>,
@@ -330,7 +352,9 @@ impl<'s> Filled<'s> {
     /// [`WriteError::Io`], or [`Invalid`](WriteError::Invalid) for a state or configuration that is too large.
     pub fn finish(self, contents: &Contents<'_>) -> Result<Finished<'s>, WriteError> {
         let threads = self.threads;
-        let Self { place, regions, files, table, format, parent, .. } = self.rehash(&Work::quiet(threads))?;
+        // Dropped in the reverse order.
+        let Self { place, regions, files, table, format, parent, failed, .. } =
+            self.rehash(&Work::quiet(threads))?;
         let state = minicbor::to_vec(Record::of(contents.state)).unwrap_or_default();
         if state.len() as u64 > MAX_STATE {
             return Err(WriteError::Invalid { what: format!("{} bytes of state", state.len()) });
@@ -362,13 +386,14 @@ impl<'s> Filled<'s> {
         if bytes.len() as u64 > MAX_MANIFEST {
             return Err(invalid(format!("the manifest would have {} bytes", bytes.len())));
         }
-        Ok(Finished { place, manifest: bytes, id })
+        Ok(Finished { failed, place, manifest: bytes, id })
     }
 }
 
 /// A snapshot of which only the manifest is not written. Dropped, it is removed.
 #[derive(Debug)]
 pub struct Finished<'s> {
+    failed: OnFailure<'s>,
     place: Workplace<'s>,
     manifest: Vec<u8>,
     id: Hash,
@@ -380,7 +405,9 @@ impl Finished<'_> {
     /// # Errors
     /// [`WriteError::Io`].
     pub fn commit(self) -> Result<Hash, WriteError> {
-        self.place.commit(&self.manifest)?;
-        Ok(self.id)
+        let Self { mut failed, place, manifest, id } = self;
+        place.commit(&manifest)?;
+        failed.0 = None;
+        Ok(id)
     }
 }

@@ -41,7 +41,7 @@ impl Driver {
     }
 
     /// On connection `index` of the session, which is not the first.
-    pub(super) fn said_beside(&mut self, index: u16, said: Said) {
+    fn said_beside(&mut self, index: u16, said: Said) {
         if self.filling.is_live() {
             // Nothing goes there any more.
             return;
@@ -60,7 +60,7 @@ impl Driver {
         });
     }
 
-    pub(super) fn said_first(&mut self, number: u64, ours: bool, said: Said) {
+    fn said_first(&mut self, number: u64, ours: bool, said: Said) {
         match said {
             Said::First(socket, frame) => self.first(number, socket, frame),
             Said::Lost(text) if ours => {
@@ -93,7 +93,7 @@ impl Driver {
         }
     }
 
-    pub(super) fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+    fn first(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
         match frame.command() {
             Command::Query => return self.asked(number, socket, frame),
             Command::Join => return self.join(number, socket, frame),
@@ -131,7 +131,7 @@ impl Driver {
     }
 
     /// A further connection, if it is one of the session's: whoever knows its id was told by its source.
-    pub(super) fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+    fn join(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
         let index = match Message::decode(frame) {
             Ok(Message::Join(join)) if self.expects_wanted(&join) => {
                 if let (Ok(ack), Some(live)) = (Message::Ack(Command::Join).encode(), &mut self.live) {
@@ -156,7 +156,7 @@ impl Driver {
     }
 
     /// The index of a connection that may come.
-    pub(super) fn expected(&self, join: &Join) -> Option<u16> {
+    fn expected(&self, join: &Join) -> Option<u16> {
         let machine = &self.live.as_ref()?.machine;
         let connections = machine.accept()?.connections;
         let ours = machine.hello()?.session == join.session && machine.state().takes_memory();
@@ -164,7 +164,7 @@ impl Driver {
     }
 
     /// A source asks what became of its session.
-    pub(super) fn asked(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
+    fn asked(&mut self, number: u64, socket: Arc<Socket>, frame: Frame) {
         let Ok(Message::Query(session)) = Message::decode(frame) else {
             return socket.shutdown(Shutdown::Both);
         };

@@ -110,7 +110,7 @@ impl Driver {
     }
 
     /// Looks whether a VM of this configuration can run here.
-    pub(super) fn check(&mut self, config: Vec<u8>) {
+    fn check(&mut self, config: Vec<u8>) {
         let (spec, host) = (self.spec.clone(), self.host.clone());
         let Some(hello) = self.hello().cloned() else {
             return self.answer(Err(Fault::new(Reason::Violation, "no Hello")));
@@ -118,7 +118,7 @@ impl Driver {
         self.make(move || Made::Checked(fit::check(&spec, &host, &hello, &config).map(Box::new)));
     }
 
-    pub(super) fn build(&mut self) {
+    fn build(&mut self) {
         let (Some(checked), Some(live)) = (&self.vm.checked, &self.live) else {
             return self.answer(Err(Fault::new(Reason::Failed, "there is no configuration")));
         };
@@ -189,7 +189,7 @@ impl Driver {
     }
 
     /// Maps the memory whose descriptors have come. Nobody writes to it before it is this end's.
-    pub(super) fn map(&mut self, ranges: &[DescriptorRange]) {
+    fn map(&mut self, ranges: &[DescriptorRange]) {
         self.ground.refuse_files();
         let files = std::mem::take(&mut self.vm.files);
         let (Some(checked), Some(hello)) = (&self.vm.checked, self.hello()) else {
@@ -206,7 +206,7 @@ impl Driver {
         });
     }
 
-    pub(super) fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {
+    fn arrival(&mut self, state: &[u8]) -> Result<Arrival, Fault> {
         // Nothing may write to it any more.
         let absent = self.ground.absent();
         self.ground.close();

@@ -13,7 +13,7 @@ use crate::exit::chain;
 use crate::migration::joining::{Session, joined};
 use crate::migration::link::{ANSWER, End, Frames, Socket};
 
-/// How long a destination may take to say all that it lacks: for tens of gibibytes in single pages that is tens of MiB.
+/// How long a destination may take to say all that it lacks: for tens of gibibytes in single pages that is hundreds of MiB.
 const ANSWERS: Duration = Duration::from_secs(300);
 
 /// What a destination says to a source that comes again.
