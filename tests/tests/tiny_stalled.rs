@@ -16,7 +16,7 @@ use vmm_tests::harness::counting::{counting_guest, counting_in, counting_with};
 use vmm_tests::harness::migrating::{free_port, pending, receive, receive_with, to, until};
 use vmm_tests::harness::saving::{from, live, url};
 use vmm_tests::harness::withheld::Withheld;
-use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, wait_until};
+use vmm_tests::harness::{LIMIT, Pending, Scratch, SerialFile, Vmm, refused, vm_config, wait_until};
 
 /// A guest with a disk, saved: the snapshot, and the disk that its restores are to have.
 fn saved(scratch: &Scratch) -> (PathBuf, PathBuf) {
@@ -118,6 +118,75 @@ fn a_memory_file_that_is_gone_before_its_guest_runs_ends_the_vmm_with_a_word() {
     vmm.expect_exit(13);
     let told = vmm.stderr.text();
     assert!(told.contains("memory-0.bin has shrunk or cannot be read"), "{told}");
+}
+
+/// They hold memory, and places that the request needs which ends the wait.
+#[test]
+fn no_more_requests_wait_for_a_restore_than_there_is_room_for() {
+    let scratch = Scratch::new();
+    let (saved, _) = saved(&scratch);
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let file = held(&saved.join("manifest.json"));
+    let body = from(&saved, &SerialFile::new(scratch.path("of-restored"))).to_string();
+    let _restore = Pending::send(vmm.socket(), "vm.restore", body.as_bytes());
+    file.wait();
+    let mut pauses: Vec<_> = (0..70).map(|_| Pending::send(vmm.socket(), "vm.pause", b"")).collect();
+    let told = wait_until(
+        LIMIT,
+        || {
+            let answered: Vec<usize> = (0..70).filter(|at| pauses[*at].is_answered()).collect();
+            (answered.len() == 6).then_some(answered)
+        },
+        || "those that are too many to be answered".to_owned(),
+    );
+    for at in told {
+        refused(&pauses[at].answer(), 503, "requests wait for the end");
+    }
+    vmm.api().puts(&["vm.cancel"]);
+    assert_eq!(vmm.api().phase(), Phase::Empty);
+}
+
+#[test]
+fn no_more_configurations_are_looked_at_than_there_is_room_for() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let kernel = scratch.guest(vmm_tests::tiny::Guest::Hello);
+    let config = vm_config(&kernel, &scratch.path("serial")).to_string();
+    let file = Withheld::closed(&kernel);
+    let mut asked: Vec<_> =
+        (0..4).map(|_| Pending::send(vmm.socket(), "vm.validate", config.as_bytes())).collect();
+    file.wait();
+    let mut more = Pending::send(vmm.socket(), "vm.validate", config.as_bytes());
+    refused(&more.answer(), 503, "4 configurations");
+    assert!(asked.iter_mut().all(|one| !one.is_answered()));
+    drop(file);
+    asked.iter_mut().for_each(|one| assert_eq!(one.answer().status, 200));
+    assert_eq!(vmm.api().put_json("vm.validate", &serde_json::from_str(&config).unwrap()).status, 200);
+}
+
+/// Under the filters of its threads.
+#[test]
+fn a_receiver_that_cannot_take_a_connection_takes_the_next() {
+    let scratch = Scratch::new();
+    let vmm = Vmm::with_api(&scratch, [""; 0]);
+    let (mut received, path) = receive(&vmm, &scratch, &SerialFile::new(scratch.path("serial")));
+    let mut api = vmm.api();
+    assert_eq!(api.get("vmm.ping").status, 200);
+    let limit = |descriptors: u64| {
+        let (pid, files) = (vmm.pid().to_string(), format!("--nofile={descriptors}:4096"));
+        assert!(Command::new("prlimit").args(["--pid", &pid, &files]).status().unwrap().success());
+    };
+    // It has more than that, and gets no other.
+    limit(3);
+    let first = UnixStream::connect(&path).unwrap();
+    wait_until(LIMIT, || vmm.stderr.text().contains("cannot be taken").then_some(()), || vmm.stderr.text());
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(api.get("vmm.ping").status, 200);
+    drop(first);
+    limit(1024);
+    let (source, _serial) = counting_guest(&scratch);
+    source.api().done("vm.send-migration", &to(&path));
+    assert_eq!(received.answer().status, 204);
 }
 
 /// A client does not want it any more; that is no failure of the process.

@@ -3,26 +3,29 @@
 //! A line reads `vmm: 12.345678s: <vcpu0> WARN:vmm_pci::slots -- message device=_disk0`: seconds since the start,
 //! thread, level, module, the message, and the fields that the log statement names. It is written by one call, so that
 //! lines of several threads and processes do not mix. A message is one line whatever it holds: control characters are
-//! escaped. What cannot be written is lost, and nothing else happens.
+//! escaped. What cannot be written is lost, and nothing else happens: who reads standard error, a pipe or a terminal, has a tenth of a
+//! second for a line, once; while nothing is taken, lines are lost at once.
 
 mod filter;
 mod line;
 pub(crate) mod time;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 use std::thread;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
 pub use filter::{Filter, FilterError};
 use line::Moment;
+
+use crate::console::for_writing;
 
 /// What is logged, how, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +69,9 @@ pub enum LogError {
         #[source]
         source: io::Error,
     },
+    /// There is no standard error.
+    #[error("cannot use standard error for the log")]
+    Stderr(#[source] io::Error),
     /// This process has a log already.
     #[error("the log is set up already")]
     Again,
@@ -196,14 +202,51 @@ impl Log for Logger {
 
 #[derive(Debug)]
 enum Output {
-    Stderr,
+    Stderr(Stderr),
     File(File),
+}
+
+/// How long a line waits for whoever reads standard error.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Standard error, by a descriptor of its own that does not block where that can be had.
+#[derive(Debug)]
+struct Stderr {
+    file: File,
+    /// Nobody took the last line.
+    stuck: AtomicBool,
+}
+
+impl Stderr {
+    fn of(file: &impl AsFd) -> io::Result<Self> {
+        Ok(Self { file: for_writing(file)?, stuck: AtomicBool::new(false) })
+    }
+
+    fn write(&self, mut line: &[u8]) -> io::Result<()> {
+        let begun = Instant::now();
+        while !line.is_empty() {
+            match (&self.file).write(line) {
+                Ok(count) => line = line.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    if self.stuck.load(Ordering::Relaxed) || begun.elapsed() >= PATIENCE {
+                        self.stuck.store(true, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                    thread::park_timeout(Duration::from_millis(1));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.stuck.store(false, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl Output {
     fn open(options: &LogOptions) -> Result<Self, LogError> {
         let Some(path) = &options.file else {
-            return Ok(Self::Stderr);
+            return Stderr::of(&io::stderr()).map(Self::Stderr).map_err(LogError::Stderr);
         };
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
         file.map(Self::File).map_err(|source| LogError::Open { path: path.clone(), source })
@@ -211,7 +254,7 @@ impl Output {
 
     fn descriptor(&self) -> RawFd {
         match self {
-            Self::Stderr => libc::STDERR_FILENO,
+            Self::Stderr(stderr) => stderr.file.as_raw_fd(),
             Self::File(file) => file.as_raw_fd(),
         }
     }
@@ -219,7 +262,7 @@ impl Output {
     /// Both are unbuffered: a line is one write(2), unless the system takes only a part.
     fn write(&self, line: &[u8]) -> io::Result<()> {
         match self {
-            Self::Stderr => io::stderr().lock().write_all(line),
+            Self::Stderr(stderr) => stderr.write(line),
             Self::File(file) => (&*file).write_all(line),
         }
     }
@@ -227,6 +270,7 @@ impl Output {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::sync::Barrier;
 
     use log::Level;
@@ -308,6 +352,19 @@ mod tests {
     }
 
     #[test]
+    fn who_does_not_read_standard_error_holds_nobody() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let stderr = Stderr::of(&writer).unwrap();
+        let line = [&[b'x'; 4000][..], b"\n"].concat();
+        let lost = |lines: usize| (0..lines).filter(|_| stderr.write(&line).is_err()).count();
+        // A pipe takes 64 KiB.
+        assert!(lost(100) > 50);
+        let mut some = vec![0; 60_000];
+        reader.read_exact(&mut some).unwrap();
+        assert_eq!(lost(3), 0, "it is read again");
+    }
+
+    #[test]
     fn a_log_that_cannot_be_written_is_no_error() {
         let options = LogOptions { file: Some("/dev/full".into()), ..LogOptions::default() };
         let logger = Logger::new(&options).unwrap();
@@ -320,6 +377,6 @@ mod tests {
         let options = LogOptions { file: Some("/nonexistent/folder/log".into()), ..LogOptions::default() };
         let error = Output::open(&options).unwrap_err();
         assert_eq!(error.to_string(), "cannot open the log file /nonexistent/folder/log");
-        assert!(matches!(error, LogError::Open { source, .. } if source.kind() == io::ErrorKind::NotFound));
+        assert!(matches!(error, LogError::Open { source, .. } if source.kind() == ErrorKind::NotFound));
     }
 }

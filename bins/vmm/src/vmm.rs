@@ -349,7 +349,7 @@ impl Vmm {
                     SystemEvent::Panicked => {
                         // A guest can say so again and again.
                         if configured.last_event != Some(GuestEvent::Panic) {
-                            log::error!("the guest reports a {event}");
+                            log::log!(configured.told.level("panic"), "the guest reports a {event}");
                             self.events.tell(machine, &Event::GuestPanic { event: PanicEvent::Panic });
                         }
                         self.guest_did(GuestEvent::Panic);

@@ -35,6 +35,7 @@ enum Source {
 
 const LEAF_FEATURES: u32 = 1;
 const LEAF_CACHES: u32 = 4;
+const LEAF_STRUCTURED: u32 = 7;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_EXT_FEATURES: u32 = 0x8000_0001;
@@ -47,6 +48,7 @@ const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
+const STRUCTURED_ECX_SHSTK: u32 = 1 << 7;
 const EXT_ECX_CMP_LEGACY: u32 = 1 << 1;
 const EXT_ECX_SVM: u32 = 1 << 2;
 
@@ -166,6 +168,8 @@ fn adjust_common(entry: &mut CpuidEntry, options: &CpuidOptions) {
                 | ((sharing.next_power_of_two() - 1) & 0xfff) << 14
                 | ((cores.next_power_of_two() - 1) & 0x3f) << 26;
         }
+        // The shadow stack pointer is no MSR, and no part of the saved state yet.
+        LEAF_STRUCTURED if entry.index == 0 => entry.ecx &= !STRUCTURED_ECX_SHSTK,
         LEAF_EXT_FEATURES => {
             set(&mut entry.ecx, EXT_ECX_CMP_LEGACY, in_package > 1);
             if !options.nested {
@@ -258,5 +262,15 @@ mod tests {
             assert_eq!(leaf(&entries, 1, 0).ecx & ECX_VMX != 0, nested);
             assert_eq!(leaf(&entries, 0x8000_0001, 0).ecx & EXT_ECX_SVM != 0, nested);
         }
+    }
+
+    #[test]
+    fn no_guest_gets_a_state_that_is_not_saved() {
+        let all = CpuidEntry { function: 7, ecx: u32::MAX, ..CpuidEntry::default() };
+        let supported = [all, CpuidEntry { index: 1, ..all }];
+        let options = CpuidOptions { topology: Topology::flat(1), max_phys_bits: None, nested: false };
+        let entries = Cpuid::new(&supported, &options).of(0);
+        assert_eq!(leaf(&entries, 7, 0).ecx, !STRUCTURED_ECX_SHSTK);
+        assert_eq!(leaf(&entries, 7, 1).ecx, u32::MAX);
     }
 }

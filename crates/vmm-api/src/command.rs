@@ -266,6 +266,11 @@ impl<H: 'static> ApiRequest<H> {
     pub const fn name(&self) -> &'static str {
         self.endpoint.name
     }
+
+    /// Answers it without carrying it out.
+    pub fn refuse(self, error: ApiError) {
+        self.slot.send(Err(error));
+    }
 }
 
 /// The body of an answer.

@@ -48,6 +48,8 @@ pub enum Code {
     GuestBusy,
     /// As many streams are open as the server has at one time.
     TooManyStreams,
+    /// As many requests of this kind wait, or are worked on, as the VMM takes at one time.
+    TooManyRequests,
     /// The contract has it; this build does not have it yet.
     NotBuilt,
     /// A transfer coding this server does not have.
@@ -72,7 +74,7 @@ pub enum Code {
 
 impl Code {
     /// Every code.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::NoVm,
         Self::VmExists,
         Self::WrongPhase,
@@ -93,6 +95,7 @@ impl Code {
         Self::TooManyDescriptors,
         Self::GuestBusy,
         Self::TooManyStreams,
+        Self::TooManyRequests,
         Self::NotBuilt,
         Self::UnsupportedCoding,
         Self::UnsupportedVersion,
@@ -129,6 +132,7 @@ impl Code {
             Self::TooManyDescriptors => "too_many_descriptors",
             Self::GuestBusy => "guest_busy",
             Self::TooManyStreams => "too_many_streams",
+            Self::TooManyRequests => "too_many_requests",
             Self::NotBuilt => "not_built",
             Self::UnsupportedCoding => "unsupported_coding",
             Self::UnsupportedVersion => "unsupported_version",
@@ -165,7 +169,7 @@ impl Code {
             | Self::MigrationFailed
             | Self::Internal => 500,
             Self::NotBuilt | Self::UnsupportedCoding => 501,
-            Self::TooManyStreams => 503,
+            Self::TooManyStreams | Self::TooManyRequests => 503,
             Self::UnsupportedVersion => 505,
         }
     }

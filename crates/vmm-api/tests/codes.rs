@@ -101,6 +101,7 @@ fn of_the_vm(rig: &Rig) -> Vec<Code> {
     done("vm.boot", "");
     codes.push(put("vm.snapshot", r#"{"destination_url": "file:///s"}"#));
     codes.push(put("vm.snapshot", r#"{"destination_url": "file:///cancelled"}"#));
+    codes.push(put("vm.snapshot", r#"{"destination_url": "file:///crowded"}"#));
     codes.push(put("vm.send-migration", r#"{"destination_url": "unix:/m"}"#));
     codes
 }

@@ -25,8 +25,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use outlet::Outlet;
 pub use outlet::{ClientInput, Link};
 use output::OutputThread;
-pub(crate) use sys::restore_terminal_in_handler;
 pub use sys::{RawTerminal, restore_terminal};
+pub(crate) use sys::{for_writing, restore_terminal_in_handler};
 
 /// Puts bytes into a device; returns how many it took.
 pub type Enqueue = Box<dyn Fn(&[u8]) -> usize + Send + Sync>;
@@ -316,7 +316,7 @@ impl Console {
 impl Parts {
     fn terminal(stdin: &mut StdinOnce) -> io::Result<Self> {
         Ok(Self {
-            outlet: Outlet::Fixed(Arc::new(sys::for_writing(&io::stdout())?)),
+            outlet: Outlet::Fixed(Arc::new(for_writing(&io::stdout())?)),
             input: stdin.take().map(InputSource::Stream),
             place: Place::Elsewhere,
             window: Window::Terminal,

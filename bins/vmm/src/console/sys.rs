@@ -18,7 +18,7 @@ pub(super) fn duplicate(of: &impl AsFd) -> io::Result<File> {
 
 /// A descriptor of its own for writing to an open file. Where it can be, it does not block: a terminal or pipe is opened
 /// once more, for the open file description that we were given is shared with the user's shell.
-pub(super) fn for_writing(of: &impl AsFd) -> io::Result<File> {
+pub(crate) fn for_writing(of: &impl AsFd) -> io::Result<File> {
     let shared = duplicate(of)?;
     let about = shared.metadata()?;
     // Opening the multiplexer would make another terminal.

@@ -269,7 +269,13 @@ impl Machine {
     /// # Errors
     /// A device does not work any more; the guest stays paused.
     pub fn resume(&mut self) -> Result<(), MachineError> {
-        self.devices.resume()?;
+        if let Err(error) = self.devices.resume() {
+            // Those that work would change what is saved of a guest that is paused.
+            if let Err(error) = self.devices.quiesce(Instant::now() + QUIESCE_TIMEOUT) {
+                log::error!("devices do not rest after a resume that failed: {}", chain(&error));
+            }
+            return Err(error.into());
+        }
         self.vcpus.run();
         Ok(())
     }

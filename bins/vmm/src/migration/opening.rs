@@ -114,7 +114,7 @@ pub(super) fn next(gone: &AtomicBool, accept: impl Fn() -> io::Result<Socket>) -
                 if !std::mem::replace(&mut is_told, true) {
                     log::warn!("migration: a connection cannot be taken: {error}");
                 }
-                std::thread::sleep(LOOK);
+                std::thread::park_timeout(LOOK);
             }
         }
     }

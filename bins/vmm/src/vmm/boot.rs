@@ -24,6 +24,9 @@ use crate::machine::{EventPost, Locks, Machine, MachineError, Plan, Ports};
 use crate::sandbox::Sandbox;
 use crate::sandbox::paths::Beginning;
 
+/// Requests that wait for the end of a boot or snapshot, at most: they hold places of the server's, and memory.
+const MOST_WAITING: usize = 64;
+
 /// A boot under way, and who waits for its end.
 #[derive(Debug, Default)]
 pub(super) struct Boot {
@@ -155,7 +158,11 @@ impl Vmm {
 
     /// Keeps a request until the boot or snapshot has ended.
     pub(super) fn wait_for_job(&mut self, request: ApiRequest<Self>) {
-        self.boot.waiting.push(request);
+        if self.boot.waiting.len() < MOST_WAITING {
+            return self.boot.waiting.push(request);
+        }
+        let text = format!("{MOST_WAITING} requests wait for the end of what is under way");
+        request.refuse(ApiError::new(Code::TooManyRequests, text));
     }
 
     /// Nobody waits for the boot or restore any more: the VM is as it was before, and what is still made will be dropped. What is

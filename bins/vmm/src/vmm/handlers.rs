@@ -1,6 +1,6 @@
 //! The commands, carried out.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use log::LevelFilter;
 use vmm_api::command::{ApiRequest, Command, Handle, Host, Replier};
@@ -170,11 +170,24 @@ impl Handle<vm::Info> for Vmm {
     }
 }
 
+/// Configurations that are looked at at one time, at most.
+const MOST_VALIDATING: usize = 4;
+
 /// Files are looked at on a thread of its own: a kernel is loaded for trial.
 impl Handle<vm::Validate> for Vmm {
     fn handle(&mut self, request: vm::ValidateRequest, replier: Replier<ValidateReply>) {
         let most_vcpus = self.means.hypervisor.max_vcpus();
-        let work = move || replier.reply(Ok(preflight::report(request, most_vcpus)));
+        // Each may wait for a file that does not answer.
+        if Arc::strong_count(&self.served.validating) > MOST_VALIDATING {
+            let text = format!("{MOST_VALIDATING} configurations are looked at already");
+            return replier.reply(Err(ApiError::new(Code::TooManyRequests, text)));
+        }
+        let one = Arc::clone(&self.served.validating);
+        let work = move || {
+            let report = preflight::report(request, most_vcpus);
+            drop(one);
+            replier.reply(Ok(report));
+        };
         // A replier that is dropped answers with an error.
         if let Err(error) = std::thread::Builder::new().name("validate".to_owned()).spawn(work) {
             log::warn!("cannot start a thread to validate: {error}");

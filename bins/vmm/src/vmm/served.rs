@@ -15,6 +15,8 @@ use super::Vmm;
 pub(super) struct Served {
     /// Counts of the API's answers.
     pub(super) answers: Option<Arc<Counts>>,
+    /// Held by each thread that looks at a configuration.
+    pub(super) validating: Arc<()>,
     board: Option<Board<vm::Info>>,
     /// What the answer on the board was made of.
     of: Option<Of>,

@@ -29,6 +29,9 @@ impl Code {
             }
             Self::TooManyDescriptors => "More than 64 file descriptors came with the request.",
             Self::GuestBusy => "The guest has not finished an earlier request of this kind.",
+            Self::TooManyRequests => {
+                "As many requests of this kind wait, or are worked on, as the VMM takes at one time."
+            }
             Self::TooManyStreams => "As many streams are open as the server has at one time.",
             Self::NotBuilt => "The contract has it; this build does not have it yet.",
             Self::UnsupportedCoding => "The request has a transfer coding that this server does not have.",
@@ -77,6 +80,7 @@ impl Code {
             Self::HeadTooLarge => "Send fewer headers.",
             Self::TooManyDescriptors => "Send fewer; those sent were closed.",
             Self::GuestBusy => "Wait, then send the request again.",
+            Self::TooManyRequests => "Ask again when some of them are answered.",
             Self::TooManyStreams => "Close another stream, then ask again.",
             Self::NotBuilt => {
                 "Do without, or use a build that has it; `faults` lists the fields where a field is the reason."

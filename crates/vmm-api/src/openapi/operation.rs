@@ -20,6 +20,7 @@ const ANY_REQUEST: &[Code] = &[
     Code::HeadTooLarge,
     Code::UnsupportedCoding,
     Code::UnsupportedVersion,
+    Code::TooManyRequests,
     Code::Internal,
 ];
 

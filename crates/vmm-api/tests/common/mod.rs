@@ -147,11 +147,14 @@ refuse!(device::AddDevice, device::AddUserDevice, device::AddDisk, device::AddFs
 refuse!(device::AddGenericVhostUser, device::AddPmem, device::AddNet, device::AddVdpa);
 refuse!(device::AddVsock, device::RemoveDevice);
 
-/// It cannot, or is cancelled, by the name of the folder.
+/// It cannot, is cancelled, or is one too many, by the name of the folder.
 impl Handle<vm::Snapshot> for Toy {
     fn handle(&mut self, request: VmSnapshotConfig, replier: Replier<()>) {
-        let cancelled = request.destination_url.ends_with("cancelled");
-        let code = if cancelled { Code::Cancelled } else { Code::SnapshotFailed };
+        let code = match request.destination_url.rsplit('/').next() {
+            Some("cancelled") => Code::Cancelled,
+            Some("crowded") => Code::TooManyRequests,
+            _ => Code::SnapshotFailed,
+        };
         replier.reply(Err(ApiError::new(code, "a toy has no state")));
     }
 }
