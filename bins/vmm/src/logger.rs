@@ -226,6 +226,7 @@ impl Stderr {
         let begun = Instant::now();
         while !line.is_empty() {
             match (&self.file).write(line) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(count) => line = line.get(count..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {

@@ -105,8 +105,8 @@ pub enum SourceStep {
     ReleaseLocks,
     /// Mark the VM given away: it cannot be resumed, unless forced.
     GiveAway,
-    /// Open a new connection to the destination's address, send Query, and give the Outcome as a frame; then send
-    /// Ack(Outcome).
+    /// Open a new connection to the destination's address, send Query, and give the Outcome of this session as a frame; then send
+    /// Ack(Outcome). Any other answer is Failed.
     Ask,
 }
 
